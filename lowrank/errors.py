@@ -1,0 +1,77 @@
+"""Errors that teach: each message names the layer, file or argument, the rule, the value given, and what to do.
+
+Every class carries the exit code of the command line (see ``lowrank --help``):
+2 usage, 3 bad input, 4 numerics or a budget that cannot be met, 5 reading or writing failed, 6 over a resource limit.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = [
+    "BudgetError",
+    "CalibrationError",
+    "CheckpointError",
+    "LowRankError",
+    "NumericsError",
+    "RankError",
+    "ResourceError",
+    "StorageError",
+    "UsageError",
+]
+
+
+class LowRankError(Exception):
+    """Base of everything this package raises on purpose."""
+
+    exit_code: int = 3
+
+
+class UsageError(LowRankError, ValueError):
+    """An argument is not what the function takes: a pattern that matches nothing, a budget outside its range."""
+
+    exit_code = 2
+
+
+class RankError(LowRankError, ValueError):
+    """A rank (or number of bits) that the shape of the layer does not allow."""
+
+
+class CalibrationError(LowRankError):
+    """Calibration or validation data that cannot be used."""
+
+
+class CheckpointError(LowRankError):
+    """A file or directory that is damaged, unsafe or not what it says it is."""
+
+
+class StorageError(CheckpointError):
+    """Reading or writing failed, or cannot succeed."""
+
+    exit_code = 5
+
+
+class ResourceError(LowRankError):
+    """Going on would take more memory, disk or time than allowed."""
+
+    exit_code = 6
+
+
+class NumericsError(LowRankError):
+    """NaN, Inf, or a decomposition that does not converge."""
+
+    exit_code = 4
+
+
+class BudgetError(NumericsError):
+    """The budget cannot be met.
+
+    Attributes:
+        plan: the best :class:`lowrank.Plan` found, or ``None`` where no plan could be made.
+        error: the error that plan reaches (the upper bound on the verification samples where there is one).
+    """
+
+    def __init__(self, message: str, *, plan: Any = None, error: float | None = None) -> None:
+        super().__init__(message)
+        self.plan = plan
+        self.error = error
