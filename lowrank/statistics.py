@@ -1,0 +1,130 @@
+"""What flows into a layer: second moments and means over calibration tokens, always in float64."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from lowrank.errors import CalibrationError
+
+__all__ = ["InputStatistics", "TokenCounts", "activation_error"]
+
+
+class InputStatistics:
+    """Mean and uncentred second moment (``gram``) of a layer's inputs.
+
+    With tokens as rows of X: ``mean = Xᵀ1 / tokens``, ``gram = XᵀX / tokens``, ``covariance = gram − mean meanᵀ``.
+    Sums are kept in float64 whatever the model's dtype: a float32 gram has negative eigenvalues (DESIGN §5).
+
+    Args:
+        n_features: number of input features of the layer.
+        device: where the sums live.
+
+    Example:
+        >>> statistics = InputStatistics.from_samples(torch.tensor([[1.0, 0.0], [3.0, 0.0]]))
+        >>> statistics.count, statistics.mean.tolist(), statistics.gram[0, 0].item(), statistics.covariance[0, 0].item()
+        (2, [2.0, 0.0], 5.0, 1.0)
+    """
+
+    def __init__(self, n_features: int, device: torch.device | str | None = None) -> None:
+        self.n_features = n_features
+        self.count = 0
+        self._sum = torch.zeros(n_features, dtype=torch.float64, device=device)
+        self._outer = torch.zeros(n_features, n_features, dtype=torch.float64, device=device)
+
+    @classmethod
+    def from_samples(cls, samples: Tensor) -> InputStatistics:
+        """Statistics of one tensor of shape (..., n_features)."""
+        statistics = cls(samples.shape[-1], device=samples.device)
+        statistics.update(samples)
+        return statistics
+
+    def update(self, samples: Tensor) -> None:
+        """Add tokens of shape (..., n_features), any floating dtype.
+
+        Raises:
+            CalibrationError: the last dimension is not ``n_features``.
+        """
+        if samples.shape[-1] != self.n_features:
+            raise CalibrationError(
+                f"statistics: inputs of shape {tuple(samples.shape)} given to a layer of {self.n_features} features; "
+                "the last dimension must be the features"
+            )
+        rows = samples.detach().reshape(-1, self.n_features).to(self._sum.device, torch.float64)
+        self.count += rows.shape[0]
+        self._sum += rows.sum(dim=0)
+        self._outer.addmm_(rows.T, rows)
+
+    @property
+    def mean(self) -> Tensor:
+        """(n_features,) float64."""
+        return self._sum / max(self.count, 1)
+
+    @property
+    def gram(self) -> Tensor:
+        """(n_features, n_features) float64, uncentred."""
+        return self._outer / max(self.count, 1)
+
+    @property
+    def covariance(self) -> Tensor:
+        """(n_features, n_features) float64, centred."""
+        mean = self.mean
+        return self.gram - torch.outer(mean, mean)
+
+    def moment(self, *, centred: bool, ridge: float = 0.0) -> Tensor:
+        """The metric of a layer's inputs: covariance or gram, plus ``ridge · mean(diagonal) · I``."""
+        moment = self.covariance if centred else self.gram
+        if ridge:
+            # A relative ridge: the same factor does the same whatever the scale of the inputs.
+            moment.diagonal().add_(ridge * moment.diagonal().mean())
+        return moment
+
+    def __repr__(self) -> str:
+        return f"InputStatistics(n_features={self.n_features}, count={self.count})"
+
+
+class TokenCounts:
+    """How often each row of an embedding table was looked up.
+
+    Example:
+        >>> counts = TokenCounts(4)
+        >>> counts.update(torch.tensor([[0, 2, 2]]))
+        >>> counts.counts.tolist(), counts.unseen
+        ([1, 0, 2, 0], 2)
+    """
+
+    def __init__(self, num_embeddings: int, device: torch.device | str | None = None) -> None:
+        self.counts = torch.zeros(num_embeddings, dtype=torch.int64, device=device)
+
+    def update(self, ids: Tensor) -> None:
+        """Count ids of any shape and integer dtype."""
+        flat = ids.detach().reshape(-1).to(self.counts.device, torch.int64)
+        self.counts += torch.bincount(flat, minlength=self.counts.numel())
+
+    @property
+    def count(self) -> int:
+        """Number of look-ups."""
+        return int(self.counts.sum())
+
+    @property
+    def unseen(self) -> int:
+        """Number of rows that were never looked up."""
+        return int((self.counts == 0).sum())
+
+
+def activation_error(weight: Tensor, approximation: Tensor, moment: Tensor) -> float:
+    """‖ΔW Σ^½‖_F / ‖W Σ^½‖_F for weights (out, in) and an input moment Σ (in, in); 0 where both norms are 0.
+
+    Example:
+        >>> activation_error(torch.eye(2), torch.diag(torch.tensor([1.0, 0.0])), torch.eye(2))
+        0.7071067811865476
+    """
+    weight = weight.detach().to(moment.device, torch.float64)
+    difference = weight - approximation.detach().to(moment.device, torch.float64)
+    lost = float(torch.sum((difference @ moment) * difference))
+    whole = float(torch.sum((weight @ moment) * weight))
+    if whole <= 0.0:
+        return 0.0 if lost <= 0.0 else math.inf
+    return math.sqrt(max(lost, 0.0) / whole)
