@@ -1,0 +1,273 @@
+"""Hugging Face directories: models and tokenizers from local files, and text turned into batches.
+
+Nothing is fetched and no code from a model's directory is run, whatever its ``config.json`` asks for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lowrank.errors import CheckpointError, UsageError
+from lowrank.files import open_tensors, printable, read_json
+from lowrank.integrations.text import read_text_samples, token_limit, tokenize
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+__all__ = [
+    "build_from_config",
+    "is_model_directory",
+    "load_pretrained",
+    "load_tokenizer",
+    "read_text_samples",
+    "token_limit",
+    "tokenize",
+]
+
+CONFIG_NAME = "config.json"
+# Any of these means that the directory means to bring a tokenizer.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.txt",
+    "vocab.json",
+    "spiece.model",
+)
+_LAYER_KEYS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers")
+_SIZE_KEYS = ("hidden_size", "intermediate_size", "vocab_size", "n_embd", "n_inner", "d_model", "d_ff", "dim")
+
+
+def is_model_directory(path: str | Path) -> bool:
+    """Whether a path is a directory with a ``config.json``.
+
+    Example:
+        >>> is_model_directory("/nonexistent")
+        False
+    """
+    return (Path(path) / CONFIG_NAME).is_file()
+
+
+def load_pretrained(
+    path: str | Path, dtype: torch.dtype | None = None, *, tokenizer: bool = True
+) -> tuple[PreTrainedModel, Any | None]:
+    """Load a model, in evaluation mode on the CPU, and its tokenizer from a Hugging Face directory.
+
+    The class is the first of ``architectures`` in ``config.json`` where transformers has it, else the one that
+    ``AutoModel`` chooses.
+
+    Args:
+        path: a directory with ``config.json`` and safetensors weights (one file, or shards with an index).
+        dtype: of the loaded model; None keeps the stored one.
+        tokenizer: also load the tokenizer, where the directory has one.
+
+    Returns:
+        ``(model, tokenizer)``; the tokenizer is None where there is none or it was not asked for.
+
+    Raises:
+        CheckpointError: weights in another format than safetensors, damaged files, an architecture that transformers
+            does not have, a model that is already quantised, or weights missing from the file (transformers would fill
+            them with random numbers).
+        StorageError, ResourceError: as :func:`lowrank.files.open_tensors`.
+
+    Example:
+        >>> load_pretrained("/nonexistent")
+        Traceback (most recent call last):
+            ...
+        lowrank.errors.CheckpointError: /nonexistent: not a Hugging Face model directory (it holds no config.json)
+    """
+    directory = Path(path)
+    config_dict = _read_config(directory)
+    _refuse_quantized(config_dict, directory)
+    source = open_tensors(directory)
+    config, model_class = _resolve(config_dict, (entry.shape for entry in source.entries.values()), directory)
+    kind, where = model_class.__name__, printable(directory)
+    with _quiet(), _as_checkpoint_error(f"{where}: transformers cannot load the weights as {kind}"):
+        loaded: Any = model_class.from_pretrained(
+            directory,
+            config=config,
+            dtype="auto" if dtype is None else dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    model: PreTrainedModel = loaded[0]
+    info: dict[str, Any] = loaded[1]
+    missing = sorted(info.get("missing_keys", ()))
+    if missing:
+        raise CheckpointError(
+            f"{where}: {len(missing)} weights of {kind} are not in the file, the first {printable(missing[0])!r}; "
+            'name the class that was saved in "architectures" of config.json'
+        )
+    return model.eval(), load_tokenizer(directory) if tokenizer else None
+
+
+def load_tokenizer(path: str | Path) -> Any | None:
+    """Load the tokenizer of a Hugging Face directory, or return None where the directory has no tokenizer files.
+
+    Raises:
+        CheckpointError: its files are there but transformers cannot read them, or they need code of their own.
+
+    Example:
+        >>> load_tokenizer("/nonexistent") is None
+        True
+    """
+    directory = Path(path)
+    if not any((directory / name).is_file() for name in TOKENIZER_FILES):
+        return None
+    with _quiet(), _as_checkpoint_error(f"{printable(directory)}: transformers cannot load the tokenizer"):
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+
+
+def build_from_config(
+    config: Mapping[str, Any] | str | Path,
+    *,
+    shapes: Iterable[Sequence[int]] | None = None,
+    dtype: torch.dtype | None = None,
+) -> PreTrainedModel:
+    """Build a model from its configuration on the CPU, in evaluation mode; its parameters are allocated but not filled.
+
+    Args:
+        config: the content of ``config.json``, or the directory it is in (then ``generation_config.json`` is read
+            too).
+        shapes: shapes of the tensors that will fill it; sizes in the configuration that no tensor has are refused
+            before anything is allocated.
+        dtype: of the parameters; None takes the one in the configuration.
+
+    Raises:
+        CheckpointError: no such architecture in transformers, or a configuration it refuses.
+
+    Example:
+        >>> build_from_config({"model_type": "no-such-thing"})
+        Traceback (most recent call last):
+            ...
+        lowrank.errors.CheckpointError: config.json: transformers has no model type 'no-such-thing'
+    """
+    directory = None if isinstance(config, Mapping) else Path(config)
+    config_dict = _read_config(directory) if directory is not None else dict(config)  # type: ignore[arg-type]
+    resolved, model_class = _resolve(config_dict, shapes, directory)
+    chosen = dtype or getattr(resolved, "dtype", None) or torch.float32
+    where = printable(directory) if directory is not None else CONFIG_NAME
+    with _quiet(), _as_checkpoint_error(f"{where}: transformers cannot build {model_class.__name__}"):
+        from transformers.initialization import no_init_weights
+
+        with _default_dtype(chosen), no_init_weights():
+            model: PreTrainedModel = model_class(resolved)
+            model.tie_weights()  # which the constructor leaves out together with the random numbers
+        if directory is not None and (directory / "generation_config.json").is_file() and model.can_generate():
+            from transformers import GenerationConfig
+
+            model.generation_config = GenerationConfig.from_pretrained(directory, local_files_only=True)
+    model.eval()
+    return model
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    if not is_model_directory(directory):
+        raise CheckpointError(f"{printable(directory)}: not a Hugging Face model directory (it holds no {CONFIG_NAME})")
+    return read_json(directory / CONFIG_NAME)
+
+
+def _refuse_quantized(config: Mapping[str, Any], directory: Path) -> None:
+    found = config.get("quantization_config")
+    if found is None:
+        return
+    method = found.get("quant_method") if isinstance(found, Mapping) else None
+    how = "compressed by lowrank" if method == "lowrank" else f"quantised ({printable(str(method))})"
+    remedy = "; lowrank.load_model reads it" if method == "lowrank" else ""
+    raise CheckpointError(f"{printable(directory)}: is already {how}, and the original model is needed here{remedy}")
+
+
+def _resolve(
+    config: Mapping[str, Any], shapes: Iterable[Sequence[int]] | None, directory: Path | None
+) -> tuple[PreTrainedConfig, type[PreTrainedModel]]:
+    """The configuration object and the model class, chosen only among transformers' own."""
+    where = printable(directory / CONFIG_NAME) if directory is not None else CONFIG_NAME
+    if shapes is not None:
+        _check_sizes(config, list(shapes), where)
+    with _quiet():
+        import transformers
+
+        model_type = config.get("model_type")
+        if not isinstance(model_type, str) or model_type not in transformers.CONFIG_MAPPING:
+            remote = "; it needs code of its own (auto_map), which lowrank never runs" if "auto_map" in config else ""
+            raise CheckpointError(f"{where}: transformers has no model type {printable(model_type)!r}{remote}")
+        plain = {key: value for key, value in config.items() if key not in ("quantization_config", "auto_map")}
+        with _as_checkpoint_error(f"{where}: transformers refuses the configuration"):
+            resolved = transformers.CONFIG_MAPPING[model_type].from_dict(plain)
+        named = config.get("architectures")
+        name = named[0] if isinstance(named, list) and named else None
+        model_class = getattr(transformers, name, None) if isinstance(name, str) and name.isidentifier() else None
+        if isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel):
+            return resolved, model_class
+        found: Any = transformers.MODEL_MAPPING.get(type(resolved), None)
+        if found is None:
+            raise CheckpointError(
+                f"{where}: transformers has neither the architecture {printable(name)!r} nor a plain model of type "
+                f"{model_type!r}"
+            )
+        return resolved, found[0] if isinstance(found, tuple) else found
+
+
+def _check_sizes(config: Mapping[str, Any], shapes: Sequence[Sequence[int]], where: str) -> None:
+    largest = max((size for shape in shapes for size in shape), default=0)
+    for key, limit, what in [
+        *((key, len(shapes), f"the file holds {len(shapes)} tensors") for key in _LAYER_KEYS),
+        *((key, largest, f"the largest dimension in the file is {largest}") for key in _SIZE_KEYS),
+    ]:
+        value = config.get(key)
+        if isinstance(value, (int, float)) and value > limit:
+            raise CheckpointError(f"{where}: {key} is {value:g} but {what}; the configuration belongs to another model")
+    for value in config.values():
+        if isinstance(value, Mapping):
+            _check_sizes(value, shapes, where)
+
+
+@contextlib.contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' own log lines and progress bars; what matters in them is raised as an error here."""
+    try:
+        from transformers.utils import logging
+    except ImportError as error:
+        raise UsageError(
+            "Hugging Face models need transformers, which is not installed; pip install 'lowrank[hf]'"
+        ) from error
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def _as_checkpoint_error(what: str) -> Iterator[None]:
+    """Turn whatever a library makes of a bad directory into one line."""
+    try:
+        yield
+    except (CheckpointError, KeyboardInterrupt, MemoryError):
+        raise
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise CheckpointError(f"{what}: {printable(lines[0])}") from error
