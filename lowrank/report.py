@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import shutil
-import textwrap
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -14,7 +13,7 @@ from typing import Any, TypeGuard
 
 from lowrank import report_html
 from lowrank.errors import CheckpointError, LowRankError
-from lowrank.files import parse_json, printable
+from lowrank.files import parse_json
 from lowrank.report_html import Cell, Heading
 from lowrank.report_rows import COLUMNS, LayerRow, row_from_json, row_texts, same_total, sum_rows, total_texts
 from lowrank.report_text import (
@@ -22,9 +21,11 @@ from lowrank.report_text import (
     human_bytes,
     markdown_name,
     markdown_table,
+    one_line,
     percent,
     stable_json,
     terminal_table,
+    wrap,
     write_files,
 )
 
@@ -37,6 +38,10 @@ METRIC_NAMES = {
     "perplexity": "increase of the perplexity",
     "kl": "KL divergence",
 }
+
+
+# Beyond these, colour 4: a format that a later version writes still shows.
+FORMAT_COLOURS = {"dense": "3", "int8": "1", "lowrank-int8": "2", "lowrank": "4"}
 
 
 @dataclass
@@ -55,7 +60,7 @@ class CompressionReport:
         >>> report = CompressionReport(rows, sum_rows(rows) | {"metric": "weight", "error_measured": 0.004})
         >>> report.check_totals()
         >>> print(report.summary()[0])
-        50 % of the original size (64 B -> 32 B, 16.0 bits a weight), weight error 0.4 % measured.
+        50.0 % of the original size (64 B -> 32 B, 16.0 bits a weight), weight error 0.40 % measured.
         >>> CompressionReport.from_json(report.to_json()).rows == rows
         True
     """
@@ -100,7 +105,7 @@ class CompressionReport:
             bits = 8 * row.bytes_after / row.weights
             if not same_total(row.bits_per_weight, bits):
                 raise LowRankError(
-                    f"report: {printable(row.name)}: {row.bits_per_weight} bits per weight stated, "
+                    f"report: {one_line(row.name)}: {row.bits_per_weight} bits per weight stated, "
                     f"{row.bytes_after} bytes for {row.weights} weights give {bits}"
                 )
 
@@ -159,12 +164,11 @@ class CompressionReport:
         """
         if width is None:
             width = min(max(shutil.get_terminal_size((120, 24)).columns, 60), 160)
-        body = [row_texts(row, printable(row.name)) for row in self.rows]
-        summary = "\n".join(textwrap.fill(line, width) for line in self.summary())
+        body = [row_texts(row, one_line(row.name)) for row in self.rows]
+        summary = "\n".join(wrap(line, width) for line in self.summary())
         parts = [summary, terminal_table(COLUMNS, body, total_texts(self.rows), width=width)]
-        parts += (
-            ["\n".join(textwrap.fill(f"note: {printable(note)}", width) for note in self.notes)] if self.notes else []
-        )
+        if self.notes:
+            parts.append("\n".join(wrap(f"note: {one_line(note)}", width) for note in self.notes))
         return "\n\n".join(parts) + "\n"
 
     def to_markdown(self) -> str:
@@ -172,12 +176,12 @@ class CompressionReport:
         body = []
         for row in self.rows:
             texts = [text.replace("|", "\\|").replace("<", "&lt;") for text in row_texts(row, "")]
-            body.append([markdown_name(printable(row.name)), *texts[1:]])
+            body.append([markdown_name(one_line(row.name)), *texts[1:]])
         total = [f"**{text}**" if text else "" for text in total_texts(self.rows)]
         lines = ["# Compression report", "", *(f"{line}  " for line in self.summary()), ""]
         lines.append(markdown_table(COLUMNS, [*body, total]))
         if self.notes:
-            lines += ["", *(f"- {printable(note).replace('<', '&lt;')}" for note in self.notes)]
+            lines += ["", *(f"- {one_line(note).replace('<', '&lt;')}" for note in self.notes)]
         return "\n".join(lines) + "\n"
 
     def to_json(self) -> str:
@@ -239,10 +243,17 @@ class CompressionReport:
         )
         parts.append(
             report_html.section(
+                "Where the bytes are",
+                self._bytes_chart(),
+                text="Each segment is a layer, in the model's order; one scale. Colours: the format after.",
+            )
+        )
+        parts.append(
+            report_html.section(
                 "Layers",
                 self._html_table(),
-                text="Every module that holds weights, in the model's order; grey rows were left alone. Bars: stored "
-                "bytes before (grey) and after (blue), all on one scale. Click a heading to sort.",
+                text="Every module that holds weights, in the model's order; grey rows were left alone. "
+                "Click a heading to sort.",
             )
         )
         if self.notes:
@@ -307,29 +318,44 @@ class CompressionReport:
             "bits/w": "8 x stored bytes / number of original weights",
             "weight err": "Frobenius norm of the change / of the weight",
             "act. err": "the same in the norm of the calibration inputs",
-            "remarks": "integer: integer products; weight-only: int8 weights, float products; or why the layer was left alone",
+            "remarks": "integer or weight-only: which products the layer uses; or why it was left alone",
         }
         headings = [
             Heading(column.title, column.numeric, column.title == "remarks", hints.get(column.title, ""))
             for column in COLUMNS
         ]
-        # The bars stand beside the numbers they draw.
+        # The bar stands beside the numbers it draws.
         spot = [column.title for column in COLUMNS].index("after") + 1
-        headings.insert(spot, Heading("before / after", hint="stored bytes; sorts by what was saved"))
-        largest = max((row.bytes_before for row in self.rows), default=0)
+        headings.insert(spot, Heading("kept", hint="stored bytes after / before; sorts by what was saved"))
         rows = []
         for row in self.rows:
-            sorts: list[float | None] = [None, None, math.prod(row.shape), None, row.rank, row.bytes_before]
-            sorts += [row.bytes_after, row.bits_per_weight, row.weight_error, row.activation_error, None]
-            texts = row_texts(row, printable(row.name))
+            sorts: list[float | None] = [None, None, row.rank, row.bytes_before, row.bytes_after, row.bits_per_weight]
+            sorts += [row.weight_error, row.activation_error, None, math.prod(row.shape), None]
+            texts = row_texts(row, one_line(row.name))
             cells = [Cell(text, sort) for text, sort in zip(texts, sorts, strict=True)]
-            bar = report_html.pair_bar(row.bytes_before, row.bytes_after, largest)
+            bar = report_html.ratio_bar(row.bytes_after, row.bytes_before)
             cells.insert(spot, Cell("", row.bytes_before - row.bytes_after, markup=bar))
             rows.append(cells)
         total = total_texts(self.rows)
         total.insert(spot, "")
         muted = [row.format == "dense" for row in self.rows]
         return report_html.table(headings, rows, total=total, muted=muted)
+
+    def _bytes_chart(self) -> str:
+        formats = sorted({row.format for row in self.rows})
+        colours = {name: FORMAT_COLOURS.get(name, "4") for name in formats}
+        whole = max(sum_rows(self.rows)["bytes_before"], sum_rows(self.rows)["bytes_after"])
+        before = [(one_line(row.name), row.bytes_before, "3") for row in self.rows]
+        after = [(one_line(row.name), row.bytes_after, colours[row.format]) for row in self.rows]
+        legend = [
+            (f"{name} {human_bytes(sum(row.bytes_after for row in self.rows if row.format == name))}", colours[name])
+            for name in formats
+        ]
+        return (
+            report_html.segment_bar("before", before, whole)
+            + report_html.segment_bar("after", after, whole)
+            + report_html.legend(legend)
+        )
 
     def _footer(self) -> str:
         versions = self.totals.get("versions")

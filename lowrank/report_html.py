@@ -19,11 +19,13 @@ __all__ = [
     "Cell",
     "Heading",
     "bullet_bar",
+    "legend",
     "line_chart",
     "notes_list",
     "page",
-    "pair_bar",
+    "ratio_bar",
     "section",
+    "segment_bar",
     "stacked_bar",
     "table",
     "tiles",
@@ -101,13 +103,8 @@ def stacked_bar(parts: Sequence[tuple[str, float, str]], label: str) -> str:
         for _, size, colour in parts
         if size > 0
     )
-    legend = "".join(
-        f'<li><span class="key" style="background:var(--s{colour})"></span>{escape(text)}</li>'
-        for text, _, colour in parts
-    )
-    return (
-        f'<div class="strip" role="img" aria-label="{escape(label)}">{strip}</div>\n<ul class="legend">{legend}</ul>\n'
-    )
+    bar = f'<div class="strip" role="img" aria-label="{escape(label)}">{strip}</div>\n'
+    return bar + legend([(text, colour) for text, _, colour in parts])
 
 
 def bullet_bar(measured: float, upper: float, budget: float, labels: tuple[str, str, str]) -> str:
@@ -122,7 +119,7 @@ def bullet_bar(measured: float, upper: float, budget: float, labels: tuple[str, 
     spot = 100 * budget / end
     # The label hangs to the side of the mark on which there is room.
     side = f"right:{100 - spot:.3f}%" if spot > 50 else f"left:{spot:.3f}%"
-    legend = (
+    keys = (
         f'<li><span class="key" style="background:var(--{tone})"></span>{escape(labels[0])}</li>'
         f'<li><span class="key" style="background:var(--{tone});opacity:.4"></span>{escape(labels[1])}</li>'
     )
@@ -131,15 +128,45 @@ def bullet_bar(measured: float, upper: float, budget: float, labels: tuple[str, 
         f'<i style="width:{100 * upper / end:.3f}%;background:var(--{tone});opacity:.4"></i>'
         f'<i style="width:{100 * measured / end:.3f}%;background:var(--{tone})"></i>'
         f'<b style="left:{spot:.3f}%"></b><em style="{side};padding:0 4px">{escape(labels[2])}</em></div>\n'
-        f'<ul class="legend">{legend}</ul>\n'
+        f'<ul class="legend">{keys}</ul>\n'
     )
 
 
-def pair_bar(before: float, after: float, largest: float) -> str:
-    """Two thin bars, before (grey) over after (coloured), as parts of the largest value in the table."""
-    scale = 100.0 / largest if largest > 0 else 0.0
-    bars = f'<i style="width:{before * scale:.2f}%"></i><b style="width:{after * scale:.2f}%"></b>'
-    return f'<span class="bar">{bars}</span>'
+def ratio_bar(part: float, whole: float) -> str:
+    """A thin bar of which ``part / whole`` is filled (all of it above 1, none where the whole is 0)."""
+    share = min(max(part / whole, 0.0), 1.0) if whole > 0 else 0.0
+    return f'<span class="bar"><b style="width:{100 * share:.2f}%"></b></span>'
+
+
+def segment_bar(label: str, segments: Sequence[tuple[str, int, str]], whole: float) -> str:
+    """One bar of (name, bytes, colour 1 to 4) segments, as long as their sum is of ``whole``; names show on hover."""
+    merged: list[tuple[str, int, str, int]] = []
+    for name, size, colour in segments:
+        # Segments too thin to be seen are drawn together with their neighbours of the same colour.
+        if merged and merged[-1][2] == colour and max(size, merged[-1][1]) < 0.004 * whole:
+            _, before, _, count = merged[-1]
+            merged[-1] = (f"{count + 1} small layers", before + size, colour, count + 1)
+        elif size > 0:
+            merged.append((name, size, colour, 1))
+    strip = "".join(
+        f'<i style="flex:{size} 0 0;background:var(--s{colour})" title="{escape(name)}: {size:,} bytes"></i>'
+        for name, size, colour, _ in merged
+    )
+    total = sum(size for _, size, _ in segments)
+    share = 100 * total / whole if whole > 0 else 0.0
+    return (
+        f'<p class="label">{escape(label)}</p><div class="segments" role="img" '
+        f'aria-label="{escape(label)}: {total:,} bytes" style="width:{share:.3f}%">{strip}</div>\n'
+    )
+
+
+def legend(items: Sequence[tuple[str, str]]) -> str:
+    """(text, colour) pairs under a chart."""
+    keys = "".join(
+        f'<li><span class="key" style="background:var(--s{colour})"></span>{escape(text)}</li>'
+        for text, colour in items
+    )
+    return f'<ul class="legend">{keys}</ul>\n'
 
 
 def table(
@@ -248,15 +275,10 @@ def line_chart(
             marks += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.2" style="fill:var(--s{index})"/>' for x, y in spots]
         else:
             marks.append(f'<polyline class="line" points="{path}" style="stroke:var(--s{index})"/>')
-    names = [(name, index) for index, (name, _) in enumerate(lines[:4], start=1)]
-    legend = "".join(
-        f'<li><span class="key" style="background:var(--s{index})"></span>{escape(name)}</li>'
-        for name, index in names
-        if name
-    )
+    keys = legend([(name, str(index)) for index, (name, _) in enumerate(lines[:4], start=1) if name])
     return (
         f"<figure><figcaption>{escape(title)}</figcaption>\n"
         f'<p class="soft">{escape(y_label)}</p>'
         f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">{"".join(marks)}</svg>\n'
-        f'<ul class="legend">{legend}</ul></figure>\n'
+        f"{keys}</figure>\n"
     )

@@ -8,16 +8,13 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from lowrank.errors import CheckpointError
-from lowrank.files import printable
-from lowrank.report_text import Column, count_text, human_bytes, percent
+from lowrank.report_text import Column, count_text, human_bytes, one_line, percent
 
 __all__ = ["COLUMNS", "LayerRow", "row_from_json", "row_texts", "same_total", "sum_rows", "total_texts"]
 
 SUMMED = ("bytes_before", "bytes_after", "weights", "bytes_integer", "bytes_weight_only", "bytes_dense")
 COLUMNS = (
     Column("layer", keep="right", least=30),
-    Column("kind", drop=1),
-    Column("shape", drop=5),
     Column("format"),
     Column("rank", numeric=True),
     Column("before", numeric=True, drop=3),
@@ -25,6 +22,8 @@ COLUMNS = (
     Column("bits/w", numeric=True, drop=4),
     Column("weight err", numeric=True, drop=2),
     Column("act. err", numeric=True, drop=6),
+    Column("kind", drop=1),
+    Column("shape", drop=5),
     Column("remarks", keep="left", drop=7),
 )
 
@@ -102,8 +101,6 @@ def row_texts(row: LayerRow, name: str) -> list[str]:
     """The cells of one row under :data:`COLUMNS`, with the name as it is to be shown."""
     return [
         name or "(the model itself)",
-        row.kind,
-        "x".join(map(str, row.shape)),
         row.format if row.bits in (None, 8) else f"{row.format} ({row.bits} bits)",
         "" if row.rank is None else str(row.rank),
         human_bytes(row.bytes_before),
@@ -111,6 +108,8 @@ def row_texts(row: LayerRow, name: str) -> list[str]:
         "" if row.bits_per_weight is None else f"{row.bits_per_weight:.2f}",
         "" if row.weight_error is None else percent(row.weight_error),
         "" if row.activation_error is None else percent(row.activation_error),
+        row.kind,
+        "x".join(map(str, row.shape)),
         _remarks(row),
     ]
 
@@ -123,11 +122,11 @@ def total_texts(rows: Sequence[LayerRow]) -> list[str]:
         f"{count_text(len(rows))} modules",
         "",
         "",
-        "",
-        "",
         human_bytes(sums["bytes_before"]),
         human_bytes(sums["bytes_after"]),
         "" if bits is None else f"{bits:.2f}",
+        "",
+        "",
         "",
         "",
         f"{percent(sums['size_ratio'], 3)} of the size" if sums["size_ratio"] is not None else "",
@@ -155,4 +154,4 @@ def _remarks(row: LayerRow) -> str:
     how = {"integer": "integer", "weight_only": "weight-only", "dense": ""}[row.route]
     if row.format == "dense":
         how = ""
-    return "; ".join(text for text in (how, printable(row.reason or "")) if text)
+    return "; ".join(text for text in (how, one_line(row.reason or "")) if text)

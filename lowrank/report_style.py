@@ -14,7 +14,7 @@ body{margin:0;background:var(--page);color:var(--ink);
 font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"DejaVu Sans",sans-serif}
 main{max-width:1320px;margin:0 auto;padding:28px 20px 48px}
 h1{font-size:1.6rem;line-height:1.25;margin:0 0 6px;overflow-wrap:anywhere}h2{font-size:1.1rem;margin:0 0 12px}
-p{margin:0 0 10px;max-width:76ch}.soft{color:var(--soft)}.lead{font-size:1.05rem}
+p{margin:0 0 10px;max-width:84ch}.soft{color:var(--soft)}.lead{font-size:1.05rem}
 section{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:18px 20px;margin-top:16px}
 .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:12px;margin:18px 0 0;padding:0;
 list-style:none}
@@ -42,9 +42,10 @@ th button{all:unset;cursor:pointer;font:inherit}
 th button:focus-visible{outline:2px solid var(--focus);outline-offset:2px}
 th button{text-decoration:underline dotted;text-underline-offset:3px}
 th[aria-sort=ascending] button::after{content:" \\2191"}th[aria-sort=descending] button::after{content:" \\2193"}
-.bar{display:block;position:relative;width:100px;height:13px;margin-top:.28em}
-.bar i,.bar b{position:absolute;left:0;border-radius:2px;min-width:1px}
-.bar i{top:0;height:6px;background:var(--before)}.bar b{top:7px;height:6px;background:var(--s1)}
+.bar{display:block;width:70px;height:9px;margin-top:.5em;border-radius:2px;overflow:hidden;background:var(--before)}
+.bar b{display:block;height:100%;background:var(--s1)}
+.label{margin:6px 0 2px;font-size:.84rem;color:var(--soft)}
+.segments{display:flex;gap:1px;height:22px;min-width:2px;overflow:hidden;border-radius:3px}.segments i{min-width:1px}
 svg{display:block;width:100%;height:auto;overflow:visible}svg text{fill:var(--soft);font-size:12px}
 svg .line{fill:none;stroke-width:2;stroke-linejoin:round}svg .grid{stroke:var(--line)}svg .axis{stroke:var(--soft)}
 .charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(320px,1fr));gap:24px}figure{margin:0;min-width:0}
@@ -56,7 +57,7 @@ font-size:.76rem}th,td{padding:5px 7px}.charts{grid-template-columns:1fr}.tiles{
 @media print{:root{--page:#fff;--card:#fff;--ink:#000;--soft:#444;--line:#bbb;--before:#bbb;--s1:#1f57b5;
 --s2:#0d7a57;--s3:#999;--s4:#a85808;--good:#0b6b4c;--bad:#a3261d}body{font-size:10pt}main{max-width:none;padding:0}
 section{border:0;padding:0;margin-top:14pt}.scroll{overflow:visible}table{font-size:7.4pt}th,td{padding:2pt 3pt}
-td.name{font-size:6.8pt;min-width:0}.w{min-width:0}.bar{width:60px}th button{text-decoration:none}
+td.name{font-size:6.8pt;min-width:0}.w{min-width:0}.bar{width:40px}th button{text-decoration:none}
 th button::after{content:""}td:first-child,th:first-child{position:static}thead{display:table-header-group}
 tr,.tiles li,figure{break-inside:avoid}*{print-color-adjust:exact;-webkit-print-color-adjust:exact}}
 """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +21,13 @@ __all__ = [
     "human_bytes",
     "markdown_name",
     "markdown_table",
+    "one_line",
     "percent",
     "plain",
     "shorten",
     "stable_json",
     "terminal_table",
+    "wrap",
     "write_files",
 ]
 
@@ -67,6 +70,16 @@ def human_bytes(size: float | None) -> str:
         if abs(float(text)) < 1000:
             return f"{text} {unit}"
     return f"{size:,.0f} TB"
+
+
+def one_line(text: str) -> str:
+    """The text with everything a terminal would act on (control characters, line ends, lone surrogates) escaped.
+
+    Example:
+        >>> one_line("a\\x1b[31mb")
+        'a\\\\x1b[31mb'
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def percent(fraction: float | None, digits: int = 2) -> str:
@@ -112,6 +125,17 @@ def shorten(text: str, width: int, keep: str = "left") -> str:
         return text[:width] if keep == "left" else text[len(text) - width :]
     kept = width - 3
     return f"{text[:kept].rstrip()}..." if keep == "left" else f"...{text[len(text) - kept :]}"
+
+
+def wrap(text: str, width: int) -> str:
+    """A paragraph broken into lines, never between a number and its per cent sign.
+
+    Example:
+        >>> print(wrap("an error of 9 % or so", 13))
+        an error of
+        9 % or so
+    """
+    return textwrap.fill(text.replace(" %", "\0%"), width).replace("\0%", " %")
 
 
 def terminal_table(
