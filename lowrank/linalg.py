@@ -112,8 +112,8 @@ def scale_by_power_of_two(values: Tensor, exponent: int) -> Tensor:
 def safe_svd(matrix: Tensor, *, strict: bool = False, name: str = "matrix") -> tuple[Tensor, Tensor, Tensor]:
     """Thin singular value decomposition ``matrix = U @ diag(S) @ Vh`` in float64.
 
-    Drivers: torch's default (gesdd on a CPU), LAPACK gesvd (scipy), eigenvectors of the gram on the smaller side followed
-    by QR. The last is good to about 1e-8 · S[0] in the small singular values.
+    Drivers: torch's default (gesdd on a CPU), LAPACK gesvd (scipy), eigenvectors of the gram on the smaller side, then
+    QR. The last is good to about 1e-8 · S[0] in the small singular values.
 
     Args:
         matrix: (m, n), any real dtype and device; 0 × n gives an empty S.
