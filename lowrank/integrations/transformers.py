@@ -79,7 +79,7 @@ def load_pretrained(
         >>> load_pretrained("/nonexistent")
         Traceback (most recent call last):
             ...
-        lowrank.errors.CheckpointError: /nonexistent: not a Hugging Face model directory (it holds no config.json)
+        lowrank.errors.CheckpointError: /nonexistent: no such directory; models are read from local directories only
     """
     directory = Path(path)
     config_dict = _read_config(directory)
@@ -171,6 +171,8 @@ def build_from_config(
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
+    if not directory.exists():
+        raise CheckpointError(f"{printable(directory)}: no such directory; models are read from local directories only")
     if not is_model_directory(directory):
         raise CheckpointError(f"{printable(directory)}: not a Hugging Face model directory (it holds no {CONFIG_NAME})")
     return read_json(directory / CONFIG_NAME)

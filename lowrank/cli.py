@@ -1,0 +1,398 @@
+"""The command line: parse, call, print. Results on standard output, everything else on standard error."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+import torch
+from torch import nn
+
+from lowrank import cli_data, demo
+from lowrank.batches import prepare_batches
+from lowrank.checkpoint import MANIFEST_NAME, describe, load_model
+from lowrank.cli_shell import emit, note, run
+from lowrank.cli_text import comparison_text, info_text, plan_text
+from lowrank.compress import CompressionResult, compress_model, plan_model
+from lowrank.errors import CheckpointError, UsageError
+from lowrank.evaluation import compare_models
+from lowrank.files import check_destination, lock_destination, open_tensors, printable, read_bounded, write_text
+from lowrank.integrations.transformers import is_model_directory, load_pretrained, load_tokenizer
+from lowrank.options import METRIC_NAMES, check_budgets
+from lowrank.plan import Plan
+from lowrank.version import __version__
+from lowrank.workshop import FORMATS
+
+__all__ = ["main"]
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+# A plan of 10,000 layers takes 3 MB.
+_MAX_PLAN_BYTES = 64 << 20
+# A report, the plan and the headers beside the tensors.
+_SIDE_BYTES = 16 << 20
+_ANY_PATH = click.Path(path_type=Path)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``lowrank`` with these arguments (those of the process when None) and return the exit code.
+
+    Example:
+        >>> main(["--version"])
+        lowrank 0.1.0
+        0
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+
+    def body() -> None:
+        # Not click's standalone mode: it prints three lines for a usage error and turns an interrupt into exit code 1.
+        code = app.main(args=arguments, prog_name="lowrank", standalone_mode=False)
+        if isinstance(code, int) and code:
+            raise click.exceptions.Exit(code)
+
+    return run(body, debug="--debug" in arguments)
+
+
+class _Fraction(click.ParamType):
+    """A positive number, also written as a percentage."""
+
+    name = "number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        text = str(value).strip()
+        try:
+            number = float(text[:-1]) / 100.0 if text.endswith("%") else float(text)
+        except ValueError:
+            self.fail(f"{value!r} is not a number; 5 % is written 0.05 or 5%", param, ctx)
+        if not math.isfinite(number) or number <= 0.0:
+            self.fail(f"must be a positive number, got {value}", param, ctx)
+        return number
+
+
+def _common(command: _Command) -> _Command:
+    """Options that every command has."""
+    for option in (
+        click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of a failure."),
+        click.option(
+            "--threads",
+            type=click.IntRange(min=1),
+            callback=_set_threads,
+            expose_value=False,
+            help="Threads to compute with; all cores by default.",
+        ),
+        click.option("-q", "--quiet", is_flag=True, help="No progress on standard error."),
+    ):
+        command = option(command)
+    return command
+
+
+def _data_options(command: _Command) -> _Command:
+    for option in (
+        click.option(
+            "--max-tokens", type=click.IntRange(min=1), default=512, show_default=True, help="Cut longer texts."
+        ),
+        click.option(
+            "--batch-size", type=click.IntRange(min=1), default=8, help="Samples at a time.", show_default=True
+        ),
+        click.option("--device", callback=_check_device, help="cpu (the default) or cuda."),
+    ):
+        command = option(command)
+    return command
+
+
+def _set_threads(ctx: click.Context, param: click.Parameter, value: int | None) -> None:
+    if value is not None and not ctx.resilient_parsing:
+        torch.set_num_threads(value)
+
+
+def _check_device(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    if value is None:
+        return None
+    try:
+        kind = torch.device(value).type
+    except RuntimeError as error:
+        raise click.BadParameter(f"{value!r} is not a device; give cpu or cuda") from error
+    if kind not in ("cpu", "cuda"):
+        raise click.BadParameter(f"{value!r}: only cpu and cuda are supported")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise click.BadParameter(f"{value!r}: torch {torch.__version__} sees no CUDA device here; use cpu")
+    return value
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, message="lowrank %(version)s")
+@click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of a failure.")
+def app() -> None:
+    """Make a trained model smaller within an error budget that is measured, not hoped for.
+
+    \b
+    Exit codes: 0 done, 1 a bug in lowrank, 2 usage, 3 bad input,
+    4 numerics or a budget that cannot be met, 5 reading or writing failed,
+    6 over a resource limit, 130 interrupted, 143 terminated.
+
+    \b
+    Example: lowrank compress my-model -o smaller --error-budget 5% --calibration texts.txt
+    """
+
+
+@app.command(short_help="How compressible is a model? Spectra and ranks, layer by layer.")
+@click.argument("source", type=_ANY_PATH)
+@click.option("--calibration", type=_ANY_PATH, help="Text or arrays: errors in the norm of real inputs.")
+@click.option("--ignore", multiple=True, metavar="PATTERN", help="Leave out modules (glob over names; repeatable).")
+@click.option("--json", "json_file", type=_ANY_PATH, help="Write the rows as JSON to a file, - for standard output.")
+@click.option("--html", "html_file", type=_ANY_PATH, help="Write one self-contained page.")
+@click.option("--plot", "plot_file", type=_ANY_PATH, help="Write the spectra as a picture (extra: plot).")
+@_data_options
+@_common
+def analyze(
+    source: Path,
+    calibration: Path | None,
+    ignore: tuple[str, ...],
+    json_file: Path | None,
+    html_file: Path | None,
+    plot_file: Path | None,
+    max_tokens: int,
+    batch_size: int,
+    device: str | None,
+    quiet: bool,
+) -> None:
+    """How compressible is SOURCE: a Hugging Face directory, a .safetensors file or a directory of shards.
+
+    \b
+    Example: lowrank analyze my-model --html spectra.html
+    """
+    from lowrank.analysis import analyze_model
+
+    subject: Any = source
+    batches = None
+    if calibration is not None:
+        data = cli_data.read_data(calibration)
+        subject = _open_model(source, device, quiet)
+        batches = _batches(data, calibration, subject, source, max_tokens, batch_size)
+    report = analyze_model(subject, calibration=batches, ignore=ignore)
+    for path, render in ((html_file, report.to_html), (json_file, report.to_json)):
+        if path is not None and str(path) != "-":
+            write_text(path, render())
+    if plot_file is not None:
+        report.plot(plot_file)
+    emit(report.to_json() if str(json_file) == "-" else report.to_text())
+
+
+@app.command(short_help="Make a model as small as an error budget allows.")
+@click.argument("source", type=_ANY_PATH)
+@click.option("-o", "--output", type=_ANY_PATH, help="Directory to write; required unless --dry-run.")
+@click.option("--error-budget", type=_Fraction(), help="Error allowed, in the metric's unit: 0.05 or 5%.")
+@click.option("--size-budget", type=_Fraction(), help="Stored bytes after / before: 0.3 or 30%.")
+@click.option(
+    "--metric",
+    type=click.Choice(METRIC_NAMES),
+    default="auto",
+    help="auto: output error with --calibration, else weight error.",
+)
+@click.option("--calibration", type=_ANY_PATH, help="A .txt, .npz or .safetensors file of typical inputs.")
+@click.option(
+    "--validation", type=_ANY_PATH, help="Inputs to verify on; else a quarter of the calibration is kept for it."
+)
+@click.option(
+    "--formats", default=",".join(FORMATS), show_default=True, help="Formats to choose from; dense always is one."
+)
+@click.option("--ignore", multiple=True, metavar="PATTERN", help="Leave modules as they are (glob; repeatable).")
+@click.option(
+    "--activations",
+    type=click.Choice(["auto", "int8", "float"]),
+    default="auto",
+    show_default=True,
+    help="int8: integer products; float: weight-only.",
+)
+@click.option("--plan", "plan_file", type=_ANY_PATH, help="Apply a saved plan.json instead of searching.")
+@click.option("--dry-run", is_flag=True, help="Print the plan and the predicted sizes; write nothing.")
+@click.option("--overwrite", is_flag=True, help="Replace OUTPUT, in one step and only when all is done.")
+@click.option("--strict", is_flag=True, help="Fail where a decomposition needs a fallback.")
+@click.option(
+    "--on-nonfinite",
+    type=click.Choice(["raise", "copy"]),
+    default="raise",
+    show_default=True,
+    help="What to do with a layer that holds NaN or Inf.",
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the sample split.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report (with --dry-run: the plan) as JSON.")
+@_data_options
+@_common
+def compress(
+    source: Path,
+    output: Path | None,
+    calibration: Path | None,
+    validation: Path | None,
+    formats: str,
+    plan_file: Path | None,
+    dry_run: bool,
+    overwrite: bool,
+    as_json: bool,
+    max_tokens: int,
+    batch_size: int,
+    device: str | None,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Compress SOURCE (a Hugging Face directory) to OUTPUT.
+
+    The error is measured on data that the search never saw, and the budget is kept there with 95 % confidence, or
+    nothing is written and the exit code is 4.
+
+    \b
+    Example: lowrank compress my-model -o smaller --error-budget 5% --calibration texts.txt
+    """
+    options["formats"] = [name.strip() for name in formats.split(",") if name.strip()]
+    _check_compress_options(output, calibration, validation, plan_file, dry_run, options)
+    plan = None if plan_file is None else _read_plan(plan_file)
+    inputs = [path for path in (source, calibration, validation, plan_file) if path is not None]
+    with _destination(None if dry_run else output, overwrite, inputs, source):
+        data = None if calibration is None else cli_data.read_data(calibration)
+        checks = None if validation is None else cli_data.read_data(validation)
+        model = _open_model(source, device, quiet, compressed=False)
+        options["calibration"] = _batches(data, calibration, model, source, max_tokens, batch_size)
+        options["validation"] = _batches(checks, validation, model, source, max_tokens, batch_size)
+        options["progress"] = not quiet
+        if dry_run:
+            found = plan if plan is not None else plan_model(model, **options)
+            emit(found.to_json() if as_json else plan_text(found, model))
+            return
+        result: CompressionResult = compress_model(model, plan=plan, **options)
+        result.source = source
+        result.report.totals.setdefault("source", printable(source.resolve().name))
+        assert output is not None
+        result.save(output, overwrite=overwrite)
+    note(f"written to {printable(output)}")
+    emit(result.report.to_json() if as_json else result.report.to_text())
+
+
+@app.command(short_help="Compare two models on data: error, KL, perplexity, agreement.")
+@click.argument("compressed", type=_ANY_PATH)
+@click.option("--against", "source", type=_ANY_PATH, required=True, help="The original model's directory.")
+@click.option("--data", "data_file", type=_ANY_PATH, required=True, help="A .txt, .npz or .safetensors file of inputs.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@_data_options
+@_common
+def evaluate(
+    compressed: Path,
+    source: Path,
+    data_file: Path,
+    as_json: bool,
+    max_tokens: int,
+    batch_size: int,
+    device: str | None,
+    quiet: bool,
+) -> None:
+    """Measure how far COMPRESSED is from the original on a data file, with 95 % confidence intervals.
+
+    \b
+    Example: lowrank evaluate smaller --against my-model --data held-out.txt
+    """
+    data = cli_data.read_data(data_file)
+    original = _open_model(source, device, quiet)
+    smaller = _open_model(compressed, device, quiet)
+    batches = _batches(data, data_file, original, source, max_tokens, batch_size)
+    found = compare_models(original, smaller, prepare_batches(original, batches or [], "--data"), progress=not quiet)
+    emit(json.dumps(found, indent=2, sort_keys=True) if as_json else comparison_text(found))
+
+
+@app.command(short_help="What is in a compressed directory?")
+@click.argument("directory", type=_ANY_PATH)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@_common
+def info(directory: Path, as_json: bool, quiet: bool) -> None:
+    """What is in DIRECTORY, a compressed model: formats, ranks, sizes, measured error. Nothing is loaded but headers.
+
+    \b
+    Example: lowrank info smaller
+    """
+    found = describe(directory)
+    emit(json.dumps(found, indent=2, sort_keys=True) if as_json else info_text(found))
+
+
+@app.command("demo", short_help="Compress a real sentence-embedding model within a 10 % budget.")
+@click.option("-o", "--output", type=_ANY_PATH, help="Directory to write; ./lowrank-demo by default.")
+@click.option("--overwrite", is_flag=True, help="Replace OUTPUT where it is not empty.")
+@_common
+def demo_command(output: Path | None, overwrite: bool, quiet: bool) -> None:
+    """Compress all-MiniLM-L6-v2 within a 10 % output error, measured on English text that comes with Python.
+
+    Needs the extra "demo", which brings the model; nothing is fetched.
+
+    \b
+    Example: lowrank demo -o /tmp/minilm
+    """
+    demo.run_demo(output, overwrite=overwrite, progress=not quiet)
+
+
+def _check_compress_options(
+    output: Path | None,
+    calibration: Path | None,
+    validation: Path | None,
+    plan_file: Path | None,
+    dry_run: bool,
+    options: dict[str, Any],
+) -> None:
+    """What can be known to be wrong before anything is read."""
+    budgets = options["error_budget"], options["size_budget"]
+    if plan_file is None or budgets != (None, None):
+        try:
+            check_budgets(*budgets, options["metric"])
+        except UsageError as error:
+            message = str(error).replace("error_budget", "--error-budget").replace("size_budget", "--size-budget")
+            raise UsageError(message) from error
+    if output is None and not dry_run:
+        raise UsageError("-o/--output: needed, unless --dry-run is given")
+    if options["metric"] not in ("auto", "weight") and calibration is None:
+        raise UsageError(
+            f"--metric {options['metric']}: needs --calibration; without data only weight errors are known"
+        )
+    if validation is not None and calibration is None:
+        raise UsageError("--validation: needs --calibration too; the search must not see the data it is verified on")
+
+
+def _read_plan(path: Path) -> Plan:
+    return Plan.from_json(read_bounded(path, _MAX_PLAN_BYTES), source=printable(path))
+
+
+@contextmanager
+def _destination(output: Path | None, overwrite: bool, inputs: Sequence[Path], source: Path) -> Iterator[None]:
+    """Hold the output for this run, after finding out whether it can be written at all."""
+    if output is None:
+        yield
+        return
+    check_destination(output, overwrite, inputs)
+    check_destination(output, overwrite, inputs, open_tensors(source).tensor_bytes + _SIDE_BYTES)
+    with lock_destination(output):
+        yield
+
+
+def _open_model(path: Path, device: str | None, quiet: bool, *, compressed: bool = True) -> nn.Module:
+    """An original or (unless that makes no sense) a compressed model."""
+    if not quiet:
+        note(f"loading {printable(path)}")
+    if compressed and (path / MANIFEST_NAME).is_file():
+        return load_model(path, device=device)
+    if path.exists() and not is_model_directory(path):
+        tensors = open_tensors(path)
+        raise CheckpointError(
+            f"{printable(path)}: {len(tensors.names)} tensors without a config.json; running the model needs a Hugging "
+            "Face directory, or lowrank.compress_model(model) in Python"
+        )
+    model: nn.Module = load_pretrained(path, tokenizer=False)[0]
+    return model if device is None else model.to(device)
+
+
+def _batches(
+    data: cli_data.Data | None, path: Path | None, model: nn.Module, source: Path, max_tokens: int, batch_size: int
+) -> list[Any] | None:
+    if data is None:
+        return None
+    tokenizer = load_tokenizer(source) if isinstance(data, list) else None
+    return cli_data.load_batches(data, model, tokenizer, source=str(path), batch_size=batch_size, max_tokens=max_tokens)
