@@ -95,7 +95,7 @@ def _check_target(real: Path, where: str, overwrite: bool) -> None:
         raise StorageError(f"output {where}: a mount point cannot be replaced; name a directory inside it")
     if _read_only(real, mode):
         raise StorageError(f"output {where}: read-only (mode {stat.S_IMODE(mode):04o})")
-    if not overwrite and any(os.scandir(real)):
+    if not overwrite and os.listdir(real):
         raise UsageError(f"output {where} exists and is not empty; give another name, or overwrite=True (--overwrite)")
 
 
@@ -262,7 +262,7 @@ def _sync_tree(directory: Path) -> None:
 
 
 def _commit(partial: Path, real: Path) -> None:
-    if not real.exists() or not any(os.scandir(real)):
+    if not real.exists() or not os.listdir(real):
         os.rename(partial, real)
     elif not _exchange(partial, real):
         aside = _sibling(real, "aside")
