@@ -209,4 +209,5 @@ def _tails(squares: Tensor) -> Tensor:
         return torch.zeros(squares.numel() + 1, dtype=torch.float64)
     # Summed from the small end, so that small tails keep their digits.
     tails = torch.flip(torch.cumsum(torch.flip(squares / total, [0]), 0), [0])
+    tails[0] = 1.0
     return torch.cat([tails, tails.new_zeros(1)]).clamp_(0.0, 1.0).sqrt()

@@ -1,0 +1,266 @@
+"""Calibration data: batches of any shape, how the model is called with them, and their samples cut into parts."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowrank.errors import CalibrationError
+
+__all__ = ["Batch", "Split", "evaluating", "model_tensor", "prepare_batches", "sample_count", "split_batches"]
+
+# Fewer verification samples than this leave a 95 % test nothing to stand on (the t quantile at 1 degree of freedom is 6.3).
+MIN_VERIFICATION_SAMPLES = 4
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One call of the model.
+
+    Attributes:
+        args, kwargs: what the model is called with.
+        size: number of samples; 1 where dimension 0 does not count samples.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    size: int = 1
+
+    @property
+    def mask(self) -> Tensor | None:
+        """(samples, positions) bool: False where the position is padding."""
+        mask = self.kwargs.get("attention_mask")
+        return mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+
+    @property
+    def token_ids(self) -> Tensor | None:
+        """(samples, positions) integer ids, where the model reads such."""
+        candidate = self.kwargs.get("input_ids", self.args[0] if self.args else None)
+        if isinstance(candidate, Tensor) and candidate.ndim == 2 and not candidate.is_floating_point():
+            return candidate
+        return None
+
+    def run(self, model: nn.Module) -> Any:
+        """The model's output."""
+        return model(*self.args, **self.kwargs)
+
+    def select(self, indices: Tensor) -> Batch:
+        """The batch of these samples."""
+        if self.size == 1:
+            return self
+
+        def pick(value: Any) -> Any:
+            if isinstance(value, Tensor) and value.ndim and value.shape[0] == self.size:
+                return value[indices.to(value.device)]
+            return value
+
+        return Batch(tuple(pick(value) for value in self.args), {key: pick(value) for key, value in self.kwargs.items()}, len(indices))
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on another device."""
+
+        def move(value: Any) -> Any:
+            return value.to(device) if isinstance(value, Tensor) else value
+
+        return Batch(tuple(map(move, self.args)), {key: move(value) for key, value in self.kwargs.items()}, self.size)
+
+
+@dataclass(frozen=True)
+class Split:
+    """Three parts that share no sample."""
+
+    statistics: list[Batch]
+    search: list[Batch]
+    verification: list[Batch]
+
+
+def model_tensor(output: Any) -> Tensor:
+    """The tensor that an output is judged by: ``logits``, else ``last_hidden_state``, else the first floating tensor.
+
+    Raises:
+        CalibrationError: the output holds no floating tensor.
+
+    Example:
+        >>> model_tensor({"loss": None, "logits": torch.ones(2)})
+        tensor([1., 1.])
+    """
+    if isinstance(output, Tensor):
+        return output
+    for name in ("logits", "last_hidden_state"):
+        value = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+        if isinstance(value, Tensor):
+            return value
+    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else ()
+    for value in values:
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return value
+        if isinstance(value, (tuple, list, Mapping)) and value:
+            return model_tensor(value)
+    raise CalibrationError(
+        f"the model's output of type {type(output).__name__} holds no tensor to measure; pass output_fn=lambda output: <tensor>"
+    )
+
+
+def prepare_batches(model: nn.Module, data: Iterable[Any], name: str = "calibration") -> list[Batch]:
+    """Read the data once and say how the model is called with each batch.
+
+    A tensor or tuple is positional, a dict is keyword arguments; of a pair from a ``DataLoader``, or a pair that the model's forward
+    cannot take, only the first (the inputs) is used. Tensors are moved to the model's device when they run.
+
+    Raises:
+        CalibrationError: no batch, a batch of another type, an iterator that failed, token ids outside the vocabulary.
+
+    Example:
+        >>> batches = prepare_batches(nn.Sequential(nn.Linear(3, 2)), [torch.zeros(4, 3), (torch.zeros(5, 3), torch.zeros(5))])
+        >>> [batch.size for batch in batches]
+        [4, 5]
+    """
+    if isinstance(data, (Tensor, str, Mapping)):
+        raise CalibrationError(f"{name}: must be an iterable of batches, got a single {type(data).__name__}; wrap it in a list")
+    from_loader = isinstance(data, torch.utils.data.DataLoader)
+    batches: list[Batch] = []
+    try:
+        for item in data:
+            batches.append(_batch(model, item, from_loader, f"{name}: batch {len(batches)}"))
+    except CalibrationError:
+        raise
+    except Exception as error:
+        raise CalibrationError(f"{name}: reading batch {len(batches)} failed with {type(error).__name__}: {error}") from error
+    if not any(batch.size for batch in batches):
+        raise CalibrationError(f"{name}: is empty; at least {4 * MIN_VERIFICATION_SAMPLES} samples are needed")
+    device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
+    return _whole_where_needed(model, [batch.to(device) for batch in batches if batch.size], name)
+
+
+def _batch(model: nn.Module, item: Any, from_loader: bool, name: str) -> Batch:
+    pair = isinstance(item, (tuple, list)) and len(item) == 2
+    if pair and (from_loader or not _takes_two(model)):
+        item = item[0]
+    kwargs: Mapping[str, Any] = {}
+    args: tuple[Any, ...] = ()
+    if isinstance(item, Tensor):
+        args = (item,)
+    elif isinstance(item, Mapping):
+        if not all(isinstance(key, str) for key in item):
+            raise CalibrationError(f"{name}: the keys of a dict are the model's argument names, got {list(item)[:3]!r}")
+        kwargs = dict(item)
+    elif isinstance(item, (tuple, list)):
+        args = tuple(item)
+    else:
+        raise CalibrationError(f"{name}: must be a tensor, a tuple or a dict, got {type(item).__name__}")
+    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+    if not tensors:
+        raise CalibrationError(f"{name}: holds no tensor")
+    size = tensors[0].shape[0] if tensors[0].ndim else 1
+    return Batch(args, kwargs, size)
+
+
+def _takes_two(model: nn.Module) -> bool:
+    if isinstance(model, nn.Sequential):
+        return False
+    try:
+        inspect.signature(model.forward).bind(None, None)
+    except TypeError:
+        return False
+    return True
+
+
+def _whole_where_needed(model: nn.Module, batches: list[Batch], name: str) -> list[Batch]:
+    """Make a batch one sample where the output's dimension 0 is not the input's; the first batch stands for all."""
+    first = batches[0]
+    vocabulary = next((module.num_embeddings for module in model.modules() if type(module) is nn.Embedding), None)
+    if vocabulary is not None:
+        for index, batch in enumerate(batches):
+            ids = batch.token_ids
+            if ids is not None and ids.numel() and hasattr(model, "get_input_embeddings"):
+                table = model.get_input_embeddings()
+                limit = getattr(table, "num_embeddings", vocabulary)
+                if int(ids.max()) >= limit or int(ids.min()) < 0:
+                    bad = int(ids.max()) if int(ids.max()) >= limit else int(ids.min())
+                    raise CalibrationError(f"{name}: batch {index} holds token id {bad}; the vocabulary has ids 0 to {limit - 1}")
+    with evaluating(model):
+        try:
+            output = model_tensor(first.run(model))
+        except IndexError as error:
+            raise CalibrationError(f"{name}: the model refused batch 0 ({error}); is a token id outside the vocabulary?") from error
+        except (TypeError, RuntimeError, ValueError, KeyError) as error:
+            raise CalibrationError(f"{name}: the model refused batch 0 with {type(error).__name__}: {error}") from error
+    if output.ndim == 0 or output.shape[0] != first.size:
+        return [Batch(batch.args, batch.kwargs, 1) for batch in batches]
+    return batches
+
+
+def sample_count(batches: Sequence[Batch]) -> int:
+    """Number of samples in all batches."""
+    return sum(batch.size for batch in batches)
+
+
+def split_batches(
+    batches: Sequence[Batch], validation: Sequence[Batch] | None, seed: int, *, verify: bool = True
+) -> Split:
+    """Shuffle the samples with the seed and cut them in three: statistics (half), search and verification (a quarter each).
+
+    With validation batches those are the verification part, and the calibration samples are cut two to one. Samples stay in batches
+    of the shape they came in. Without ``verify`` (a callable metric, whose own value counts) nothing is set aside.
+
+    Raises:
+        CalibrationError: too few samples.
+
+    Example:
+        >>> parts = split_batches([Batch((torch.zeros(16, 1),), size=16)], None, seed=0)
+        >>> [sample_count(part) for part in (parts.statistics, parts.search, parts.verification)]
+        [8, 4, 4]
+    """
+    total = sample_count(batches)
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
+    if not verify:
+        verification, search = 0, max(total // 3, 1)
+        if total < 2:
+            raise CalibrationError(f"calibration: at least 2 samples (index of dimension 0) are needed, got {total}")
+    elif validation is None:
+        verification = total // 4
+        search = total // 4
+        if verification < MIN_VERIFICATION_SAMPLES:
+            raise CalibrationError(
+                f"calibration: {total} samples (index of dimension 0) leave {verification} for verification; at least "
+                f"{4 * MIN_VERIFICATION_SAMPLES} samples are needed, or pass validation batches"
+            )
+    else:
+        verification = 0
+        search = max(total // 3, 1)
+        if total < 2 or sample_count(validation) < MIN_VERIFICATION_SAMPLES:
+            raise CalibrationError(
+                f"calibration needs at least 2 samples and validation {MIN_VERIFICATION_SAMPLES}, got {total} and {sample_count(validation)}"
+            )
+    part = torch.zeros(total, dtype=torch.int64)
+    part[order[:verification]] = 2
+    part[order[verification : verification + search]] = 1
+    parts: tuple[list[Batch], ...] = ([], [], [])
+    start = 0
+    for batch in batches:
+        own = part[start : start + batch.size]
+        start += batch.size
+        for index in range(3):
+            chosen = torch.nonzero(own == index).flatten()
+            if len(chosen):
+                parts[index].append(batch.select(chosen))
+    return Split(parts[0], parts[1], parts[2] if validation is None or not verify else list(validation))
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; every module's own mode comes back afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

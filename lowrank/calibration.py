@@ -1,0 +1,152 @@
+"""What flows into each layer while calibration data runs, by hooks inside a context manager that restores everything."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from lowrank.batches import Batch, evaluating, prepare_batches
+from lowrank.errors import NumericsError
+from lowrank.statistics import InputStatistics, TokenCounts
+
+__all__ = ["collect_statistics", "first_nonfinite"]
+
+
+class _SharingChanged(Exception):
+    """Two modules that shared an input in one batch did not in another."""
+
+
+class _NonFinite(Exception):
+    """NaN or Inf flows into a layer."""
+
+
+class _Collector:
+    """Hooks that accumulate what flows into modules; modules that are handed the same tensor share one statistic."""
+
+    def __init__(self, modules: Mapping[str, nn.Module], share: bool) -> None:
+        self.modules = modules
+        self.share = share
+        self.statistics: dict[str, InputStatistics | TokenCounts] = {}
+        self.leaders: dict[str, str] = {}
+        self.mask: Tensor | None = None
+        self._seen: dict[tuple[int, int], tuple[str, Tensor]] = {}
+
+    def new_batch(self, mask: Tensor | None) -> None:
+        self.mask = mask
+        self._seen = {}
+
+    def hook(self, name: str) -> Any:
+        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            value = args[0] if args else next(iter(kwargs.values()))
+            if isinstance(module, nn.Embedding):
+                counts = self.statistics.setdefault(name, TokenCounts(module.num_embeddings, device=value.device))
+                counts.update(self._kept(value[..., None]))
+                return
+            # The version tells apart two uses of one tensor with an in-place change between them.
+            key = (id(value), value._version)
+            leader = self._seen.setdefault(key, (name, value))[0] if self.share else name
+            known = self.leaders.setdefault(name, leader)
+            if known != leader:
+                raise _SharingChanged
+            if leader != name:
+                return
+            if not bool(torch.isfinite(value).all()):
+                raise _NonFinite(name)
+            if leader not in self.statistics:
+                self.statistics[leader] = InputStatistics(value.shape[-1], device=value.device)
+            self.statistics[leader].update(self._kept(value))
+
+        return record
+
+    def _kept(self, value: Tensor) -> Tensor:
+        """The tokens that are not padding."""
+        mask = self.mask
+        if mask is not None and value.ndim >= 3 and value.shape[:2] == mask.shape:
+            return value[mask.to(value.device)]
+        return value
+
+
+def collect_statistics(
+    model: nn.Module,
+    batches: Sequence[Batch] | Iterable[Any],
+    targets: Mapping[str, nn.Module],
+    *,
+    progress: bool = False,
+) -> dict[str, InputStatistics | TokenCounts]:
+    """Run the batches and gather, for each module named, the moments of its inputs (or the look-ups of an embedding).
+
+    Padding (by ``attention_mask``) is left out. Modules that share an input share one object. Hooks and modes are restored whatever
+    happens. A module that no input reached is absent from the result.
+
+    Raises:
+        NumericsError: NaN or Inf flows into a layer; names the first.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(3, 2))
+        >>> collect_statistics(model, [torch.ones(4, 3)], {"0": model[0]})
+        {'0': InputStatistics(n_features=3, count=4)}
+    """
+    listed = list(batches)
+    if not all(isinstance(batch, Batch) for batch in listed):
+        listed = prepare_batches(model, listed)
+    try:
+        return _collect(model, listed, targets, share=True, progress=progress)
+    except _SharingChanged:
+        return _collect(model, listed, targets, share=False, progress=progress)
+
+
+def _collect(
+    model: nn.Module, batches: Sequence[Batch], targets: Mapping[str, nn.Module], *, share: bool, progress: bool
+) -> dict[str, InputStatistics | TokenCounts]:
+    collector = _Collector(targets, share)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(evaluating(model))
+        for name, module in targets.items():
+            handle = module.register_forward_pre_hook(collector.hook(name), with_kwargs=True)
+            stack.callback(handle.remove)
+        for batch in tqdm(batches, desc="statistics", delay=2, disable=not progress):
+            collector.new_batch(batch.mask)
+            try:
+                batch.run(model)
+            except _NonFinite as error:
+                name = first_nonfinite(model, batch) or f"before {error}"
+                raise NumericsError(
+                    f"layer {name}: is the first to make NaN or Inf on the calibration data; repair its weights or take the sample out"
+                ) from None
+    found = dict(collector.statistics)
+    for name, leader in collector.leaders.items():
+        if leader in collector.statistics:
+            found[name] = collector.statistics[leader]
+    return {name: found[name] for name in targets if name in found}
+
+
+def first_nonfinite(model: nn.Module, batch: Batch) -> str | None:
+    """The name of the first module without children whose output is not finite, or None.
+
+    Example:
+        >>> bad = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+        >>> _ = bad[0].weight.data.fill_(float("nan"))
+        >>> first_nonfinite(bad, Batch((torch.ones(1, 2),)))
+        '0'
+    """
+    found: list[str] = []
+
+    def check(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if not found and isinstance(output, Tensor) and output.is_floating_point() and not bool(torch.isfinite(output).all()):
+                found.append(name)
+
+        return hook
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(evaluating(model))
+        for name, module in model.named_modules():
+            if not any(True for _ in module.children()):
+                stack.callback(module.register_forward_hook(check(name)).remove)
+        batch.run(model)
+    return found[0] if found else None
