@@ -1,0 +1,126 @@
+"""A working copy of the model on which plans are put up and taken down while they are measured."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
+
+from torch import Tensor, nn
+
+from lowrank.errors import CheckpointError, UsageError
+from lowrank.layers import CompressedLayer
+from lowrank.modules import replace_module
+from lowrank.planner import Candidate, Plan, PlanEntry
+from lowrank.workshop import Choice, Workshop
+
+__all__ = ["Bench", "choice_of", "weight_error_of"]
+
+
+def choice_of(entry: PlanEntry | Candidate) -> Choice:
+    """The choice that a plan's entry, or a candidate for one, names."""
+    return Choice(entry.format, entry.rank, entry.bits, entry.activations)
+
+
+class Bench:
+    """The model with layers swapped in; the one that was passed in stays as it is.
+
+    Args:
+        model: the original. The copy shares its parameters until :meth:`release` gives it its own.
+        workshops: the targets, found in ``model``.
+    """
+
+    def __init__(self, model: nn.Module, workshops: Sequence[Workshop]) -> None:
+        self.original = model
+        self.workshops: Mapping[str, Workshop] = {shop.name: shop for shop in workshops}
+        memo: dict[int, Tensor] = {id(tensor): tensor for tensor in _tensors(model)}
+        try:
+            self.model: nn.Module = copy.deepcopy(model, memo)  # type: ignore[arg-type]
+        except (RuntimeError, TypeError, NotImplementedError) as error:
+            raise UsageError(f"model: cannot be copied ({error}); pass inplace=False models that copy.deepcopy takes") from error
+        self._originals = {
+            member.name: self.model.get_submodule(member.name) for shop in workshops for member in shop.target.members
+        }
+        self._installed: dict[str, Choice] = {shop.name: Choice("dense") for shop in workshops}
+
+    def install(self, name: str, choice: Choice) -> None:
+        """Put one target's layers in place."""
+        if self._installed[name] == choice:
+            return
+        shop = self.workshops[name]
+        built = shop.build(choice)
+        for member in shop.target.members:
+            module = self._originals[member.name] if choice.format == "dense" else built[member.name]
+            replace_module(self.model, member.names, module)
+        self._installed[name] = choice
+
+    def install_plan(self, plan: Plan) -> nn.Module:
+        """Put a whole plan in place; targets that it does not name become dense.
+
+        Raises:
+            CheckpointError: the plan names a layer that is not a target of this model, or with another shape.
+        """
+        check_plan(plan, self.workshops)
+        chosen = {entry.name: choice_of(entry) for entry in plan.entries}
+        for name in self.workshops:
+            self.install(name, chosen.get(name, Choice("dense")))
+        return self.model
+
+    def release(self) -> nn.Module:
+        """The copy with parameters of its own, so that the caller's model and this one no longer share memory."""
+        for shop in self.workshops.values():
+            shop.keep_only(self._installed[shop.name])
+        shared = {id(tensor) for tensor in _tensors(self.original)}
+        copies: dict[int, Tensor] = {}
+        for module in self.model.modules():
+            tables: list[dict[str, Tensor | None]] = [module._parameters, module._buffers]  # type: ignore[list-item]
+            for table in tables:
+                for name, tensor in table.items():
+                    if tensor is not None and id(tensor) in shared:
+                        if id(tensor) not in copies:
+                            copies[id(tensor)] = copy.deepcopy(tensor)
+                        table[name] = copies[id(tensor)]
+        return self.model
+
+    def write_back(self) -> nn.Module:
+        """Put the installed layers into the original model itself (``inplace=True``)."""
+        for shop in self.workshops.values():
+            choice = self._installed[shop.name]
+            if choice.format != "dense":
+                for member in shop.target.members:
+                    replace_module(self.original, member.names, shop.build(choice)[member.name])
+        return self.original
+
+
+def check_plan(plan: Plan, workshops: Mapping[str, Workshop]) -> None:
+    """Refuse a plan that was made for another model."""
+    for entry in plan.entries:
+        shop = workshops.get(entry.name)
+        if shop is None:
+            raise CheckpointError(f"plan: layer {entry.name} is not a target of this model; was the plan made for another one?")
+        if tuple(entry.shape) != tuple(shop.target.shape):
+            raise CheckpointError(
+                f"plan: layer {entry.name} has shape {list(entry.shape)} in the plan and {list(shop.target.shape)} in the model"
+            )
+        if choice_of(entry).format != "dense" and shop.bytes(choice_of(entry)) >= shop.bytes(Choice("dense")):
+            raise CheckpointError(
+                f"plan: layer {entry.name} as {entry.format} of rank {entry.rank} takes {shop.bytes(choice_of(entry)):,} bytes, "
+                f"not fewer than the {shop.bytes(Choice('dense')):,} of the dense layer; lower the rank or write \"dense\""
+            )
+
+
+def weight_error_of(bench: Bench) -> float:
+    """√(Σ‖ΔW‖²/Σ‖W‖²) over the targets, of the layers that are installed."""
+    lost = whole = 0.0
+    for shop in bench.workshops.values():
+        module = bench.model.get_submodule(shop.name)
+        whole += shop.square_sum
+        if isinstance(module, CompressedLayer):
+            lost += shop.error_of(module.dense_weight())[0] ** 2 * shop.square_sum
+    return (lost / whole) ** 0.5 if whole > 0.0 else 0.0
+
+
+def _tensors(model: nn.Module) -> Iterator[Tensor]:
+    return chain(model.parameters(), model.buffers())
+
+

@@ -1,0 +1,181 @@
+"""Which plan: the budgets, the gauges that test them, and the uniform formats that any plan has to beat."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from lowrank.batches import Batch, evaluating, sample_count
+from lowrank.bench import choice_of, weight_error_of
+from lowrank.errors import BudgetError, UsageError
+from lowrank.evaluation import Evaluator
+from lowrank.ledger import layer_rows
+from lowrank.options import Options
+from lowrank.planner import Plan, plan_formats
+from lowrank.prepare import Job
+from lowrank.probes import uniform_choices
+from lowrank.search import Finalist, Gauge, Outcome, SampledGauge, ValueGauge, keep_error_budget, least_error
+from lowrank.workshop import Choice
+
+__all__ = ["choose", "contribution", "measure_given", "planner_of"]
+
+# A budget for plans that have one candidate a layer and nothing to choose.
+UNLIMITED = 1e300
+
+
+def contribution(value: float | None, options: Options) -> float:
+    """A value of the metric in the unit of the additive contributions: squares, but for KL and perplexity; inf for None.
+
+    Example:
+        >>> contribution(0.5, Options(metric="output"))
+        0.25
+    """
+    if value is None:
+        return math.inf
+    if options.metric == "kl":
+        return value
+    return math.log1p(value) if options.metric == "perplexity" else value * value
+
+
+def planner_of(job: Job, options: Options) -> Callable[[float], Plan]:
+    """A function from an allowed sum of contributions (inf: the size budget decides) to the best plan."""
+    metadata = _metadata(job, options)
+
+    def plan_for(total: float) -> Plan:
+        if math.isfinite(total):
+            return plan_formats(job.layers, error_budget=total, metadata=metadata)
+        return plan_formats(job.layers, size_budget=_target_bytes(job, options), metadata=metadata)
+
+    return plan_for
+
+
+def _metadata(job: Job, options: Options) -> dict[str, Any]:
+    """What applying the plan again needs to know."""
+    return {
+        "data_aware": job.split is not None and options.metric != "weight",
+        "metric": options.metric if isinstance(options.metric, str) else "callable",
+        "seed": options.seed,
+    }
+
+
+def _target_bytes(job: Job, options: Options) -> int:
+    """What the size budget leaves for the targets once everything else is stored as it is."""
+    assert options.size_budget is not None
+    before = sum(row.bytes_before for row in layer_rows(job.survey, job.bench.original, job.bench.workshops))
+    dense = sum(shop.bytes(Choice("dense")) for shop in job.bench.workshops.values())
+    allowed = int(before * options.size_budget) - (before - dense)
+    least = sum(min(candidate.bytes for candidate in layer.candidates) for layer in job.layers)
+    if allowed < least:
+        raise BudgetError(
+            f"size budget {options.size_budget:g}: cannot be met; the smallest these formats can make of the model is "
+            f"{(least + before - dense) / before:.4g} of its bytes"
+        )
+    return allowed
+
+
+def _uniform(job: Job, options: Options) -> list[tuple[str, Plan]]:
+    """Plans that give every layer the same format; they are what a smarter plan has to beat."""
+    if "int8" not in options.formats or options.overrides:
+        return []
+    modes = ("int8", "float") if options.activations == "auto" else (options.activations,)
+    plans = []
+    for mode in modes:
+        wanted = uniform_choices(job.bench.workshops, mode)
+        layers = []
+        for layer in job.layers:
+            fitting = [item for item in layer.candidates if choice_of(item) == wanted[layer.name]]
+            layers.append(replace(layer, candidates=tuple(fitting or layer.candidates[:1])))
+        label = "int8 throughout" + (", weight-only" if mode == "float" else "")
+        plans.append((label, plan_formats(layers, error_budget=UNLIMITED, metadata=_metadata(job, options))))
+    return plans
+
+
+def _gauges(job: Job, verification: Sequence[Batch], options: Options) -> tuple[Gauge, Gauge]:
+    """What measures a plan while searching, and what tests it at the end."""
+    if callable(options.metric):
+        gauge = ValueGauge(_relative_loss(job.bench.original, options.metric, options.higher_is_better))
+        return gauge, gauge
+    if options.metric == "weight" or job.split is None:
+        weight = ValueGauge(lambda model: weight_error_of(job.bench))
+        return weight, weight
+    bench = job.bench
+    desc = "measuring" if options.progress else None
+    search = Evaluator(bench.original, job.split.search, options.metric, options.output_fn)
+    verify = Evaluator(bench.original, verification, options.metric, options.output_fn)
+    return SampledGauge(search, desc), SampledGauge(verify, desc)
+
+
+def _relative_loss(original: nn.Module, metric: Callable[[nn.Module], float], higher_is_better: bool) -> Callable[[nn.Module], float]:
+    def value_of(model: nn.Module) -> float:
+        with evaluating(model):
+            return float(metric(model))
+
+    reference = value_of(original)
+    if not math.isfinite(reference) or reference == 0.0:
+        raise UsageError(f"metric: the callable gives {reference!r} for the original model; a relative loss needs a finite value other than 0")
+    sign = -1.0 if higher_is_better else 1.0
+
+    def loss(model: nn.Module) -> float:
+        value = value_of(model)
+        return max(sign * (value - reference) / abs(reference), 0.0) if math.isfinite(value) else math.inf
+
+    return loss
+
+
+def choose(job: Job, verification: Sequence[Batch], options: Options) -> Outcome:
+    """The plan that keeps the budgets, put up on the bench.
+
+    Raises:
+        BudgetError: no plan keeps them.
+    """
+    search, verify = _gauges(job, verification, options)
+    plan_for = planner_of(job, options)
+
+    def total(value: float) -> float:
+        return contribution(value, options)
+
+    if options.error_budget is None:
+        allowed = _target_bytes(job, options)
+        plans = [("size budget", plan_for(math.inf)), *(item for item in _uniform(job, options) if item[1].bytes <= allowed)]
+        return _calibrated(least_error(job.bench, plans, search, verify, total=total, progress=options.progress))
+    outcome = keep_error_budget(
+        job.bench,
+        plan_for,
+        _uniform(job, options),
+        options.error_budget,
+        search,
+        verify,
+        verify_samples=sample_count(verification),
+        total=total,
+        progress=options.progress,
+    )
+    return _calibrated(outcome)
+
+
+def _calibrated(outcome: Outcome) -> Outcome:
+    """The outcome with the plan's predicted contributions as the end-to-end measurements corrected them."""
+    plan, scale = outcome.chosen.plan, outcome.calibration
+    entries = tuple(replace(entry, error=entry.error * scale) for entry in plan.entries)
+    outcome.chosen.plan = replace(plan, entries=entries, metadata={**plan.metadata, "calibration": scale})
+    return outcome
+
+
+def measure_given(job: Job, plan: Plan, verification: Sequence[Batch], options: Options) -> Outcome:
+    """A plan that somebody else made, put up on the bench and measured.
+
+    Raises:
+        BudgetError: it does not keep the error budget.
+    """
+    _, verify = _gauges(job, verification, options)
+    reading = verify(job.bench.install_plan(plan))
+    if options.error_budget is not None and not reading.upper <= options.error_budget:
+        raise BudgetError(
+            f"error budget {options.error_budget:g}: the given plan reaches {reading.value:.4g}, at most {reading.upper:.4g} with 95 % confidence",
+            plan=plan,
+            error=reading.upper,
+        )
+    return Outcome(Finalist("given plan", plan, reading, reading), 1.0)

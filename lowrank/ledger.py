@@ -1,0 +1,147 @@
+"""What the finished model holds, module by module, against what the original held: the rows of the report."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowrank import kernels
+from lowrank.layers import CompressedLayer
+from lowrank.linalg import fallback_counts
+from lowrank.modules import Survey
+from lowrank.options import Options
+from lowrank.report import CompressionReport, LayerRow, sum_rows
+from lowrank.search import Finalist, Outcome
+from lowrank.version import __version__
+from lowrank.workshop import Workshop
+
+__all__ = ["compression_report", "layer_rows"]
+
+
+def layer_rows(survey: Survey, compressed: nn.Module, workshops: Mapping[str, Workshop]) -> list[LayerRow]:
+    """One row for every module that holds weights, sizes counted from the tensors of the two models.
+
+    A tied tensor counts in the row of its first owner and not in the others.
+
+    Args:
+        survey: of the original model, whose modules still hold its weights.
+        compressed: the finished model, with the same module names.
+        workshops: by target name, for the errors.
+    """
+    reasons = {item.member.name: item.reason for item in survey.skipped}
+    shops = {member.name: shop for shop in workshops.values() for member in shop.target.members}
+    before_seen: set[int] = set()
+    after_seen: set[int] = set()
+    rows = []
+    for member in survey.members:
+        module = compressed.get_submodule(member.name) if member.name else compressed
+        before, weights = _own(member.module, before_seen)
+        after, _ = _own(module, after_seen)
+        shop = shops.get(member.name)
+        row = {
+            "name": member.name,
+            "kind": type(member.module).__name__,
+            "shape": tuple(_main_tensor(member.module).shape),
+            "bytes_before": before,
+            "bytes_after": after,
+            "weights": weights,
+            "bits_per_weight": 8 * after / weights if weights else None,
+        }
+        if isinstance(module, CompressedLayer) and shop is not None:
+            weight_error, activation_error = shop.error_of(module.dense_weight())
+            first = shop.target.members[0].name
+            rows.append(
+                LayerRow(
+                    **row,
+                    format=module.format,
+                    rank=module.rank,
+                    bits=module.bits,
+                    activations=getattr(module, "activations", None) if module.bits is not None else None,
+                    weight_error=weight_error,
+                    activation_error=activation_error if shop.reached else None,
+                    reason=None if member.name == first else f"tied with {first}",
+                )
+            )
+        elif shop is not None and member.name not in reasons:
+            rows.append(LayerRow(**row, weight_error=0.0, activation_error=0.0, reason="dense is the plan's choice"))
+        else:
+            rows.append(LayerRow(**row, reason=reasons.get(member.name, "not a target")))
+    return rows
+
+
+def _stored(module: nn.Module) -> Iterator[Tensor]:
+    """The tensors that a module itself contributes to the state dict."""
+    for parameter in module._parameters.values():
+        if parameter is not None:
+            yield parameter
+    for name, buffer in module._buffers.items():
+        if buffer is not None and name not in module._non_persistent_buffers_set:
+            yield buffer
+
+
+def _own(module: nn.Module, seen: set[int]) -> tuple[int, int]:
+    """(bytes, elements) of the tensors not counted before."""
+    size = count = 0
+    for tensor in _stored(module):
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            size += tensor.nbytes
+            count += tensor.numel()
+    return size, count
+
+
+def _main_tensor(module: nn.Module) -> Tensor:
+    """The weight, or the largest tensor where none has that name."""
+    weight = module._parameters.get("weight")
+    return weight if weight is not None else max(_stored(module), key=Tensor.numel, default=torch.empty(0))
+
+
+def compression_report(rows: list[LayerRow], outcome: Outcome, options: Options, notes: Sequence[str]) -> CompressionReport:
+    """Rows, totals that they sum to, and what the reader should know."""
+    chosen = outcome.chosen
+    verified = chosen.verified or chosen.searched
+    totals = sum_rows(rows) | {
+        "metric": options.metric if isinstance(options.metric, str) else getattr(options.metric, "__name__", "callable"),
+        "error_predicted": value_of(chosen.plan.error, options),
+        "error_measured": verified.value,
+        "error_upper": verified.upper if math.isfinite(verified.upper) else None,
+        "error_budget": options.error_budget,
+        "size_budget": options.size_budget,
+        "seed": options.seed,
+        "versions": {"lowrank": __version__, "torch": str(torch.__version__)},
+        "finalists": [_finalist(item, rows, chosen) for item in outcome.finalists],
+    }
+    told = list(notes)
+    counts = fallback_counts()
+    if counts:
+        told.append("decompositions that needed a fallback: " + ", ".join(f"{name} ({count})" for name, count in counts.items()))
+    routes = kernels.routes_in_use()
+    if routes:
+        told.append("integer products by " + ", ".join(f"{name} ({count} calls)" for name, count in sorted(routes.items())))
+    report = CompressionReport(rows, totals, notes=told)
+    report.check_totals()
+    return report
+
+
+def value_of(contribution: float, options: Options) -> float:
+    """A sum of contributions in the unit of the metric; the inverse of :func:`lowrank.choose.contribution`."""
+    if options.metric == "kl":
+        return contribution
+    return math.expm1(contribution) if options.metric == "perplexity" else math.sqrt(contribution)
+
+
+def _finalist(item: Finalist, rows: Sequence[LayerRow], chosen: Finalist) -> dict[str, Any]:
+    """One line of what else was tried: sizes of the whole model, errors on the search and verification parts."""
+    whole = sum(row.bytes_after for row in rows)
+    before = sum(row.bytes_before for row in rows)
+    return {
+        "label": item.label,
+        "size_ratio": (whole - chosen.plan.bytes + item.plan.bytes) / before,
+        "error_search": item.searched.value,
+        "error_measured": item.verified.value if item.verified is not None else None,
+        "error_upper": item.verified.upper if item.verified is not None and math.isfinite(item.verified.upper) else None,
+    }

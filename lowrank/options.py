@@ -1,0 +1,141 @@
+"""The arguments of ``compress_model``, checked before any work."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from lowrank.errors import UsageError
+from lowrank.workshop import FORMATS
+
+__all__ = ["LATER_FORMATS", "Metric", "Options", "check_budgets"]
+
+Metric = str | Callable[[nn.Module], float]
+LATER_FORMATS = ("int4", "int4+lowrank", "lowrank-int4")
+METRIC_NAMES = ("auto", "weight", "output", "kl", "perplexity")
+# Metrics whose value is a share of something: a budget above 1 would allow everything.
+RELATIVE_METRICS = ("auto", "weight", "output")
+
+
+def check_budgets(error_budget: float | None, size_budget: float | None, metric: Metric = "auto") -> None:
+    """Refuse budgets that mean nothing.
+
+    Raises:
+        UsageError: none given, not a positive number, or over 1 where that is no budget.
+
+    Example:
+        >>> check_budgets(0.05, None)
+    """
+    if error_budget is None and size_budget is None:
+        raise UsageError("error_budget or size_budget: give one, or both; error_budget=0.05 allows an error of 5 %")
+    for name, value in (("error_budget", error_budget), ("size_budget", size_budget)):
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0.0:
+            raise UsageError(f"{name}: must be a positive number, got {value!r}")
+    if error_budget is not None and error_budget > 1.0 and isinstance(metric, str) and metric in RELATIVE_METRICS:
+        raise UsageError(f"error_budget: must be at most 1 for a relative error, got {error_budget!r}; 5 % is written 0.05")
+    if size_budget is not None and size_budget > 1.0:
+        raise UsageError(f"size_budget: must be at most 1 (stored bytes after / before), got {size_budget!r}; 30 % is written 0.3")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Everything but the model and the data; see :func:`lowrank.compress_model`."""
+
+    error_budget: float | None = None
+    size_budget: float | None = None
+    metric: Metric = "auto"
+    higher_is_better: bool = False
+    formats: Sequence[str] | str = FORMATS
+    targets: Sequence[str] = ("linear", "conv", "embedding")
+    ignore: Sequence[str] = ()
+    overrides: Mapping[str, Any] | None = None
+    objective: str = "size"
+    loss_aware: bool | str = "auto"
+    heal: bool = False
+    strict: bool = False
+    activations: str = "auto"
+    output_fn: Callable[[Any], Tensor] | None = None
+    seed: int = 0
+    progress: bool = True
+    on_nonfinite: str = "raise"
+
+    def checked(self, *, calibrated: bool, planned: bool = False) -> Options:
+        """The same with "auto" and "all" resolved.
+
+        Args:
+            calibrated: whether calibration data was given.
+            planned: a plan is given, so that no budget is needed.
+
+        Raises:
+            UsageError: an argument outside its range.
+            NotImplementedError: an option that a later version brings.
+
+        Example:
+            >>> Options(error_budget=0.1).checked(calibrated=True).metric
+            'output'
+        """
+        if not planned or self.error_budget is not None or self.size_budget is not None:
+            check_budgets(self.error_budget, self.size_budget, self.metric)
+        if isinstance(self.metric, str):
+            if self.metric not in METRIC_NAMES:
+                raise UsageError(f"metric: must be one of {', '.join(METRIC_NAMES)} or a callable(model) -> float, got {self.metric!r}")
+        elif not callable(self.metric):
+            raise UsageError(f"metric: must be a name or a callable(model) -> float, got {self.metric!r}")
+        metric = self.metric
+        if metric == "auto":
+            metric = "output" if calibrated else "weight"
+        if isinstance(metric, str) and metric != "weight" and not calibrated:
+            raise UsageError(f"metric {metric!r}: needs calibration batches; without any only metric='weight' can be promised")
+        self._check_later()
+        for name, value, allowed in (
+            ("activations", self.activations, ("auto", "int8", "float")),
+            ("on_nonfinite", self.on_nonfinite, ("raise", "copy")),
+        ):
+            if value not in allowed:
+                raise UsageError(f"{name}: must be one of {', '.join(allowed)}, got {value!r}")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
+            raise UsageError(f"seed: must be an integer from 0, got {self.seed!r}")
+        return Options(**{**vars(self), "metric": metric, "formats": self._formats()})
+
+    def _formats(self) -> tuple[str, ...]:
+        if self.formats == "all":
+            return FORMATS
+        if isinstance(self.formats, str) or not self.formats:
+            raise UsageError(f"formats: must be a list out of dense, {', '.join(FORMATS)}, or \"all\", got {self.formats!r}")
+        for name in self.formats:
+            check_format(name, "formats")
+        return tuple(name for name in FORMATS if name in self.formats)
+
+    def _check_later(self) -> None:
+        if self.objective not in ("size", "latency"):
+            raise UsageError(f"objective: must be \"size\" or \"latency\", got {self.objective!r}")
+        if self.loss_aware not in ("auto", True, False):
+            raise UsageError(f"loss_aware: must be \"auto\", True or False, got {self.loss_aware!r}")
+        if self.objective == "latency":
+            raise NotImplementedError("objective=\"latency\": not in this version of lowrank; use objective=\"size\"")
+        if self.loss_aware is True:
+            raise NotImplementedError("loss_aware=True: not in this version of lowrank; use loss_aware=\"auto\"")
+        if self.heal:
+            raise NotImplementedError("heal=True: not in this version of lowrank; use heal=False")
+
+
+def check_format(name: object, argument: str) -> None:
+    """Refuse a format that this version does not know.
+
+    Raises:
+        NotImplementedError: one that a later version brings.
+        UsageError: any other.
+
+    Example:
+        >>> check_format("int8", "formats")
+    """
+    if name in LATER_FORMATS:
+        raise NotImplementedError(f"{argument}: format {name!r} is not in this version of lowrank; it knows dense, {', '.join(FORMATS)}")
+    if name != "dense" and name not in FORMATS:
+        raise UsageError(f"{argument}: must be out of dense, {', '.join(FORMATS)}, got {name!r}")

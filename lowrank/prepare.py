@@ -1,0 +1,210 @@
+"""Before anything is chosen: which layers, what flows into them, and what each format would cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowrank.batches import Batch, Split, sample_count, split_batches
+from lowrank.bench import Bench
+from lowrank.calibration import collect_statistics
+from lowrank.errors import NumericsError, UsageError
+from lowrank.evaluation import Evaluator
+from lowrank.factors import check_rank
+from lowrank.linalg import check_finite
+from lowrank.modules import Skipped, Survey, Target, matching, survey
+from lowrank.options import Options, check_format
+from lowrank.planner import LayerChoices
+from lowrank.probes import Sensitivity, exact_sensitivities, layer_choices, probe_layers
+from lowrank.statistics import InputStatistics, TokenCounts
+from lowrank.workshop import Choice, Workshop
+
+__all__ = ["Job", "find_work", "forced_choices", "gather", "split_samples", "weigh"]
+
+# Samples on which single layers are probed. More would not change which layers are the sensitive ones, and the whole plan is measured
+# on all search samples anyway.
+PROBE_SAMPLES = 24
+MAX_ROWS_IN_NOTE = 6
+
+
+@dataclass
+class Job:
+    """What the choice is made from."""
+
+    bench: Bench
+    survey: Survey
+    split: Split | None
+    layers: list[LayerChoices]
+    sensitivities: Mapping[str, Sensitivity]
+    notes: list[str] = field(default_factory=list)
+
+
+def find_work(model: nn.Module, options: Options) -> Survey:
+    """The targets, with weights that are not finite refused or set aside.
+
+    Raises:
+        UsageError: nothing to compress.
+        NumericsError: NaN or Inf in a target.
+    """
+    found = survey(model, targets=options.targets, ignore=options.ignore)
+    sound: list[Target] = []
+    skipped = list(found.skipped)
+    for target in found.targets:
+        try:
+            for member in target.members:
+                for kind in ("weight", "bias"):
+                    tensor = getattr(member.module, kind, None)
+                    if isinstance(tensor, Tensor):
+                        check_finite(tensor.detach(), f"layer {member.name}, {kind}")
+        except NumericsError as error:
+            if options.on_nonfinite == "raise":
+                raise NumericsError(f"{error}; on_nonfinite=\"copy\" leaves such a layer as it is") from error
+            skipped += [Skipped(member, f"left as it is: {error}") for member in target.members]
+        else:
+            sound.append(target)
+    if not sound:
+        reasons = sorted({f"{item.member.name} ({item.reason})" for item in skipped})[:MAX_ROWS_IN_NOTE]
+        held = "; ".join(reasons) or "none at all"
+        raise UsageError(f"model: has no layer that can be compressed (nn.Linear, transformers' Conv1D, nn.Embedding); modules with weights: {held}")
+    return Survey(tuple(sound), tuple(skipped), found.members)
+
+
+def split_samples(batches: Sequence[Batch] | None, validation: Sequence[Batch] | None, options: Options) -> Split | None:
+    """Statistics, search and verification parts; a callable metric needs no verification samples."""
+    if batches is None:
+        return None
+    return split_batches(batches, validation, options.seed, verify=not callable(options.metric))
+
+
+def gather(model: nn.Module, found: Survey, split: Split | None, options: Options) -> list[Workshop]:
+    """A workshop for every target, with the statistics of what flows into it."""
+    statistics: Mapping[str, InputStatistics | TokenCounts] = {}
+    data_aware = split is not None and options.metric != "weight"
+    if split is not None and data_aware:
+        modules = {member.name: member.module for target in found.targets for member in target.members}
+        statistics = collect_statistics(model, split.statistics, modules, progress=options.progress)
+    shops = []
+    for target in found.targets:
+        gathered = [statistics[member.name] for member in target.members if member.name in statistics]
+        inputs = next((item for item in gathered if isinstance(item, InputStatistics)), None)
+        lookups = next((item for item in gathered if isinstance(item, TokenCounts)), None)
+        shops.append(Workshop(target, inputs, lookups, data_aware=data_aware))
+    return shops
+
+
+def weigh(bench: Bench, found: Survey, split: Split | None, options: Options) -> Job:
+    """Predict what every choice costs the model, by probes on the search samples or, for the weight metric, by arithmetic."""
+    shops = list(bench.workshops.values())
+    forced = forced_choices(options.overrides, bench.workshops)
+    if split is None or options.metric == "weight":
+        sensitivities = exact_sensitivities(shops)
+        activations = "int8" if options.activations == "auto" else options.activations
+    else:
+        metric = {"kl": "kl", "perplexity": "kl"}.get(str(options.metric), "output")
+        evaluator = Evaluator(bench.original, _head(split.search, PROBE_SAMPLES), metric, options.output_fn)
+        sensitivities = probe_layers(bench, shops, evaluator, options.formats, options.activations, progress=options.progress)
+        activations = options.activations
+    layers = [
+        layer_choices(shop, sensitivities[shop.name], options.formats, activations, forced=forced.get(shop.name)) for shop in shops
+    ]
+    skipped = list(found.skipped)
+    for shop in shops:
+        refused = sensitivities[shop.name].refused
+        if refused is not None:
+            skipped += [Skipped(member, refused) for member in shop.target.members]
+    notes = _notes(shops, sensitivities, split, exact=split is None or options.metric == "weight")
+    return Job(bench, Survey(found.targets, tuple(skipped), found.members), split, layers, sensitivities, notes)
+
+
+def forced_choices(overrides: Mapping[str, Any] | None, workshops: Mapping[str, Workshop]) -> dict[str, list[Choice]]:
+    """The only choices of the layers that ``overrides`` names.
+
+    Raises:
+        UsageError: a pattern that matches no target, an unknown key or format, a layer that would not get smaller.
+        RankError: a rank outside the layer's range.
+    """
+    found: dict[str, list[Choice]] = {}
+    if not overrides:
+        return found
+    aliases = {member_name: shop for shop in workshops.values() for member in shop.target.members for member_name in member.names}
+    covered = matching(list(overrides), aliases, "overrides")
+    for pattern, value in overrides.items():
+        for name in sorted(covered[pattern]):
+            shop = aliases[name]
+            found[shop.name] = _forced(shop, value, f"overrides: {pattern!r}, layer {name}")
+    return found
+
+
+def _forced(shop: Workshop, value: Any, where: str) -> list[Choice]:
+    wanted = {"format": value} if isinstance(value, str) else value
+    if not isinstance(wanted, Mapping) or not set(wanted) <= {"format", "rank", "bits", "activations"} or "format" not in wanted:
+        raise UsageError(f"{where}: must be a format or a dict with \"format\" and maybe \"rank\", \"bits\", \"activations\", got {value!r}")
+    name = wanted["format"]
+    check_format(name, where)
+    if name == "dense":
+        return [Choice("dense")]
+    factored, rounded = "lowrank" in name, "int8" in name
+    rank, bits = wanted.get("rank"), wanted.get("bits")
+    if rank is not None:
+        if not factored:
+            raise UsageError(f"{where}: format {name!r} has no rank, got {rank!r}")
+        check_rank(rank, min(shop.rows, shop.columns), f"{where}, rank")
+    if bits is not None and (not rounded or isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 8):
+        raise UsageError(f"{where}: bits must be an integer from 2 to 8, for the formats int8 and lowrank-int8, got {bits!r}")
+    modes: list[str | None] = [None]
+    if rounded and shop.target.linears:
+        modes = [wanted["activations"]] if "activations" in wanted else ["int8", "float"]
+    ranks: list[int | None] = [None]
+    if factored:
+        ranks = [rank] if rank is not None else list(shop.ranks(name))
+    choices = [Choice(name, each, (bits or 8) if rounded else None, mode) for each in ranks for mode in modes]
+    small = [choice for choice in choices if shop.bytes(choice) < shop.bytes(Choice("dense"))]
+    if not small:
+        smallest = min((shop.bytes(choice) for choice in choices), default=0)
+        raise UsageError(f"{where}: {value!r} would take {smallest:,} bytes, the dense layer takes {shop.bytes(Choice('dense')):,}")
+    return small
+
+
+def _head(batches: Sequence[Batch], samples: int) -> list[Batch]:
+    """The first samples, in whole batches where they fit."""
+    chosen: list[Batch] = []
+    for batch in batches:
+        left = samples - sample_count(chosen)
+        if left <= 0:
+            break
+        chosen.append(batch if batch.size <= left else batch.select(torch.arange(left)))
+    return chosen
+
+
+def _notes(shops: Sequence[Workshop], sensitivities: Mapping[str, Sensitivity], split: Split | None, *, exact: bool) -> list[str]:
+    notes: list[str] = []
+    if split is not None:
+        tokens = max((shop.inputs.count for shop in shops if shop.inputs is not None), default=0)
+        notes.append(
+            f"calibration: {sample_count(split.statistics)} samples for statistics ({tokens:,} tokens), {sample_count(split.search)} for the "
+            f"search, {sample_count(split.verification)} for verification"
+        )
+        few = [shop.name for shop in shops if shop.inputs is not None and shop.inputs.count < shop.columns]
+        if few:
+            notes.append(f"fewer tokens than input channels in {_named(few)}: their statistics are thin")
+    if exact:
+        return notes
+    silent = [shop.name for shop in shops if sensitivities[shop.name].silent and shop.reached]
+    if silent:
+        notes.append(f"the metric does not depend on {_named(silent)}: not taken below int8")
+    unreached = [shop.name for shop in shops if not shop.reached]
+    if unreached:
+        notes.append(f"no calibration input reached {_named(unreached)}: rounded without data, not taken below int8")
+    for shop in shops:
+        if shop.unseen_rows:
+            notes.append(f"{shop.name}: {shop.unseen_rows:,} of {shop.rows:,} rows were never looked up on the calibration data: not taken below int8")
+    return notes
+
+
+def _named(names: Sequence[str]) -> str:
+    listed = ", ".join(names[:MAX_ROWS_IN_NOTE])
+    return listed if len(names) <= MAX_ROWS_IN_NOTE else f"{listed} and {len(names) - MAX_ROWS_IN_NOTE} more"

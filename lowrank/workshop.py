@@ -1,0 +1,251 @@
+"""One target at a time: what each format and rank would cost, and the layer itself once one is chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from lowrank.errors import UsageError
+from lowrank.factors import Factors, RankCurve, factorize, factorize_embedding
+from lowrank.layers import (
+    CompressedLayer,
+    LowRankEmbedding,
+    QuantizedEmbedding,
+    QuantizedLinear,
+    QuantizedLowRankEmbedding,
+    QuantizedLowRankLayer,
+    SVDCompressedLinear,
+)
+from lowrank.modules import Target, module_matrix
+from lowrank.quantization import dequantize_rows, quantize_rows
+from lowrank.statistics import InputStatistics, TokenCounts
+
+__all__ = ["FORMATS", "RIDGE", "Choice", "Workshop"]
+
+FORMATS = ("int8", "lowrank", "lowrank-int8")
+# Relative to the mean diagonal of the input moment. A heuristic: small enough to leave the data in charge, large enough that
+# directions which few calibration tokens reached are not dropped for free.
+RIDGE = 1e-3
+# Ranks offered per layer and format. More make the plan's steps finer than the noise of the measurement.
+RANKS_PER_FORMAT = 24
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A format with its numbers; the key of a built layer."""
+
+    format: str
+    rank: int | None = None
+    bits: int | None = None
+    activations: str | None = None
+
+
+class Workshop:
+    """A target, the statistics of its inputs, its rank-error curve, and the layers built from it.
+
+    Args:
+        target: modules that share one weight.
+        inputs: moments of what flows into the (first) linear member, if any was reached.
+        lookups: counts of the rows looked up in the embedding member, if any was reached.
+        data_aware: use them; off for the "weight" metric, whose optimum is the plain SVD.
+
+    Example:
+        >>> from lowrank.modules import survey
+        >>> target = survey(nn.Sequential(nn.Linear(8, 4))).targets[0]
+        >>> shop = Workshop(target, None, None)
+        >>> shop.bytes(Choice("dense")), shop.bytes(Choice("int8", bits=8, activations="int8"))
+        (144, 64)
+    """
+
+    def __init__(
+        self, target: Target, inputs: InputStatistics | None, lookups: TokenCounts | None, *, data_aware: bool = True
+    ) -> None:
+        self.target = target
+        self.inputs = inputs if data_aware else None
+        self.lookups = lookups if data_aware else None
+        self.weight = module_matrix(target.owner)
+        self.rows, self.columns = self.weight.shape
+        # A bias can take the correction of the mean only where the layer has one and no embedding shares the weight.
+        self.centred = (
+            len(target.members) == 1 and not target.has_embedding and getattr(target.owner, "bias", None) is not None
+        )
+        self._built: dict[Choice, dict[str, nn.Module]] = {}
+
+    @property
+    def name(self) -> str:
+        """The target's name."""
+        return self.target.name
+
+    @property
+    def reached(self) -> bool:
+        """Whether any calibration token came by."""
+        return self.inputs is not None or self.lookups is not None
+
+    @property
+    def unseen_rows(self) -> int:
+        """Rows of an embedding that the calibration data never looked up."""
+        return self.lookups.unseen if self.lookups is not None else 0
+
+    @cached_property
+    def curve(self) -> RankCurve:
+        """One decomposition for every rank."""
+        if self.inputs is not None:
+            return factorize(self.weight, self.inputs, ridge=RIDGE, shift_bias=self.centred, name=f"layer {self.name}")
+        if self.lookups is not None and not self.unseen_rows:
+            return factorize_embedding(self.weight, self.lookups, name=f"layer {self.name}")
+        return factorize(self.weight, name=f"layer {self.name}")
+
+    @cached_property
+    def _moment(self) -> Tensor | None:
+        return None if self.inputs is None else self.inputs.moment(centred=self.centred).to(self.weight.device)
+
+    @cached_property
+    def _row_weights(self) -> Tensor | None:
+        if self.inputs is not None or self.lookups is None:
+            return None
+        return self.lookups.counts.to(self.weight.device, torch.float64) / self.lookups.count
+
+    def _norm(self, matrix: Tensor) -> float:
+        """‖matrix‖² in the metric of the inputs (or of the look-ups)."""
+        matrix = matrix.to(torch.float64)
+        weighted = matrix if self._moment is None else matrix @ self._moment
+        squares = (weighted * matrix).sum(dim=1)
+        return float((squares if self._row_weights is None else squares * self._row_weights).sum())
+
+    @cached_property
+    def energy(self) -> float:
+        """What relative errors are relative to, squared."""
+        return self._norm(self.weight)
+
+    @cached_property
+    def square_sum(self) -> float:
+        """‖W‖²_F."""
+        return float(self.weight.to(torch.float64).square().sum())
+
+    def error_of(self, approximation: Tensor) -> tuple[float, float]:
+        """(weight_error, activation_error) of a matrix in the weight's place."""
+        difference = self.weight.to(torch.float64) - approximation.to(self.weight.device, torch.float64)
+        weight_error = (float(difference.square().sum()) / self.square_sum) ** 0.5 if self.square_sum else 0.0
+        return weight_error, (max(self._norm(difference), 0.0) / self.energy) ** 0.5 if self.energy > 0.0 else 0.0
+
+    def rounding(self, bits: int = 8) -> float:
+        """Squared relative error of rounding the dense weight, in the metric of the inputs."""
+        codes, scale = quantize_rows(self.weight, bits)
+        difference = self.weight.to(torch.float64) - dequantize_rows(codes, scale).to(torch.float64)
+        return max(self._norm(difference), 0.0) / self.energy if self.energy > 0.0 else 0.0
+
+    @cached_property
+    def factor_rounding(self) -> Tensor:
+        """(max_rank + 1,) squared relative error that 8-bit rounding adds to factors of each rank.
+
+        Rounding errors of different rank components are independent, so their squares add up.
+        """
+        factors = self.curve.factors(self.curve.max_rank)
+        left, right = factors.left, factors.right
+        left_codes, left_scale = quantize_rows(left.T.contiguous(), 8)
+        right_codes, right_scale = quantize_rows(right.contiguous(), 8)
+        left_error = (left.T - dequantize_rows(left_codes, left_scale).to(torch.float64)).T
+        right_error = right - dequantize_rows(right_codes, right_scale).to(torch.float64)
+
+        def in_rows(matrix: Tensor) -> Tensor:
+            squares = matrix.square()
+            return (squares if self._row_weights is None else squares * self._row_weights[:, None]).sum(dim=0)
+
+        def in_columns(matrix: Tensor) -> Tensor:
+            return ((matrix if self._moment is None else matrix @ self._moment) * matrix).sum(dim=1).clamp_min(0.0)
+
+        per_component = in_rows(left_error) * in_columns(right) + in_rows(left) * in_columns(right_error)
+        total = torch.cumsum(per_component, 0) / self.energy if self.energy > 0.0 else torch.zeros_like(per_component)
+        return torch.cat([total.new_zeros(1), total]).cpu()
+
+    @cached_property
+    def _bias_bytes(self) -> int:
+        biases = [getattr(member.module, "bias", None) for member in self.target.linears]
+        return sum(bias.nbytes for bias in biases if isinstance(bias, Tensor))
+
+    def bytes(self, choice: Choice) -> int:
+        """Bytes of the tensors that the file will hold for this choice (codes, scales, factors, biases)."""
+        rank = choice.rank or 0
+        body = {
+            "dense": self.weight.nbytes,
+            "int8": self.rows * self.columns + 4 * self.rows,
+            "lowrank": rank * (self.rows + self.columns) * self.weight.element_size(),
+            "lowrank-int8": rank * (self.rows + self.columns + 4),
+        }[choice.format]
+        return body + self._bias_bytes
+
+    def ranks(self, format: str) -> list[int]:
+        """The ranks worth offering: evenly spread below the rank at which the format stops being the smallest."""
+        limit = min(self.rows, self.columns)
+        ceiling = self.bytes(Choice("dense")) if format == "lowrank" else min(self.bytes(Choice("int8")), self.bytes(Choice("dense")))
+        per_rank = self.bytes(Choice(format, rank=1)) - self._bias_bytes
+        largest = min((ceiling - self._bias_bytes - 1) // per_rank, limit)
+        # Multiples of 8 are what integer kernels are laid out for; on small layers that grid would be too coarse.
+        step = 8 if largest >= 64 else 1
+        count = min(RANKS_PER_FORMAT, largest // step)
+        return sorted({max(largest * index // count // step * step, step) for index in range(1, count + 1)}) if count > 0 else []
+
+    def choices(self, formats: Sequence[str], activations: str, *, never_below_int8: bool = False) -> list[Choice]:
+        """Every choice smaller than the dense layer."""
+        modes: tuple[str | None, ...] = ("int8", "float") if activations == "auto" else (activations,)
+        if not self.target.linears:
+            modes = (None,)
+        found = [Choice("int8", None, 8, mode) for mode in modes] if "int8" in formats else []
+        if not never_below_int8:
+            found += [Choice("lowrank", rank) for rank in self.ranks("lowrank") if "lowrank" in formats]
+            found += [
+                Choice("lowrank-int8", rank, 8, mode) for rank in self.ranks("lowrank-int8") for mode in modes if "lowrank-int8" in formats
+            ]
+        dense = self.bytes(Choice("dense"))
+        return [choice for choice in found if self.bytes(choice) < dense]
+
+    def build(self, choice: Choice) -> dict[str, nn.Module]:
+        """The new module of each member, by the member's first name; built once. For "dense" the original modules."""
+        if choice.format == "dense":
+            return {member.name: member.module for member in self.target.members}
+        if choice not in self._built:
+            self._built[choice] = self._build(choice)
+        return self._built[choice]
+
+    def keep_only(self, choice: Choice) -> None:
+        """Forget the layers built for other choices."""
+        self._built = {key: built for key, built in self._built.items() if key == choice}
+
+    def _build(self, choice: Choice) -> dict[str, nn.Module]:
+        factors = self.curve.factors(choice.rank) if choice.rank is not None else None
+        built: dict[str, nn.Module] = {}
+        for member in self.target.members:
+            layer = _layer(member.module, choice, factors)
+            for first in list(built.values())[:1]:
+                _share(first, layer)
+            built[member.name] = layer
+        return built
+
+
+def _layer(module: nn.Module, choice: Choice, factors: Factors | None) -> CompressedLayer:
+    bits, activations = choice.bits or 8, choice.activations or "int8"
+    if isinstance(module, nn.Embedding):
+        if factors is None:
+            return QuantizedEmbedding.from_embedding(module, bits=bits)
+        if choice.format == "lowrank":
+            return LowRankEmbedding.from_factors(factors, module)
+        return QuantizedLowRankEmbedding.from_factors(factors, module, bits=bits)
+    if factors is None:
+        return QuantizedLinear.from_linear(module, bits=bits, activations=activations)
+    layer = SVDCompressedLinear.from_factors(factors, module)
+    if choice.format == "lowrank":
+        return layer
+    if choice.format == "lowrank-int8":
+        return QuantizedLowRankLayer.from_factors(layer, bits=bits, activations=activations)
+    raise UsageError(f"format: unknown {choice.format!r}; this version knows dense, {', '.join(FORMATS)}")
+
+
+def _share(owner: nn.Module, alias: nn.Module) -> None:
+    """Make a tied layer hold the owner's tensors themselves."""
+    for name in ("codes", "left_codes", "right_codes", "scale", "left", "right"):
+        if hasattr(alias, name) and hasattr(owner, name):
+            setattr(alias, name, getattr(owner, name))
