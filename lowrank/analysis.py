@@ -1,0 +1,387 @@
+"""Where a model is compressible: one row a layer, from a module or from safetensors files, one tensor at a time."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from lowrank.analysis_report import AnalysisReport
+from lowrank.analysis_rows import SIZES, AnalysisRow, size_error_curve
+from lowrank.calibration import collect_statistics
+from lowrank.errors import UsageError
+from lowrank.files import open_tensors
+from lowrank.modules import MAX_ELEMENTS, is_conv1d, matching
+from lowrank.report_text import one_line
+from lowrank.spectrum import Spectrum, analyze_weight
+from lowrank.statistics import InputStatistics
+from lowrank.version import __version__
+
+__all__ = ["analyze_model"]
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+PLOT_STEPS = 32
+
+
+@dataclass(frozen=True)
+class _Item:
+    """One tensor, not yet read."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    nbytes: int
+    refusal: str | None
+    read: Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """The tensors that go by one name."""
+
+    name: str
+    kind: str | None
+    items: tuple[_Item, ...]
+    module: nn.Module | None = None
+
+
+def analyze_model(
+    model_or_path: nn.Module | str | os.PathLike[str],
+    calibration: Iterable[Any] | None = None,
+    energy: Sequence[float] = (0.9, 0.95, 0.99),
+    ignore: Sequence[str] = (),
+    *,
+    progress: bool = True,
+) -> AnalysisReport:
+    """Singular values of every matrix of a model and what they say about compressing it.
+
+    A path (a ``.safetensors`` file, or a directory with ``model.safetensors`` or its shards) is read tensor by tensor,
+    one in memory at a time; no model code is needed. Convolutions are flattened to (out, in · kernel); a tied weight is
+    analysed once.
+
+    Args:
+        model_or_path: a module, or where its safetensors are.
+        calibration: batches as for :func:`lowrank.compress_model`; adds the spectrum of W Σ^½ of linear layers. Needs
+            a module.
+        energy: fractions of Σσ² to state ranks for, each in (0, 1].
+        ignore: globs over layer names; one that covers a container covers what is inside.
+        progress: a bar on standard error when it takes more than two seconds.
+
+    Raises:
+        UsageError: an energy outside (0, 1], a pattern that matches nothing, calibration for a path.
+        CheckpointError: a file that is damaged or not safetensors.
+        NumericsError: a weight with NaN or Inf; names layer and index.
+
+    Example:
+        >>> report = analyze_model(nn.Sequential(nn.Linear(8, 4)))
+        >>> report.rows[0].name, report.rows[0].shape, report.rows[0].full_rank
+        ('0', (4, 8), 4)
+    """
+    levels = _checked_levels(energy)
+    if isinstance(model_or_path, nn.Module):
+        layers, source = _layers_of_module(model_or_path), type(model_or_path).__name__
+        known = [name for name, _ in model_or_path.named_modules() if name]
+    elif isinstance(model_or_path, (str, os.PathLike)):
+        if calibration is not None:
+            raise UsageError(
+                "calibration: running a model needs the model itself; load it and pass the module, not its path"
+            )
+        layers = _layers_of_files(model_or_path)
+        source = os.path.basename(os.path.normpath(os.fspath(model_or_path)))
+        known = sorted({layer.name[:end] for layer in layers for end in _prefix_ends(layer.name)})
+    else:
+        raise UsageError(f"model: must be a torch.nn.Module or a path, got {type(model_or_path).__name__}")
+    ignored: set[str] = set().union(*matching(ignore, known, "ignore").values())
+    statistics: dict[str, InputStatistics] = {}
+    if calibration is not None:
+        assert isinstance(model_or_path, nn.Module)
+        targets = {
+            layer.name: layer.module
+            for layer in layers
+            if layer.module is not None and layer.name not in ignored and _takes_statistics(layer.module)
+        }
+        found = collect_statistics(model_or_path, calibration, targets, progress=progress)
+        statistics = {name: value for name, value in found.items() if isinstance(value, InputStatistics)}
+    rows: list[AnalysisRow] = []
+    spectra: list[tuple[Tensor, int, int, int]] = []
+    for layer in tqdm(layers, desc="analyze", unit="layer", delay=2, disable=not progress):
+        for row, spectrum in _analyse_layer(layer, levels, layer.name in ignored, statistics.get(layer.name)):
+            rows.append(row)
+            if spectrum is not None:
+                height, width = row.shape[0], math.prod(row.shape[1:])
+                spectra.append((spectrum.singular_values, height, width, _itemsize(row.dtype)))
+    return AnalysisReport(rows, _totals(rows, spectra, levels, source), _notes(rows, statistics))
+
+
+def _checked_levels(energy: Sequence[float]) -> tuple[float, ...]:
+    levels = tuple(energy) if isinstance(energy, (list, tuple)) else ()
+    good = all(isinstance(level, (int, float)) and not isinstance(level, bool) and 0 < level <= 1 for level in levels)
+    if not levels or not good:
+        raise UsageError(f"energy: must be a list of fractions in (0, 1], such as (0.9, 0.95, 0.99), got {energy!r}")
+    return tuple(float(level) for level in levels)
+
+
+def _takes_statistics(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
+def _prefix_ends(name: str) -> Iterator[int]:
+    for match in re.finditer(r"\.", name):
+        yield match.start()
+    yield len(name)
+
+
+def _layers_of_module(model: nn.Module) -> list[_Layer]:
+    layers: list[_Layer] = []
+    seen: dict[object, str] = {}
+    for name, module in model.named_modules():
+        tensors: dict[str, Tensor] = {key: value for key, value in module._parameters.items() if value is not None}
+        for key, value in module._buffers.items():
+            if value is not None and key not in module._non_persistent_buffers_set:
+                tensors[key] = value
+        items = [_module_item(name, key, tensor, module, seen) for key, tensor in tensors.items()]
+        if items:
+            layers.append(_Layer(name, type(module).__name__, tuple(items), module))
+    return layers
+
+
+def _module_item(name: str, key: str, tensor: Tensor, module: nn.Module, seen: dict[object, str]) -> _Item:
+    full = f"{name}.{key}" if name else key
+    if isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer)):
+        return _Item(
+            key, (), str(tensor.dtype), 0, "lazy, not yet initialised: run the model once first", lambda: tensor
+        )
+    refusal = None
+    if type(tensor.data) is not Tensor or tensor.layout != torch.strided or tensor.is_quantized:
+        refusal = f"a {type(tensor.data).__name__}, not a plain dense tensor"
+    elif tensor.is_meta:
+        refusal = "on the meta device: it holds no numbers"
+    nbytes = tensor.numel() * tensor.element_size()
+    identity: object = id(tensor)
+    if refusal is None and tensor.numel():
+        # Two parameters over the same memory are tied as much as one parameter in two places.
+        identity = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, str(tensor.device))
+    if identity in seen:
+        return _Item(key, tuple(tensor.shape), str(tensor.dtype), 0, f"tied with {seen[identity]}", lambda: tensor)
+    seen[identity] = name or full
+    turned = key == "weight" and is_conv1d(module)
+    shape = tuple(reversed(tensor.shape)) if turned else tuple(tensor.shape)
+    return _Item(
+        key, shape, str(tensor.dtype), nbytes, refusal, lambda: tensor.detach().T if turned else tensor.detach()
+    )
+
+
+def _layers_of_files(path: str | os.PathLike[str]) -> list[_Layer]:
+    source = open_tensors(path)
+    groups: dict[str, list[_Item]] = {}
+    # File order is by dtype and size or by hash; a reader expects layer 10 after layer 9.
+    for name, entry in sorted(source.entries.items(), key=lambda item: _natural(item[0])):
+        prefix, _, key = name.rpartition(".")
+        dtype = str(entry.torch_dtype) if entry.torch_dtype is not None else entry.dtype
+        item = _Item(key, entry.shape, dtype, entry.nbytes, None, lambda name=name: source.read(name))  # type: ignore[misc]
+        groups.setdefault(prefix, []).append(item)
+    return [_Layer(name, None, tuple(items)) for name, items in groups.items()]
+
+
+def _natural(name: str) -> list[tuple[int, int, str]]:
+    # Digits beyond 18 would make comparing a hostile name slow.
+    return [
+        (1, int(part), "") if part.isdecimal() and len(part) < 19 else (2, 0, part) for part in re.split(r"(\d+)", name)
+    ]
+
+
+def _analyse_layer(
+    layer: _Layer, levels: Sequence[float], ignored: bool, statistics: InputStatistics | None
+) -> Iterator[tuple[AnalysisRow, Spectrum | None]]:
+    """The rows of one layer: one per matrix, the vectors counted in the first; one row where there is no matrix."""
+    matrices = [item for item in layer.items if _refusal(item) is None]
+    vectors = [item for item in layer.items if _refusal(item) == ""]
+    if ignored:
+        yield _skipped_row(layer, layer.name, layer.items, "ignored"), None
+        return
+    for index, item in enumerate(matrices):
+        counted = [item, *(vectors if index == 0 else [])]
+        yield _analyse_item(_full_name(layer, item), layer, item, counted, levels, statistics)
+    if vectors and not matrices:
+        yield _skipped_row(layer, layer.name, vectors, "no matrix"), None
+    for item in layer.items:
+        reason = _refusal(item)
+        if reason:
+            yield _skipped_row(layer, _full_name(layer, item), [item], reason), None
+
+
+def _skipped_row(layer: _Layer, name: str, items: Sequence[_Item], reason: str) -> AnalysisRow:
+    main = max(items, key=lambda item: math.prod(item.shape))
+    return AnalysisRow(
+        name=name,
+        kind=layer.kind or "tensor",
+        shape=main.shape,
+        parameters=sum(map(_count, items)),
+        bytes=sum(item.nbytes for item in items),
+        dtype=_short(main.dtype),
+        reason=reason,
+    )
+
+
+def _full_name(layer: _Layer, item: _Item) -> str:
+    parts = (layer.name,) if item.name == "weight" and layer.name else (layer.name, item.name)
+    return ".".join(part for part in parts if part)
+
+
+def _analyse_item(
+    name: str,
+    layer: _Layer,
+    item: _Item,
+    counted: Sequence[_Item],
+    levels: Sequence[float],
+    statistics: InputStatistics | None,
+) -> tuple[AnalysisRow, Spectrum]:
+    matrix = item.read().flatten(1)
+    told = f"layer {one_line(name)}"
+    spectrum = analyze_weight(matrix, name=told)
+    data = None
+    if statistics is not None and statistics.count and item.name == "weight":
+        data = analyze_weight(matrix, statistics, name=told)
+    sigma = spectrum.singular_values
+    rows, columns = matrix.shape
+    full = min(rows, columns)
+    spots = [round(step * (full - 1) / PLOT_STEPS) for step in range(PLOT_STEPS + 1)]
+    largest = float(sigma[0])
+    squares = torch.cumsum((sigma / largest).square(), 0) if largest > 0 else sigma
+    share = squares / squares[-1] if largest > 0 else sigma
+    return (
+        AnalysisRow(
+            name=name,
+            kind=layer.kind or _kind_of(item.shape),
+            shape=item.shape,
+            parameters=sum(map(_count, counted)),
+            bytes=sum(part.nbytes for part in counted),
+            dtype=_short(item.dtype),
+            ranks=_ranks(spectrum, levels),
+            effective_rank=float(spectrum.effective_rank),
+            stable_rank=float(spectrum.stable_rank),
+            numerical_rank=int(spectrum.numerical_rank),
+            noise_rank=int(spectrum.noise_rank),
+            full_rank=full,
+            break_even_rank=float(spectrum.break_even_rank),
+            errors=_errors(spectrum, rows, columns),
+            data_ranks=None if data is None else _ranks(data, levels),
+            data_effective_rank=None if data is None else float(data.effective_rank),
+            data_errors=None if data is None else _errors(data, rows, columns),
+            tokens=None if data is None or statistics is None else statistics.count,
+            verdict=_verdict(spectrum if data is None else data, largest, rows, columns),
+            spectrum=tuple((float(sigma[i]) / largest if largest > 0 else 0.0) for i in spots),
+            energy=tuple(float(share[i]) for i in spots),
+        ),
+        spectrum,
+    )
+
+
+def _ranks(spectrum: Spectrum, levels: Sequence[float]) -> dict[str, int]:
+    return {str(level): int(spectrum.energy_rank(level)) for level in levels}
+
+
+def _errors(spectrum: Spectrum, rows: int, columns: int) -> dict[str, float]:
+    return {str(size): float(spectrum.tail_error(int(size * rows * columns / (rows + columns)))) for size in SIZES}
+
+
+def _verdict(spectrum: Spectrum, largest: float, rows: int, columns: int) -> str:
+    """What the rank at 99 % energy (10 % error) says about factors against int8, in words."""
+    if largest == 0.0:
+        return "zero: factor"
+    full, even = min(rows, columns), rows * columns / (rows + columns)
+    rank = int(spectrum.energy_rank(0.99))
+    if full < 8:
+        # Below this even int8's scale a row weighs more than factors could save.
+        return f"only {full} wide: quantise"
+    if int(spectrum.numerical_rank) < even / 4:
+        return f"rank {int(spectrum.numerical_rank)} of {full}, exactly: factor"
+    if rank < even / 4:
+        # int8 takes a quarter of float32 at an error under 1 %: factors alone beat it only below that.
+        return f"rank {rank} of {full} holds 99 %: factor"
+    if rank < 0.75 * even:
+        return f"rank {rank} of {full} holds 99 %: factor and quantise"
+    if rank < even:
+        return f"rank {rank} of {full} holds 99 %: quantise"
+    return "full rank: quantise"
+
+
+def _refusal(item: _Item) -> str | None:
+    """Why a tensor has no spectrum: None where it has one, "" for a vector, which needs no word beside a matrix."""
+    if item.refusal is not None:
+        return item.refusal
+    if item.dtype not in {str(dtype) for dtype in FLOATS}:
+        return f"{_short(item.dtype)} is not a floating dtype that can be factored"
+    if math.prod(item.shape) == 0:
+        return "empty"
+    if len(item.shape) < 2:
+        return ""
+    if math.prod(item.shape) > MAX_ELEMENTS:
+        return f"{math.prod(item.shape):,} elements, over the limit of 2^31"
+    return None
+
+
+def _kind_of(shape: Sequence[int]) -> str:
+    return {2: "matrix", 3: "conv1d", 4: "conv2d", 5: "conv3d"}.get(len(shape), "tensor")
+
+
+def _count(item: _Item) -> int:
+    return 0 if item.refusal is not None and item.refusal.startswith("tied") else math.prod(item.shape)
+
+
+def _short(dtype: str) -> str:
+    return dtype.removeprefix("torch.")
+
+
+def _itemsize(dtype: str) -> int:
+    kind = getattr(torch, dtype)
+    assert isinstance(kind, torch.dtype)
+    return kind.itemsize
+
+
+def _totals(
+    rows: Sequence[AnalysisRow], spectra: Sequence[tuple[Tensor, int, int, int]], levels: Sequence[float], source: str
+) -> dict[str, Any]:
+    analysed = [row for row in rows if row.analysed]
+    totals: dict[str, Any] = {
+        "layers": len(rows),
+        "analysed": len(analysed),
+        "parameters": sum(row.parameters for row in rows),
+        "parameters_analysed": sum(math.prod(row.shape) for row in analysed),
+        "bytes": sum(row.bytes for row in rows),
+        "energy": [float(level) for level in levels],
+        "source": one_line(source),
+        "versions": {"lowrank": __version__, "torch": str(torch.__version__)},
+        "size_ratio_at_energy": {},
+        "error_at_size": {},
+        "curve": size_error_curve(spectra),
+    }
+    whole = sum(height * width * size for _, height, width, size in spectra)
+    for level in levels:
+        kept = sum(
+            min((row.ranks or {})[str(level)] * (height + width), height * width) * size
+            for row, (_, height, width, size) in zip(analysed, spectra, strict=True)
+        )
+        totals["size_ratio_at_energy"][str(level)] = kept / whole if whole else None
+    for size in SIZES:
+        errors = [error for ratio, error in totals["curve"] if ratio <= size]
+        if errors:
+            totals["error_at_size"][str(size)] = min(errors)
+    return totals
+
+
+def _notes(rows: Sequence[AnalysisRow], statistics: dict[str, InputStatistics]) -> list[str]:
+    thin = [row for row in rows if row.tokens is not None and row.tokens < math.prod(row.shape[1:])]
+    if not thin:
+        return []
+    return [
+        f"{len(thin)} layers saw fewer tokens ({min(row.tokens or 0 for row in thin)}) than they have input channels; "
+        "their ranks in the metric of the data are too low."
+    ]
