@@ -216,7 +216,7 @@ def analyze_weight(
 
     Args:
         weight: (out, in), any real dtype and device; kernels of more dimensions are flattened to (out, rest).
-        statistics: moments of the inputs of ``in`` (or ``rest``) features; a count of 0 means none. The σ then come from
+        statistics: moments of inputs of ``in`` (or ``rest``) features; a count of 0 means none. The σ then come from
             a gram in float64: those below about 1e-8 · √max(m, n) of the largest are rounding, and given as 0.
         strict: a fallback of the decomposition raises instead of being counted.
         name: for messages.
