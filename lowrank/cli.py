@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
-import torch
 from torch import nn
 
 from lowrank import cli_data, demo
+from lowrank.analysis import analyze_model
 from lowrank.batches import prepare_batches
 from lowrank.checkpoint import MANIFEST_NAME, describe, load_model
-from lowrank.cli_shell import emit, note, run
+from lowrank.cli_options import Fraction, common_options, data_options
+from lowrank.cli_shell import check_file, emit, note, run, write_file
 from lowrank.cli_text import comparison_text, info_text, plan_text
 from lowrank.compress import CompressionResult, compress_model, plan_model
 from lowrank.errors import CheckpointError, UsageError
 from lowrank.evaluation import compare_models
-from lowrank.files import check_destination, lock_destination, open_tensors, printable, read_bounded, write_text
+from lowrank.files import check_destination, lock_destination, open_tensors, printable, read_bounded
+from lowrank.integrations.matplotlib import FORMATS as PLOT_FORMATS
+from lowrank.integrations.matplotlib import draw_spectra
 from lowrank.integrations.transformers import is_model_directory, load_pretrained, load_tokenizer
 from lowrank.options import METRIC_NAMES, check_budgets
 from lowrank.plan import Plan
@@ -31,12 +33,11 @@ from lowrank.workshop import FORMATS
 
 __all__ = ["main"]
 
-_Command = TypeVar("_Command", bound=Callable[..., Any])
 # A plan of 10,000 layers takes 3 MB.
 _MAX_PLAN_BYTES = 64 << 20
-# A report, the plan and the headers beside the tensors.
 _SIDE_BYTES = 16 << 20
 _ANY_PATH = click.Path(path_type=Path)
+_STANDARD_OUTPUT = Path("-")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,72 +57,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise click.exceptions.Exit(code)
 
     return run(body, debug="--debug" in arguments)
-
-
-class _Fraction(click.ParamType):
-    """A positive number, also written as a percentage."""
-
-    name = "number"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        text = str(value).strip()
-        try:
-            number = float(text[:-1]) / 100.0 if text.endswith("%") else float(text)
-        except ValueError:
-            self.fail(f"{value!r} is not a number; 5 % is written 0.05 or 5%", param, ctx)
-        if not math.isfinite(number) or number <= 0.0:
-            self.fail(f"must be a positive number, got {value}", param, ctx)
-        return number
-
-
-def _common(command: _Command) -> _Command:
-    """Options that every command has."""
-    for option in (
-        click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of a failure."),
-        click.option(
-            "--threads",
-            type=click.IntRange(min=1),
-            callback=_set_threads,
-            expose_value=False,
-            help="Threads to compute with; all cores by default.",
-        ),
-        click.option("-q", "--quiet", is_flag=True, help="No progress on standard error."),
-    ):
-        command = option(command)
-    return command
-
-
-def _data_options(command: _Command) -> _Command:
-    for option in (
-        click.option(
-            "--max-tokens", type=click.IntRange(min=1), default=512, show_default=True, help="Cut longer texts."
-        ),
-        click.option(
-            "--batch-size", type=click.IntRange(min=1), default=8, help="Samples at a time.", show_default=True
-        ),
-        click.option("--device", callback=_check_device, help="cpu (the default) or cuda."),
-    ):
-        command = option(command)
-    return command
-
-
-def _set_threads(ctx: click.Context, param: click.Parameter, value: int | None) -> None:
-    if value is not None and not ctx.resilient_parsing:
-        torch.set_num_threads(value)
-
-
-def _check_device(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
-    if value is None:
-        return None
-    try:
-        kind = torch.device(value).type
-    except RuntimeError as error:
-        raise click.BadParameter(f"{value!r} is not a device; give cpu or cuda") from error
-    if kind not in ("cpu", "cuda"):
-        raise click.BadParameter(f"{value!r}: only cpu and cuda are supported")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise click.BadParameter(f"{value!r}: torch {torch.__version__} sees no CUDA device here; use cpu")
-    return value
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -147,8 +82,8 @@ def app() -> None:
 @click.option("--json", "json_file", type=_ANY_PATH, help="Write the rows as JSON to a file, - for standard output.")
 @click.option("--html", "html_file", type=_ANY_PATH, help="Write one self-contained page.")
 @click.option("--plot", "plot_file", type=_ANY_PATH, help="Write the spectra as a picture (extra: plot).")
-@_data_options
-@_common
+@data_options
+@common_options
 def analyze(
     source: Path,
     calibration: Path | None,
@@ -166,28 +101,32 @@ def analyze(
     \b
     Example: lowrank analyze my-model --html spectra.html
     """
-    from lowrank.analysis import analyze_model
-
+    for path in (json_file, html_file, plot_file):
+        if path is not None and path != _STANDARD_OUTPUT:
+            check_file(path)
+    if plot_file is not None and plot_file.suffix[1:].lower() not in PLOT_FORMATS:
+        raise UsageError(f"--plot {printable(plot_file)}: a plot is a .png, .svg or .pdf file")
     subject: Any = source
     batches = None
     if calibration is not None:
         data = cli_data.read_data(calibration)
         subject = _open_model(source, device, quiet)
         batches = _batches(data, calibration, subject, source, max_tokens, batch_size)
-    report = analyze_model(subject, calibration=batches, ignore=ignore)
-    for path, render in ((html_file, report.to_html), (json_file, report.to_json)):
-        if path is not None and str(path) != "-":
-            write_text(path, render())
+    report = analyze_model(subject, calibration=batches, ignore=ignore, progress=not quiet)
+    if html_file is not None:
+        write_file(html_file, report.to_html().encode())
     if plot_file is not None:
-        report.plot(plot_file)
-    emit(report.to_json() if str(json_file) == "-" else report.to_text())
+        write_file(plot_file, draw_spectra(report.rows, plot_file.suffix[1:].lower()))
+    if json_file is not None and json_file != _STANDARD_OUTPUT:
+        write_file(json_file, report.to_json().encode())
+    emit(report.to_json() if json_file == _STANDARD_OUTPUT else report.to_text())
 
 
 @app.command(short_help="Make a model as small as an error budget allows.")
 @click.argument("source", type=_ANY_PATH)
 @click.option("-o", "--output", type=_ANY_PATH, help="Directory to write; required unless --dry-run.")
-@click.option("--error-budget", type=_Fraction(), help="Error allowed, in the metric's unit: 0.05 or 5%.")
-@click.option("--size-budget", type=_Fraction(), help="Stored bytes after / before: 0.3 or 30%.")
+@click.option("--error-budget", type=Fraction(), help="Error allowed, in the metric's unit: 0.05 or 5%.")
+@click.option("--size-budget", type=Fraction(), help="Stored bytes after / before: 0.3 or 30%.")
 @click.option(
     "--metric",
     type=click.Choice(METRIC_NAMES),
@@ -222,8 +161,8 @@ def analyze(
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the sample split.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report (with --dry-run: the plan) as JSON.")
-@_data_options
-@_common
+@data_options
+@common_options
 def compress(
     source: Path,
     output: Path | None,
@@ -277,8 +216,8 @@ def compress(
 @click.option("--against", "source", type=_ANY_PATH, required=True, help="The original model's directory.")
 @click.option("--data", "data_file", type=_ANY_PATH, required=True, help="A .txt, .npz or .safetensors file of inputs.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@_data_options
-@_common
+@data_options
+@common_options
 def evaluate(
     compressed: Path,
     source: Path,
@@ -305,7 +244,7 @@ def evaluate(
 @app.command(short_help="What is in a compressed directory?")
 @click.argument("directory", type=_ANY_PATH)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@_common
+@common_options
 def info(directory: Path, as_json: bool, quiet: bool) -> None:
     """What is in DIRECTORY, a compressed model: formats, ranks, sizes, measured error. Nothing is loaded but headers.
 
@@ -319,7 +258,7 @@ def info(directory: Path, as_json: bool, quiet: bool) -> None:
 @app.command("demo", short_help="Compress a real sentence-embedding model within a 10 % budget.")
 @click.option("-o", "--output", type=_ANY_PATH, help="Directory to write; ./lowrank-demo by default.")
 @click.option("--overwrite", is_flag=True, help="Replace OUTPUT where it is not empty.")
-@_common
+@common_options
 def demo_command(output: Path | None, overwrite: bool, quiet: bool) -> None:
     """Compress all-MiniLM-L6-v2 within a 10 % output error, measured on English text that comes with Python.
 

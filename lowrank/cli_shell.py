@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import stat
 import sys
+import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import FrameType
 from typing import TextIO
 
@@ -17,7 +20,7 @@ import click
 from lowrank.errors import LowRankError, ResourceError, StorageError
 from lowrank.files import printable
 
-__all__ = ["emit", "note", "run"]
+__all__ = ["check_file", "emit", "note", "run", "write_file"]
 
 INTERRUPTED = 130
 TERMINATED = 143
@@ -92,6 +95,59 @@ def note(text: str) -> None:
     if sys.stderr is not None:
         with contextlib.suppress(OSError, ValueError):
             print(f"lowrank: {text}", file=sys.stderr, flush=True)
+
+
+def check_file(path: Path) -> None:
+    """Find out before the work whether a file can be written.
+
+    Raises:
+        StorageError: a directory, or in one that is missing or read-only.
+
+    Example:
+        >>> check_file(Path("/nonexistent/report.json"))
+        Traceback (most recent call last):
+            ...
+        lowrank.errors.StorageError: /nonexistent/report.json: its directory does not exist; create it first
+    """
+    parent = path.absolute().parent
+    if path.is_dir():
+        raise StorageError(f"{printable(path)}: is a directory; name a file")
+    if not parent.is_dir():
+        raise StorageError(f"{printable(path)}: its directory does not exist; create it first")
+    if not os.access(path if path.exists() else parent, os.W_OK):
+        raise StorageError(f"{printable(path)}: cannot be written (read-only)")
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file that appears whole or stays as it was; a device or pipe is written to directly.
+
+    Raises:
+        StorageError: writing failed.
+    """
+    try:
+        if path.exists() and not path.is_file():
+            path.write_bytes(content)
+            return
+        with tempfile.NamedTemporaryFile(dir=path.absolute().parent, prefix=".lowrank-", delete=False) as file:
+            partial = Path(file.name)
+            try:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+                # A temporary file is private; this one is to have the mode of any other, or of the one it replaces.
+                os.fchmod(file.fileno(), stat.S_IMODE(path.stat().st_mode) if path.exists() else 0o666 & ~_umask())
+                os.replace(partial, path)
+            except BaseException:
+                partial.unlink(missing_ok=True)
+                raise
+    except OSError as error:
+        raise StorageError(f"{printable(path)}: cannot be written ({error.strerror})") from error
+
+
+def _umask() -> int:
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 def _explain(error: Exception) -> tuple[str, int]:
