@@ -1,0 +1,277 @@
+"""Loading a compressed model: everything is checked before anything is built, and read before anything is changed."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lowrank.checkpoint.manifest import (
+    MANIFEST_NAME,
+    Manifest,
+    build_layer,
+    enclosing,
+    is_scale,
+    open_checkpoint,
+    prefix_of,
+)
+from lowrank.errors import CheckpointError, UsageError
+from lowrank.files import TensorSource, printable
+from lowrank.layers import CompressedLayer
+
+__all__ = ["load_model"]
+
+_CONFIG_NAME = "config.json"
+# A model may hold buffers that no file does (masks, positions); far beyond its weights they are an attack or a mistake.
+_BUFFER_BYTES_PER_STORED_BYTE = 64
+_BUFFER_BYTES_ALWAYS = 256 << 20
+
+
+def load_model(
+    directory: str | Path,
+    model: nn.Module | Callable[[], nn.Module] | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """Load a compressed model, in eval mode; its outputs equal those of the saved one bit for bit.
+
+    Args:
+        directory: as written by ``result.save`` or :func:`lowrank.checkpoint.save_compressed`.
+        model: the module as it was before compression (its weights are not used, it may be on the meta device and is
+            left as it is: the result is a copy), or a function without arguments that makes one. Not needed for
+            transformers models, whose ``config.json`` says how to build them.
+        device: where the tensors go; the CPU unless given.
+        dtype: convert floating-point tensors to it, but not quantisation scales; as stored unless given.
+
+    Returns:
+        The model with its compressed layers, ties restored.
+
+    Raises:
+        UsageError: no skeleton was given and none can be built.
+        CheckpointError: the directory is damaged, was written by a newer lowrank, or does not fit the skeleton.
+        ResourceError, StorageError: as the readers of :mod:`lowrank.files`.
+
+    >>> import tempfile
+    >>> from lowrank.checkpoint import save_compressed
+    >>> linear = nn.Linear(2, 2)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = save_compressed(linear, Path(folder, "out"))
+    ...     bool((load_model(path, model=lambda: nn.Linear(2, 2)).weight == linear.weight).all())
+    True
+    """
+    directory = Path(directory)
+    if dtype is not None and not dtype.is_floating_point:
+        raise UsageError(f"dtype must be a floating-point dtype; got {dtype}")
+    target = torch.device("cpu" if device is None else device)
+    manifest, source = open_checkpoint(directory)
+    skeleton = _skeleton(directory, model, manifest, source, dtype)
+    _check_fit(skeleton, manifest, source, printable(directory))
+    _check_buffers(skeleton, manifest, printable(directory))
+    # Scales first: they are small, and a bad one should not cost the reading of everything else.
+    tensors = _read_all(manifest, source, target, dtype)
+    return _fill(skeleton, manifest, tensors, target, dtype, str(directory / MANIFEST_NAME))
+
+
+def _skeleton(
+    directory: Path,
+    model: nn.Module | Callable[[], nn.Module] | None,
+    manifest: Manifest,
+    source: TensorSource,
+    dtype: torch.dtype | None,
+) -> nn.Module:
+    if isinstance(model, nn.Module):
+        return _copy_without_weights(model)
+    if model is not None:
+        made = model()
+        if not isinstance(made, nn.Module):
+            raise UsageError(f"model must be a module or a function that makes one; it made a {type(made).__name__}")
+        return made
+    if not (directory / _CONFIG_NAME).exists():
+        made_from = printable(manifest.raw.get("model_class"))
+        raise UsageError(
+            f"{printable(directory)}: not a Hugging Face model, so pass model=: the module as it was before "
+            f"compression ({made_from}), or a function that makes it"
+        )
+    from lowrank.integrations.transformers import build_from_config
+
+    shapes = [entry.shape for entry in source.entries.values()]
+    # On the meta device first: a configuration that does not fit the tensors costs no memory that way.
+    with torch.device("meta"):
+        trial = build_from_config(directory, shapes=shapes, dtype=dtype)
+    _check_fit(trial, manifest, source, printable(directory))
+    stored = trial.state_dict().keys()
+    unstored = sum(buffer.nbytes for name, buffer in trial.named_buffers() if name not in stored)
+    if unstored > _BUFFER_BYTES_PER_STORED_BYTE * source.tensor_bytes + _BUFFER_BYTES_ALWAYS:
+        raise CheckpointError(
+            f"{printable(directory / _CONFIG_NAME)}: the model would hold {unstored} bytes of buffers beside "
+            f"{source.tensor_bytes} bytes of tensors; a size in it is wrong"
+        )
+    return build_from_config(directory, shapes=shapes, dtype=dtype)
+
+
+def _copy_without_weights(model: nn.Module) -> nn.Module:
+    """A deep copy whose parameters and stored buffers are on the meta device, so that it takes next to no memory."""
+    memo: dict[int, Any] = {}
+    for value in model.state_dict(keep_vars=True).values():
+        if isinstance(value, nn.Parameter):
+            memo[id(value)] = nn.Parameter(torch.empty_like(value, device="meta"), requires_grad=value.requires_grad)
+        elif isinstance(value, torch.Tensor):
+            memo[id(value)] = torch.empty_like(value, device="meta")
+    try:
+        return copy.deepcopy(model, memo)
+    except (TypeError, RuntimeError, AttributeError) as error:
+        raise UsageError(
+            f"model: this {type(model).__name__} cannot be copied ({printable(error)}); pass a function that makes it"
+        ) from error
+
+
+def _check_fit(skeleton: nn.Module, manifest: Manifest, source: TensorSource, where: str) -> None:
+    """Compare names and shapes of a skeleton with the manifest and the headers."""
+    modules = dict(skeleton.named_modules(remove_duplicate=False))
+    for name, config in manifest.layers.items():
+        module = modules.get(name)
+        if module is None:
+            raise CheckpointError(f"{where}: the model has no layer {printable(name)!r}{_near(name, modules)}")
+        found = _matrix_shape(module)
+        if found is not None and sorted(found) != sorted(config["shape"]):
+            raise CheckpointError(
+                f"{where}: layer {printable(name)!r} is {list(found)} in the model, but {config['shape']} in the file"
+            )
+    entries = source.entries
+    replaced = {id(modules[name]) for name in manifest.layers}
+    inside = {name for name, module in modules.items() if id(module) in replaced}
+    wanted = {name: tensor for name, tensor in skeleton.state_dict().items() if enclosing(name, inside) is None}
+    for name, tensor in wanted.items():
+        entry = entries.get(manifest.resolve(name))
+        if entry is None:
+            raise CheckpointError(f"{where}: tensor {printable(name)!r} of the model is missing{_near(name, entries)}")
+        if not isinstance(tensor, torch.Tensor) or entry.shape != tuple(tensor.shape):
+            shape = list(getattr(tensor, "shape", ()))
+            raise CheckpointError(
+                f"{where}: tensor {printable(name)!r} is {shape} in the model, but {list(entry.shape)} in the file"
+            )
+    known = {manifest.resolve(name) for name in wanted}
+    for name in entries:
+        if name not in known and enclosing(name, inside) is None and name != manifest.guard:
+            raise CheckpointError(f"{where}: the model has no tensor {printable(name)!r}{_near(name, wanted)}")
+
+
+def _matrix_shape(module: nn.Module) -> tuple[int, ...] | None:
+    if isinstance(module, CompressedLayer):
+        return tuple(module.shape)
+    weight = getattr(module, "weight", None)
+    return tuple(weight.shape) if isinstance(weight, torch.Tensor) else None
+
+
+def _near(name: str, names: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(names), n=3)
+    return f"; near: {', '.join(printable(other) for other in near)}" if near else ""
+
+
+def _check_buffers(skeleton: nn.Module, manifest: Manifest, where: str) -> None:
+    stored = skeleton.state_dict().keys()
+    for name, buffer in skeleton.named_buffers():
+        if buffer.is_meta and name not in stored and manifest.layer_of(name) is None:
+            raise UsageError(
+                f"{where}: buffer {printable(name)!r} is in no file and on the meta device in the model, so it has no "
+                "values; make the model on the CPU, or pass a function that does"
+            )
+
+
+def _read_all(
+    manifest: Manifest, source: TensorSource, device: torch.device, dtype: torch.dtype | None
+) -> dict[str, torch.Tensor]:
+    limits: dict[str, int] = {}
+    scales: set[str] = set()
+    for stored in source.names:
+        layer = manifest.layer_of(stored)
+        if layer is None:
+            continue
+        leaf, bits = stored.removeprefix(prefix_of(layer)), manifest.layers[layer].get("bits")
+        if is_scale(leaf):
+            scales.add(stored)
+        elif leaf.endswith("codes") and bits is not None:
+            limits[stored] = 2 ** (bits - 1) - 1
+    tensors: dict[str, torch.Tensor] = {}
+    for stored in sorted(source.names, key=lambda name: name not in scales):
+        if stored == manifest.guard:
+            continue
+        tensor = source.read(stored)
+        label = f"{printable(source.path)}: tensor {printable(stored)!r}"
+        if stored in scales:
+            if not bool((torch.isfinite(tensor) & (tensor > 0)).all()):
+                raise CheckpointError(f"{label}: every scale must be positive and finite; the file is damaged")
+        elif dtype is not None and tensor.is_floating_point() and tensor.element_size() > 1:
+            tensor = tensor.to(dtype)
+        limit = limits.get(stored)
+        if limit is not None and tensor.numel() and (int(tensor.min()) < -limit or int(tensor.max()) > limit):
+            raise CheckpointError(f"{label}: codes must lie in [-{limit}, {limit}]; the file is damaged")
+        tensors[stored] = tensor.to(device)
+    return tensors
+
+
+def _fill(
+    skeleton: nn.Module,
+    manifest: Manifest,
+    tensors: Mapping[str, torch.Tensor],
+    device: torch.device,
+    dtype: torch.dtype | None,
+    origin: str,
+) -> nn.Module:
+    """Put layers and tensors into a skeleton that is known to fit."""
+    modules = dict(skeleton.named_modules(remove_duplicate=False))
+    model = skeleton
+    for name, config in manifest.layers.items():
+        if dtype is not None:
+            config = {**config, "dtype": str(dtype).removeprefix("torch.")}
+        layer = build_layer(name, config, printable(origin), device)
+        model = _replace(model, modules[name], layer)
+    state = {name: tensors[manifest.resolve(name)] for name in model.state_dict()}
+    model.load_state_dict(state, strict=True, assign=True)
+    _tie(model, manifest)
+    _move_unstored(model, manifest, device)
+    return model.eval()
+
+
+def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
+    """Replace a module under all its names."""
+    if model is old:
+        return new
+    for parent in list(model.modules()):
+        for child_name, child in parent._modules.items():
+            if child is old:
+                parent._modules[child_name] = new
+    return model
+
+
+def _tie(model: nn.Module, manifest: Manifest) -> None:
+    # Assigning gives each name a Parameter of its own; training must see one.
+    for alias, owner in manifest.ties.items():
+        alias_module, alias_leaf = _locate(model, alias)
+        owner_module, owner_leaf = _locate(model, owner)
+        for kind in ("_parameters", "_buffers"):
+            if owner_leaf in getattr(owner_module, kind) and alias_leaf in getattr(alias_module, kind):
+                getattr(alias_module, kind)[alias_leaf] = getattr(owner_module, kind)[owner_leaf]
+
+
+def _locate(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, leaf = name.rpartition(".")
+    return model.get_submodule(path), leaf
+
+
+def _move_unstored(model: nn.Module, manifest: Manifest, device: torch.device) -> None:
+    stored = model.state_dict().keys()
+    for name, buffer in list(model.named_buffers(remove_duplicate=False)):
+        if name in stored:
+            continue
+        recorded = getattr(torch, manifest.buffers.get(name, ""), None)
+        moved = buffer.to(device)
+        if isinstance(recorded, torch.dtype) and buffer.is_floating_point() and recorded.is_floating_point:
+            moved = moved.to(recorded)
+        owner, leaf = _locate(model, name)
+        owner._buffers[leaf] = moved

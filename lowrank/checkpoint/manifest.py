@@ -1,0 +1,222 @@
+"""``lowrank_config.json``: which layers a compressed model has, and whether the tensors beside it agree."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Container, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lowrank.errors import CheckpointError, LowRankError
+from lowrank.files import TensorEntry, TensorSource, open_tensors, printable, read_json, require_int
+from lowrank.layers import LAYER_KINDS, CompressedLayer
+
+__all__ = [
+    "FORMAT_VERSION",
+    "MANIFEST_NAME",
+    "Manifest",
+    "build_layer",
+    "enclosing",
+    "is_scale",
+    "manifest_limit_bytes",
+    "open_checkpoint",
+    "prefix_of",
+]
+
+MANIFEST_NAME = "lowrank_config.json"
+FORMAT_VERSION = 1
+_QUANT_METHOD = "lowrank"
+# An entry takes about 300 bytes; the rest is room for long names and `extra`.
+_MANIFEST_BYTES = 1 << 20
+_MANIFEST_BYTES_PER_TENSOR = 8192
+# What rebuilding a layer from a configuration that somebody else wrote can raise besides our own errors.
+_BUILD_ERRORS = (TypeError, ValueError, KeyError, AttributeError, OverflowError, RuntimeError)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The checked content of ``lowrank_config.json``.
+
+    Attributes:
+        layers: name of each compressed layer -> its ``config()``.
+        ties: name of a tensor that is not stored -> name of the stored one that it is.
+        buffers: name of a buffer that is not stored -> its dtype, as ``"float32"``.
+        guard: name of the zero-size tensor that makes other loaders fail, or ``None``.
+        raw: the whole document.
+    """
+
+    layers: dict[str, dict[str, Any]]
+    ties: dict[str, str]
+    buffers: dict[str, str]
+    guard: str | None
+    raw: dict[str, Any]
+
+    def resolve(self, name: str) -> str:
+        """The stored name behind a name: the owner where it is tied."""
+        return self.ties.get(name, name)
+
+    def layer_of(self, name: str) -> str | None:
+        """The compressed layer that a tensor or module of this name lies in."""
+        return enclosing(name, self.layers)
+
+
+def enclosing(name: str, modules: Container[str]) -> str | None:
+    """The module among ``modules`` that a tensor or module name lies in, the innermost first; ``""`` is the root.
+
+    >>> enclosing("encoder.0.bias", {"encoder.0", "pooler"})
+    'encoder.0'
+    """
+    while name:
+        name = name.rpartition(".")[0]
+        if name in modules:
+            return name
+    return None
+
+
+def prefix_of(name: str) -> str:
+    """What the tensor names of a module begin with; the root module has no prefix.
+
+    >>> prefix_of("encoder.0"), prefix_of("")
+    ('encoder.0.', '')
+    """
+    return f"{name}." if name else ""
+
+
+def is_scale(leaf: str) -> bool:
+    """Whether a tensor of a compressed layer is a quantisation scale, to be kept in float32."""
+    return leaf == "scale" or leaf.endswith("_scale")
+
+
+def open_checkpoint(directory: Path) -> tuple[Manifest, TensorSource]:
+    """Read the manifest and the headers, and check one against the other; nothing of a model's size is allocated.
+
+    Raises:
+        CheckpointError: not a compressed model, written by a newer lowrank, or manifest and tensors disagree.
+        ResourceError, StorageError: as the readers of :mod:`lowrank.files`.
+    """
+    if not directory.is_dir():
+        raise CheckpointError(f"{printable(directory)}: no such directory; give the one that `save` wrote")
+    if not (directory / MANIFEST_NAME).exists():
+        raise CheckpointError(f"{printable(directory)}: has no {MANIFEST_NAME}; lowrank did not write it")
+    source = open_tensors(directory)
+    size, where = (directory / MANIFEST_NAME).stat().st_size, printable(directory / MANIFEST_NAME)
+    if size > manifest_limit_bytes(len(source.names)):
+        raise CheckpointError(f"{where}: {size} bytes of layers for {len(source.names)} tensors; it is not theirs")
+    manifest = parse_manifest(read_json(directory / MANIFEST_NAME), str(directory / MANIFEST_NAME))
+    _check_against(manifest, source.entries, where)
+    return manifest, source
+
+
+def manifest_limit_bytes(tensors: int) -> int:
+    """The largest manifest that is believed (and written) for a file of so many tensors."""
+    return _MANIFEST_BYTES + _MANIFEST_BYTES_PER_TENSOR * tensors
+
+
+def parse_manifest(document: Mapping[str, Any], origin: str) -> Manifest:
+    """Check the shape of the document itself; see :func:`open_checkpoint` for what the tensors add."""
+    where = printable(origin)
+    if document.get("quant_method") != _QUANT_METHOD:
+        found = _shown(document.get("quant_method"))
+        raise CheckpointError(f"{where}: quant_method must be {_QUANT_METHOD!r}; got {found}")
+    version = require_int(document.get("format_version"), f"{where}: format_version", 1)
+    if version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{where}: written by a newer lowrank (format_version {_shown(version)}; this one reads {FORMAT_VERSION}); "
+            "upgrade lowrank"
+        )
+    layers = _mapping(document, "layers", dict, where)
+    guard = document.get("guard")
+    if guard is not None and not isinstance(guard, str):
+        raise CheckpointError(f"{where}: guard must be a tensor name; got {_shown(guard)}")
+    ties, buffers = _mapping(document, "ties", str, where), _mapping(document, "buffers", str, where)
+    return Manifest(layers, ties, buffers, guard, dict(document))
+
+
+def _mapping(document: Mapping[str, Any], key: str, kind: type, where: str) -> dict[str, Any]:
+    value = document.get(key, {} if key != "layers" else None)
+    if not isinstance(value, dict) or not all(isinstance(item, kind) for item in value.values()):
+        raise CheckpointError(f"{where}: {key} must map names to {'objects' if kind is dict else 'text'}")
+    return value
+
+
+def _shown(value: object) -> str:
+    return printable(repr(value)[:60])
+
+
+def _check_against(manifest: Manifest, entries: Mapping[str, TensorEntry], where: str) -> None:
+    if len(manifest.layers) > len(entries) + len(manifest.ties):
+        raise CheckpointError(f"{where}: lists {len(manifest.layers)} layers, but there are {len(entries)} tensors")
+    for alias, owner in manifest.ties.items():
+        if owner not in entries or alias in entries:
+            raise CheckpointError(
+                f"{where}: tie {printable(alias)!r} -> {printable(owner)!r} must lead from a tensor that is not stored "
+                "to one that is"
+            )
+    for name, entry in entries.items():
+        if entry.torch_dtype is None:
+            found = printable(entry.dtype)
+            raise CheckpointError(f"{where}: tensor {printable(name)!r} has dtype {found}, unknown here")
+    if manifest.guard is not None and entries.get(manifest.guard, TensorEntry("F32", (1,), 0, 4)).nbytes:
+        raise CheckpointError(f"{where}: guard {printable(manifest.guard)!r} must be a stored tensor of zero size")
+    expected = {manifest.guard}
+    for name, config in manifest.layers.items():
+        expected |= _check_layer(name, config, manifest, entries, where)
+    for name in entries:
+        if name not in expected and manifest.layer_of(name) is not None:
+            raise CheckpointError(f"{where}: tensor {printable(name)!r} is not one that its layer has")
+
+
+def _check_layer(
+    name: str, config: Mapping[str, Any], manifest: Manifest, entries: Mapping[str, TensorEntry], where: str
+) -> set[str]:
+    """Check one layer against its tensors and return the names they are stored under."""
+    label = f"{where}: layer {printable(name)!r}"
+    kind = config.get("kind")
+    if not isinstance(kind, str) or kind not in LAYER_KINDS:
+        raise CheckpointError(f"{label}: kind {_shown(kind)} is unknown: written by a newer lowrank; upgrade")
+    shape = config.get("shape")
+    if not isinstance(shape, list) or len(shape) < 2:
+        raise CheckpointError(f"{label}: shape must be a list of at least two sizes; got {_shown(shape)}")
+    sizes = [require_int(size, f"{label}: a size in shape", 1, 1 << 40) for size in shape]
+    full = min(sizes[0], math.prod(sizes[1:]))
+    if config.get("rank") is not None:
+        require_int(config["rank"], f"{label}: rank", 1, full)
+    if config.get("bits") is not None:
+        require_int(config["bits"], f"{label}: bits", 2, 8)
+    names: set[str] = set()
+    for leaf, expected in layer_tensors(name, config, where).items():
+        stored = manifest.resolve(prefix_of(name) + leaf)
+        names.add(stored)
+        entry = entries.get(stored)
+        if entry is None:
+            raise CheckpointError(f"{label}: its tensor {printable(stored)!r} is missing")
+        if entry.shape != tuple(expected.shape) or entry.torch_dtype != expected.dtype:
+            raise CheckpointError(
+                f"{label}: tensor {printable(stored)!r} is {entry.torch_dtype} {list(entry.shape)}; the configuration "
+                f"says {expected.dtype} {list(expected.shape)}"
+            )
+    return names
+
+
+def layer_tensors(name: str, config: Mapping[str, Any], where: str) -> dict[str, torch.Tensor]:
+    """The tensors that a layer of this configuration stores, on the meta device."""
+    return dict(build_layer(name, config, where, torch.device("meta")).state_dict())
+
+
+def build_layer(name: str, config: Mapping[str, Any], where: str, device: torch.device | None) -> CompressedLayer:
+    """A layer of the configured kind and shape; its values are unimportant.
+
+    Raises:
+        CheckpointError: the configuration lacks something or contradicts itself.
+    """
+    try:
+        return LAYER_KINDS[config["kind"]].from_config(dict(config), device=device)
+    except LowRankError as error:
+        raise CheckpointError(f"{where}: layer {printable(name)!r}: {error}") from error
+    except _BUILD_ERRORS as error:
+        reason = printable(f"{type(error).__name__}: {error}".splitlines()[0])
+        label = f"{where}: layer {printable(name)!r}"
+        raise CheckpointError(f"{label} cannot be built from its configuration ({reason})") from error
