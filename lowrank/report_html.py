@@ -32,6 +32,10 @@ __all__ = [
 ]
 
 
+# Grey (3) is kept for what was left alone.
+LINE_COLOURS = ("1", "2", "4", "5")
+
+
 @dataclass(frozen=True)
 class Heading:
     """A column's heading; ``hint`` is shown when the pointer rests on it."""
@@ -96,7 +100,7 @@ def tiles(items: Sequence[tuple[str, str, str, str]]) -> str:
 
 
 def stacked_bar(parts: Sequence[tuple[str, float, str]], label: str) -> str:
-    """One bar cut into (label, size, colour 1 to 4) with its legend; the labels carry the numbers."""
+    """One bar cut into (label, size, colour 1 to 5) with its legend; the labels carry the numbers."""
     whole = sum(size for _, size, _ in parts) or 1.0
     strip = "".join(
         f'<i style="width:{100 * size / whole:.3f}%;background:var(--s{colour})"></i>'
@@ -139,7 +143,7 @@ def ratio_bar(part: float, whole: float) -> str:
 
 
 def segment_bar(label: str, segments: Sequence[tuple[str, int, str]], whole: float) -> str:
-    """One bar of (name, bytes, colour 1 to 4) segments, as long as their sum is of ``whole``; names show on hover."""
+    """One bar of (name, bytes, colour 1 to 5) segments, as long as their sum is of ``whole``; names show on hover."""
     merged: list[tuple[str, int, str, int]] = []
     for name, size, colour in segments:
         # Segments too thin to be seen are drawn together with their neighbours of the same colour.
@@ -268,14 +272,14 @@ def line_chart(
     marks.append(
         f'<text x="{(left + width - right) / 2}" y="{height - 6}" text-anchor="middle">{escape(x_label)}</text>'
     )
-    for index, (_, points) in enumerate(lines[:4], start=1):
+    for colour, (_, points) in zip(LINE_COLOURS, lines, strict=False):
         spots = [(x_of(x), y_of(y)) for x, y in points if math.isfinite(x) and math.isfinite(y)]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in spots)
         if dots:
-            marks += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.2" style="fill:var(--s{index})"/>' for x, y in spots]
+            marks += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.2" style="fill:var(--s{colour})"/>' for x, y in spots]
         else:
-            marks.append(f'<polyline class="line" points="{path}" style="stroke:var(--s{index})"/>')
-    keys = legend([(name, str(index)) for index, (name, _) in enumerate(lines[:4], start=1) if name])
+            marks.append(f'<polyline class="line" points="{path}" style="stroke:var(--s{colour})"/>')
+    keys = legend([(name, colour) for colour, (name, _) in zip(LINE_COLOURS, lines, strict=False) if name])
     return (
         f"<figure><figcaption>{escape(title)}</figcaption>\n"
         f'<p class="soft">{escape(y_label)}</p>'
