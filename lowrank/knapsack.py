@@ -28,6 +28,8 @@ _TOP_UP_PASSES = 100
 _ROUNDING = 1e-12
 # A sum keeps a budget when math.fsum of it does, so its exact value may lie above by half a unit in the last place.
 _LAST_PLACE = 2.0**-52
+# Beyond this price of the whole budget, sums over rows may overflow: then the greedy choice stands.
+_STEEPEST = 1e290
 
 
 @dataclass(frozen=True)
@@ -84,9 +86,8 @@ def allocate(cost: _Floats, weight: _Floats, budget: float) -> Allocation:
     if used > budget:
         total = math.fsum(cost[rows, choice])
         return Allocation(choice, total, used, floor, feasible=False)
-    if math.isinf(budget):
-        # Every weight fits; any finite number above all totals does as a budget.
-        budget = 2.0 * math.fsum(np.where(np.isfinite(weight), weight, 0.0).max(axis=1)) + 1.0
+    # Anything above all totals does as a budget, also for an infinite one.
+    budget = min(budget, 2.0 * math.fsum(np.where(np.isfinite(weight), weight, 0.0).max(axis=1)) + 1.0)
     segments = _hull_segments(cost, weight, choice)
     taken = int(np.searchsorted(np.cumsum(segments.added), budget - used, side="right"))
     prefix = np.array(choice)
@@ -200,8 +201,12 @@ def _enumerate(cost: _Floats, weight: _Floats, choice: _Ints, budget: float, rat
     more than ``_EXACT_STATES`` left the most promising go on and nothing is proven.
     """
     rows = np.arange(choice.size)
+    if rate * budget > _STEEPEST:
+        return choice, False
     finite = np.isfinite(weight) & np.isfinite(cost)
-    penalised = np.where(finite, cost, np.inf) + rate * np.where(finite, weight, 0.0)
+    with np.errstate(over="ignore"):
+        # Overflow is a candidate that no budget this tight can hold.
+        penalised = np.where(finite, cost, np.inf) + rate * np.where(finite, weight, 0.0)
     best = penalised.min(axis=1)
     reduced = penalised - best[:, None]
     incumbent = math.fsum(cost[rows, choice])
