@@ -142,7 +142,7 @@ class CompressionReport:
         return lines
 
     def _error_phrases(self) -> list[str]:
-        totals, metric = self.totals, str(self.totals.get("metric") or "error")
+        totals, metric = self.totals, one_line(str(self.totals.get("metric") or "error"))
         name = METRIC_NAMES.get(metric, metric if metric == "error" else f"relative loss of {metric}")
         show = _error_text(metric)
         phrases = []
@@ -259,7 +259,7 @@ class CompressionReport:
         if self.notes:
             parts.append(report_html.section("Notes", report_html.notes_list(self.notes)))
         source = totals.get("source")
-        title = f"Compression report: {source}" if source else "Compression report"
+        title = f"Compression report: {one_line(str(source))}" if source else "Compression report"
         return report_html.page(title, self.summary(), parts, footer=self._footer())
 
     def save(self, directory: str | os.PathLike[str]) -> Path:
@@ -279,7 +279,7 @@ class CompressionReport:
         )
 
     def _tiles(self) -> list[tuple[str, str, str, str]]:
-        totals, metric = self.totals, str(self.totals.get("metric") or "error")
+        totals, metric = self.totals, one_line(str(self.totals.get("metric") or "error"))
         show = _error_text(metric)
         sizes = f"{human_bytes(totals.get('bytes_before'))} → {human_bytes(totals.get('bytes_after'))}"
         bits = totals.get("bits_per_weight")
@@ -307,7 +307,7 @@ class CompressionReport:
         upper = measured if upper is None else upper
         if not (_drawable(measured) and _drawable(upper) and _drawable(budget)):
             return ""
-        show = _error_text(str(self.totals.get("metric") or "error"))
+        show = _error_text(one_line(str(self.totals.get("metric") or "error")))
         labels = (f"measured {show(measured)}", f"at most {show(upper)} with 95 % confidence", f"budget {show(budget)}")
         return report_html.bullet_bar(measured, upper, budget, labels)
 

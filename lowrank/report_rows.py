@@ -101,14 +101,14 @@ def row_texts(row: LayerRow, name: str) -> list[str]:
     """The cells of one row under :data:`COLUMNS`, with the name as it is to be shown."""
     return [
         name or "(the model itself)",
-        row.format if row.bits in (None, 8) else f"{row.format} ({row.bits} bits)",
+        one_line(row.format) if row.bits in (None, 8) else f"{one_line(row.format)} ({row.bits} bits)",
         "" if row.rank is None else str(row.rank),
         human_bytes(row.bytes_before),
         human_bytes(row.bytes_after),
         "" if row.bits_per_weight is None else f"{row.bits_per_weight:.2f}",
         "" if row.weight_error is None else percent(row.weight_error),
         "" if row.activation_error is None else percent(row.activation_error),
-        row.kind,
+        one_line(row.kind),
         "x".join(map(str, row.shape)),
         _remarks(row),
     ]
