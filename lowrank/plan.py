@@ -142,8 +142,9 @@ class Plan:
                 raise CheckpointError(f"plan: {key} must be null or a finite number from 0, got {_show(value)}")
             object.__setattr__(self, key, float(value))
         try:
-            copy = json.loads(json.dumps(dict(self.metadata), allow_nan=False, sort_keys=True))
-        except (TypeError, ValueError) as error:
+            # Indented as in to_json, whose encoder nests less deeply than the plain one.
+            copy = json.loads(json.dumps(dict(self.metadata), allow_nan=False, sort_keys=True, indent=2))
+        except (TypeError, ValueError, RecursionError) as error:
             raise LowRankError(f"plan: metadata must be JSON data with string keys ({error})") from error
         object.__setattr__(self, "metadata", copy)
 

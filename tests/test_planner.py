@@ -215,7 +215,10 @@ def test_metadata_is_a_copy_and_must_be_json():
     plan = plan_formats([layer("a")], error_budget=0.1, metadata={"budgets": budgets})
     budgets["error"] = 0.2
     assert plan.metadata["budgets"] == {"error": 0.1}
-    for bad in ({"x": float("nan")}, {"x": object()}):
+    nested: list[object] = []
+    for _ in range(5000):
+        nested = [nested]
+    for bad in ({"x": float("nan")}, {"x": object()}, {"x": nested}, {1: 2, "x": 3}):
         with pytest.raises(LowRankError, match=r"^plan: metadata must be JSON"):
             Plan((), metadata=bad)
 
