@@ -48,7 +48,7 @@ def comparison_text(found: dict[str, dict[str, float]]) -> str:
         >>> print(comparison_text({"output_error": error, "samples": {"value": 8.0}}))
         measure         value    95 % interval
         ------------  -------  ---------------
-        output error      5 %       4 % to 6 %
+        output error    5.0 %   4.0 % to 6.0 %
         <BLANKLINE>
         over 8 samples
     """

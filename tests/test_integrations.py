@@ -218,3 +218,12 @@ def test_ids_outside_the_vocabulary_and_texts_without_tokens() -> None:
 
 def test_text_helper_is_read_back(tmp_path: Path) -> None:
     assert len(read_text_samples(make_text(tmp_path / "t.txt", 12))) == 12
+
+
+def test_a_directory_whose_name_is_not_utf8(directory: Path, tmp_path: Path) -> None:
+    target = edit_config(directory, tmp_path / "mod\udcff")
+    model, tokenizer = load_pretrained(target)
+    assert torch.equal(model.lm_head.weight, make_causal_model().lm_head.weight)
+    assert tokenizer is not None
+    built = build_from_config(target)
+    assert built.generation_config.eos_token_id == 2

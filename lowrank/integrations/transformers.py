@@ -6,6 +6,7 @@ Nothing is fetched and no code from a model's directory is run, whatever its ``c
 from __future__ import annotations
 
 import contextlib
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -87,9 +88,10 @@ def load_pretrained(
     source = open_tensors(directory)
     config, model_class = _resolve(config_dict, (entry.shape for entry in source.entries.values()), directory)
     kind, where = model_class.__name__, printable(directory)
-    with _quiet(), _as_checkpoint_error(f"{where}: transformers cannot load the weights as {kind}"):
+    failed = f"{where}: transformers cannot load the weights as {kind}"
+    with _quiet(), _utf8_name(directory) as readable, _as_checkpoint_error(failed):
         loaded: Any = model_class.from_pretrained(
-            directory,
+            readable,
             config=config,
             dtype="auto" if dtype is None else dtype,
             local_files_only=True,
@@ -121,10 +123,11 @@ def load_tokenizer(path: str | Path) -> Any | None:
     directory = Path(path)
     if not any((directory / name).is_file() for name in TOKENIZER_FILES):
         return None
-    with _quiet(), _as_checkpoint_error(f"{printable(directory)}: transformers cannot load the tokenizer"):
+    failed = f"{printable(directory)}: transformers cannot load the tokenizer"
+    with _quiet(), _utf8_name(directory) as readable, _as_checkpoint_error(failed):
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(readable, local_files_only=True, trust_remote_code=False)
 
 
 def build_from_config(
@@ -231,6 +234,20 @@ def _check_sizes(config: Mapping[str, Any], shapes: Sequence[Sequence[int]], whe
     for value in config.values():
         if isinstance(value, Mapping):
             _check_sizes(value, shapes, where)
+
+
+@contextlib.contextmanager
+def _utf8_name(directory: Path) -> Iterator[Path]:
+    """The directory under a name that is UTF-8: safetensors and tokenizers read no other, file systems hold any."""
+    try:
+        str(directory).encode("utf-8")
+    except UnicodeEncodeError:
+        with tempfile.TemporaryDirectory() as folder:
+            link = Path(folder, "model")
+            link.symlink_to(directory.absolute(), target_is_directory=True)
+            yield link
+        return
+    yield directory
 
 
 @contextlib.contextmanager
