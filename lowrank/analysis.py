@@ -206,8 +206,10 @@ def _analyse_layer(
     if ignored:
         yield _skipped_row(layer, layer.name, layer.items, "ignored"), None
         return
-    for index, item in enumerate(matrices):
-        counted = [item, *(vectors if index == 0 else [])]
+    # By name, so that a file, whose order is its own, gives what the module gives.
+    first = min((item.name for item in matrices), default="")
+    for item in matrices:
+        counted = [item, *(vectors if item.name == first else [])]
         yield _analyse_item(_full_name(layer, item), layer, item, counted, levels, statistics)
     if vectors and not matrices:
         yield _skipped_row(layer, layer.name, vectors, "no matrix"), None

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from html import escape
 
 from lowrank.report_style import SCRIPT, STYLE
+from lowrank.report_text import one_line
 
 __all__ = [
     "Cell",
@@ -220,7 +221,7 @@ def table(
 
 def notes_list(notes: Sequence[str]) -> str:
     """Plain-text notes as a list."""
-    return '<ul class="notes">' + "".join(f"<li>{escape(note)}</li>\n" for note in notes) + "</ul>\n"
+    return '<ul class="notes">' + "".join(f"<li>{escape(one_line(note))}</li>\n" for note in notes) + "</ul>\n"
 
 
 def line_chart(

@@ -24,7 +24,7 @@ FLOORS: dict[str, int] = {
     "quantization": 1,
     "kernels": 2,
     "report_text": 1,
-    "report_html": 1,
+    "report_html": 2,
     "statistics": 1,
     "batches": 1,
     "spectrum": 2,
