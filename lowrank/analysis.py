@@ -27,6 +27,7 @@ from lowrank.version import __version__
 __all__ = ["analyze_model"]
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+ITEM_BYTES = {str(dtype).removeprefix("torch."): dtype.itemsize for dtype in FLOATS}
 PLOT_STEPS = 32
 
 
@@ -85,9 +86,11 @@ def analyze_model(
         ('0', (4, 8), 4)
     """
     levels = _checked_levels(energy)
+    aliases: dict[int, list[str]] = {}
     if isinstance(model_or_path, nn.Module):
         layers, source = _layers_of_module(model_or_path), type(model_or_path).__name__
-        known = [name for name, _ in model_or_path.named_modules() if name]
+        aliases = _names_of(model_or_path)
+        known = [name for names in aliases.values() for name in names if name]
     elif isinstance(model_or_path, (str, os.PathLike)):
         if calibration is not None:
             raise UsageError(
@@ -99,6 +102,7 @@ def analyze_model(
     else:
         raise UsageError(f"model: must be a torch.nn.Module or a path, got {type(model_or_path).__name__}")
     ignored: set[str] = set().union(*matching(ignore, known, "ignore").values())
+    ignored |= {names[0] for names in aliases.values() if not ignored.isdisjoint(names)}
     statistics: dict[str, InputStatistics] = {}
     if calibration is not None:
         assert isinstance(model_or_path, nn.Module)
@@ -116,7 +120,7 @@ def analyze_model(
             rows.append(row)
             if spectrum is not None:
                 height, width = row.shape[0], math.prod(row.shape[1:])
-                spectra.append((spectrum.singular_values, height, width, _itemsize(row.dtype)))
+                spectra.append((spectrum.singular_values, height, width, ITEM_BYTES[row.dtype]))
     return AnalysisReport(rows, _totals(rows, spectra, levels, source), _notes(rows, statistics))
 
 
@@ -136,6 +140,14 @@ def _prefix_ends(name: str) -> Iterator[int]:
     for match in re.finditer(r"\.", name):
         yield match.start()
     yield len(name)
+
+
+def _names_of(model: nn.Module) -> dict[int, list[str]]:
+    """Every name of every module, the one it is reported by first."""
+    names: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(id(module), []).append(name)
+    return names
 
 
 def _layers_of_module(model: nn.Module) -> list[_Layer]:
@@ -319,7 +331,7 @@ def _refusal(item: _Item) -> str | None:
     """Why a tensor has no spectrum: None where it has one, "" for a vector, which needs no word beside a matrix."""
     if item.refusal is not None:
         return item.refusal
-    if item.dtype not in {str(dtype) for dtype in FLOATS}:
+    if _short(item.dtype) not in ITEM_BYTES:
         return f"{_short(item.dtype)} is not a floating dtype that can be factored"
     if math.prod(item.shape) == 0:
         return "empty"
@@ -340,12 +352,6 @@ def _count(item: _Item) -> int:
 
 def _short(dtype: str) -> str:
     return dtype.removeprefix("torch.")
-
-
-def _itemsize(dtype: str) -> int:
-    kind = getattr(torch, dtype)
-    assert isinstance(kind, torch.dtype)
-    return kind.itemsize
 
 
 def _totals(

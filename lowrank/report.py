@@ -15,7 +15,17 @@ from lowrank import report_html
 from lowrank.errors import CheckpointError, LowRankError
 from lowrank.files import parse_json
 from lowrank.report_html import Cell, Heading
-from lowrank.report_rows import COLUMNS, LayerRow, row_from_json, row_texts, same_total, sum_rows, total_texts
+from lowrank.report_rows import (
+    COLUMNS,
+    FINALIST_COLUMNS,
+    LayerRow,
+    finalist_texts,
+    row_from_json,
+    row_texts,
+    same_total,
+    sum_rows,
+    total_texts,
+)
 from lowrank.report_text import (
     MISSING,
     human_bytes,
@@ -167,6 +177,9 @@ class CompressionReport:
         body = [row_texts(row, one_line(row.name)) for row in self.rows]
         summary = "\n".join(wrap(line, width) for line in self.summary())
         parts = [summary, terminal_table(COLUMNS, body, total_texts(self.rows), width=width)]
+        tried = self._finalists()
+        if tried:
+            parts.append("Plans that were measured:\n" + terminal_table(FINALIST_COLUMNS, tried, width=width))
         if self.notes:
             parts.append("\n".join(wrap(f"note: {one_line(note)}", width) for note in self.notes))
         return "\n\n".join(parts) + "\n"
@@ -180,6 +193,10 @@ class CompressionReport:
         total = [f"**{text}**" if text else "" for text in total_texts(self.rows)]
         lines = ["# Compression report", "", *(f"{line}  " for line in self.summary()), ""]
         lines.append(markdown_table(COLUMNS, [*body, total]))
+        tried = self._finalists()
+        if tried:
+            safe = [[text.replace("|", "\\|").replace("<", "&lt;") for text in row] for row in tried]
+            lines += ["", "## Plans that were measured", "", markdown_table(FINALIST_COLUMNS, safe)]
         if self.notes:
             lines += ["", *(f"- {one_line(note).replace('<', '&lt;')}" for note in self.notes)]
         return "\n".join(lines) + "\n"
@@ -256,6 +273,11 @@ class CompressionReport:
                 "Click a heading to sort.",
             )
         )
+        tried = self._finalists()
+        if tried:
+            headings = [Heading(column.title, column.numeric) for column in FINALIST_COLUMNS]
+            cells = [[Cell(text) for text in row] for row in tried]
+            parts.append(report_html.section("Plans that were measured", report_html.table(headings, cells)))
         if self.notes:
             parts.append(report_html.section("Notes", report_html.notes_list(self.notes)))
         source = totals.get("source")
@@ -277,6 +299,9 @@ class CompressionReport:
                 "run.json": stable_json(self.run),
             },
         )
+
+    def _finalists(self) -> list[list[str]]:
+        return finalist_texts(self.totals, _error_text(str(self.totals.get("metric"))))
 
     def _tiles(self) -> list[tuple[str, str, str, str]]:
         totals, metric = self.totals, one_line(str(self.totals.get("metric") or "error"))

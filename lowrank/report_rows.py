@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 from lowrank.errors import CheckpointError
 from lowrank.report_text import Column, count_text, human_bytes, one_line, percent
 
-__all__ = ["COLUMNS", "LayerRow", "row_from_json", "row_texts", "same_total", "sum_rows", "total_texts"]
+__all__ = [
+    "COLUMNS",
+    "FINALIST_COLUMNS",
+    "LayerRow",
+    "finalist_texts",
+    "row_from_json",
+    "row_texts",
+    "same_total",
+    "sum_rows",
+    "total_texts",
+]
 
 SUMMED = ("bytes_before", "bytes_after", "weights", "bytes_integer", "bytes_weight_only", "bytes_dense")
 COLUMNS = (
@@ -25,6 +35,15 @@ COLUMNS = (
     Column("kind", drop=1),
     Column("shape", drop=5),
     Column("remarks", keep="left", drop=7),
+)
+
+
+FINALIST_COLUMNS = (
+    Column("plan", keep="left", least=20),
+    Column("size", numeric=True),
+    Column("error (search)", numeric=True),
+    Column("error (verified)", numeric=True),
+    Column("at most (95 %)", numeric=True),
 )
 
 
@@ -130,6 +149,24 @@ def total_texts(rows: Sequence[LayerRow]) -> list[str]:
         "",
         "",
         f"{percent(sums['size_ratio'], 3)} of the size" if sums["size_ratio"] is not None else "",
+    ]
+
+
+def finalist_texts(totals: Mapping[str, Any], show: Callable[[float], str]) -> list[list[str]]:
+    """The cells under :data:`FINALIST_COLUMNS` of the plans that were measured, where the totals tell of any.
+
+    Args:
+        totals: of a report; ``totals["finalists"]`` holds maps of ``label``, ``size_ratio`` and errors.
+        show: an error as text.
+    """
+    keys = ("error_search", "error_measured", "error_upper")
+    return [
+        [
+            one_line(str(item.get("label", ""))),
+            percent(item.get("size_ratio"), 3),
+            *("" if item.get(key) is None else show(item[key]) for key in keys),
+        ]
+        for item in totals.get("finalists") or ()
     ]
 
 

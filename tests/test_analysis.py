@@ -385,3 +385,11 @@ def test_save_writes_three_files(tmp_path: Path) -> None:
 def test_progress_stays_silent_when_it_is_quick(capfd: pytest.CaptureFixture[str]) -> None:
     analyze_model(Small())
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_module_used_twice_is_ignored_by_either_name() -> None:
+    model = nn.Module()
+    model.first = nn.Linear(4, 4)
+    model.second = model.first
+    rows = analyze_model(model, ignore=["second"]).rows
+    assert [(row.name, row.reason) for row in rows] == [("first", "ignored")]

@@ -355,3 +355,18 @@ def test_shorten_never_exceeds_its_width() -> None:
 
 def test_page_escapes_its_title() -> None:
     assert "<title>&lt;i&gt;</title>" in page("<i>", [], [])
+
+
+# ---- what else was tried
+
+
+def test_plans_that_were_measured_are_shown() -> None:
+    finalist = {"label": "int8 everywhere", "size_ratio": 0.253, "error_search": 0.05, "error_measured": None}
+    made = report(finalists=[finalist | {"error_upper": None}, finalist | {"label": "a|b", "error_measured": 0.06}])
+    for text in (made.to_text(120), made.to_markdown(), Page(made.to_html()).text):
+        assert "Plans that were measured" in text
+        assert "int8 everywhere" in text
+        assert "25.3 %" in text
+        assert "6.0 %" in text
+    assert "a\\|b" in made.to_markdown()
+    assert "Plans that were measured" not in report().to_html()
