@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,10 +13,21 @@ from tqdm import tqdm
 
 from lowrank.analysis_report import AnalysisReport
 from lowrank.analysis_rows import SIZES, AnalysisRow, size_error_curve
+from lowrank.analysis_sources import (
+    ITEM_BYTES,
+    Item,
+    Layer,
+    count_of,
+    layers_of_files,
+    layers_of_module,
+    names_of,
+    prefix_ends,
+    refusal_of,
+    short_dtype,
+)
 from lowrank.calibration import collect_statistics
 from lowrank.errors import UsageError
-from lowrank.files import open_tensors
-from lowrank.modules import MAX_ELEMENTS, is_conv1d, matching
+from lowrank.modules import is_conv1d, matching
 from lowrank.report_text import one_line
 from lowrank.spectrum import Spectrum, analyze_weight
 from lowrank.statistics import InputStatistics
@@ -26,31 +35,7 @@ from lowrank.version import __version__
 
 __all__ = ["analyze_model"]
 
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-ITEM_BYTES = {str(dtype).removeprefix("torch."): dtype.itemsize for dtype in FLOATS}
 PLOT_STEPS = 32
-
-
-@dataclass(frozen=True)
-class _Item:
-    """One tensor, not yet read."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    nbytes: int
-    refusal: str | None
-    read: Callable[[], Tensor]
-
-
-@dataclass(frozen=True)
-class _Layer:
-    """The tensors that go by one name."""
-
-    name: str
-    kind: str | None
-    items: tuple[_Item, ...]
-    module: nn.Module | None = None
 
 
 def analyze_model(
@@ -88,17 +73,17 @@ def analyze_model(
     levels = _checked_levels(energy)
     aliases: dict[int, list[str]] = {}
     if isinstance(model_or_path, nn.Module):
-        layers, source = _layers_of_module(model_or_path), type(model_or_path).__name__
-        aliases = _names_of(model_or_path)
+        layers, source = layers_of_module(model_or_path), type(model_or_path).__name__
+        aliases = names_of(model_or_path)
         known = [name for names in aliases.values() for name in names if name]
     elif isinstance(model_or_path, (str, os.PathLike)):
         if calibration is not None:
             raise UsageError(
                 "calibration: running a model needs the model itself; load it and pass the module, not its path"
             )
-        layers = _layers_of_files(model_or_path)
+        layers = layers_of_files(model_or_path)
         source = os.path.basename(os.path.normpath(os.fspath(model_or_path)))
-        known = sorted({layer.name[:end] for layer in layers for end in _prefix_ends(layer.name)})
+        known = sorted({layer.name[:end] for layer in layers for end in prefix_ends(layer.name)})
     else:
         raise UsageError(f"model: must be a torch.nn.Module or a path, got {type(model_or_path).__name__}")
     ignored: set[str] = set().union(*matching(ignore, known, "ignore").values())
@@ -136,85 +121,12 @@ def _takes_statistics(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
-def _prefix_ends(name: str) -> Iterator[int]:
-    for match in re.finditer(r"\.", name):
-        yield match.start()
-    yield len(name)
-
-
-def _names_of(model: nn.Module) -> dict[int, list[str]]:
-    """Every name of every module, the one it is reported by first."""
-    names: dict[int, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        names.setdefault(id(module), []).append(name)
-    return names
-
-
-def _layers_of_module(model: nn.Module) -> list[_Layer]:
-    layers: list[_Layer] = []
-    seen: dict[object, str] = {}
-    for name, module in model.named_modules():
-        tensors: dict[str, Tensor] = {key: value for key, value in module._parameters.items() if value is not None}
-        for key, value in module._buffers.items():
-            if value is not None and key not in module._non_persistent_buffers_set:
-                tensors[key] = value
-        items = [_module_item(name, key, tensor, module, seen) for key, tensor in tensors.items()]
-        if items:
-            layers.append(_Layer(name, type(module).__name__, tuple(items), module))
-    return layers
-
-
-def _module_item(name: str, key: str, tensor: Tensor, module: nn.Module, seen: dict[object, str]) -> _Item:
-    full = f"{name}.{key}" if name else key
-    if isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer)):
-        return _Item(
-            key, (), str(tensor.dtype), 0, "lazy, not yet initialised: run the model once first", lambda: tensor
-        )
-    refusal = None
-    if type(tensor.data) is not Tensor or tensor.layout != torch.strided or tensor.is_quantized:
-        refusal = f"a {type(tensor.data).__name__}, not a plain dense tensor"
-    elif tensor.is_meta:
-        refusal = "on the meta device: it holds no numbers"
-    nbytes = tensor.numel() * tensor.element_size()
-    identity: object = id(tensor)
-    if refusal is None and tensor.numel():
-        # Two parameters over the same memory are tied as much as one parameter in two places.
-        identity = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, str(tensor.device))
-    if identity in seen:
-        return _Item(key, tuple(tensor.shape), str(tensor.dtype), 0, f"tied with {seen[identity]}", lambda: tensor)
-    seen[identity] = name or full
-    turned = key == "weight" and is_conv1d(module)
-    shape = tuple(reversed(tensor.shape)) if turned else tuple(tensor.shape)
-    return _Item(
-        key, shape, str(tensor.dtype), nbytes, refusal, lambda: tensor.detach().T if turned else tensor.detach()
-    )
-
-
-def _layers_of_files(path: str | os.PathLike[str]) -> list[_Layer]:
-    source = open_tensors(path)
-    groups: dict[str, list[_Item]] = {}
-    # File order is by dtype and size or by hash; a reader expects layer 10 after layer 9.
-    for name, entry in sorted(source.entries.items(), key=lambda item: _natural(item[0])):
-        prefix, _, key = name.rpartition(".")
-        dtype = str(entry.torch_dtype) if entry.torch_dtype is not None else entry.dtype
-        item = _Item(key, entry.shape, dtype, entry.nbytes, None, lambda name=name: source.read(name))  # type: ignore[misc]
-        groups.setdefault(prefix, []).append(item)
-    return [_Layer(name, None, tuple(items)) for name, items in groups.items()]
-
-
-def _natural(name: str) -> list[tuple[int, int, str]]:
-    # Digits beyond 18 would make comparing a hostile name slow.
-    return [
-        (1, int(part), "") if part.isdecimal() and len(part) < 19 else (2, 0, part) for part in re.split(r"(\d+)", name)
-    ]
-
-
 def _analyse_layer(
-    layer: _Layer, levels: Sequence[float], ignored: bool, statistics: InputStatistics | None
+    layer: Layer, levels: Sequence[float], ignored: bool, statistics: InputStatistics | None
 ) -> Iterator[tuple[AnalysisRow, Spectrum | None]]:
     """The rows of one layer: one per matrix, the vectors counted in the first; one row where there is no matrix."""
-    matrices = [item for item in layer.items if _refusal(item) is None]
-    vectors = [item for item in layer.items if _refusal(item) == ""]
+    matrices = [item for item in layer.items if refusal_of(item) is None]
+    vectors = [item for item in layer.items if refusal_of(item) == ""]
     if ignored:
         yield _skipped_row(layer, layer.name, layer.items, "ignored"), None
         return
@@ -226,34 +138,34 @@ def _analyse_layer(
     if vectors and not matrices:
         yield _skipped_row(layer, layer.name, vectors, "no matrix"), None
     for item in layer.items:
-        reason = _refusal(item)
+        reason = refusal_of(item)
         if reason:
             yield _skipped_row(layer, _full_name(layer, item), [item], reason), None
 
 
-def _skipped_row(layer: _Layer, name: str, items: Sequence[_Item], reason: str) -> AnalysisRow:
+def _skipped_row(layer: Layer, name: str, items: Sequence[Item], reason: str) -> AnalysisRow:
     main = max(items, key=lambda item: math.prod(item.shape))
     return AnalysisRow(
         name=name,
         kind=layer.kind or "tensor",
         shape=main.shape,
-        parameters=sum(map(_count, items)),
+        parameters=sum(map(count_of, items)),
         bytes=sum(item.nbytes for item in items),
-        dtype=_short(main.dtype),
+        dtype=short_dtype(main.dtype),
         reason=reason,
     )
 
 
-def _full_name(layer: _Layer, item: _Item) -> str:
+def _full_name(layer: Layer, item: Item) -> str:
     parts = (layer.name,) if item.name == "weight" and layer.name else (layer.name, item.name)
     return ".".join(part for part in parts if part)
 
 
 def _analyse_item(
     name: str,
-    layer: _Layer,
-    item: _Item,
-    counted: Sequence[_Item],
+    layer: Layer,
+    item: Item,
+    counted: Sequence[Item],
     levels: Sequence[float],
     statistics: InputStatistics | None,
 ) -> tuple[AnalysisRow, Spectrum]:
@@ -275,9 +187,9 @@ def _analyse_item(
             name=name,
             kind=layer.kind or _kind_of(item.shape),
             shape=item.shape,
-            parameters=sum(map(_count, counted)),
+            parameters=sum(map(count_of, counted)),
             bytes=sum(part.nbytes for part in counted),
-            dtype=_short(item.dtype),
+            dtype=short_dtype(item.dtype),
             ranks=_ranks(spectrum, levels),
             effective_rank=float(spectrum.effective_rank),
             stable_rank=float(spectrum.stable_rank),
@@ -327,31 +239,8 @@ def _verdict(spectrum: Spectrum, largest: float, rows: int, columns: int) -> str
     return "full rank: quantise"
 
 
-def _refusal(item: _Item) -> str | None:
-    """Why a tensor has no spectrum: None where it has one, "" for a vector, which needs no word beside a matrix."""
-    if item.refusal is not None:
-        return item.refusal
-    if _short(item.dtype) not in ITEM_BYTES:
-        return f"{_short(item.dtype)} is not a floating dtype that can be factored"
-    if math.prod(item.shape) == 0:
-        return "empty"
-    if len(item.shape) < 2:
-        return ""
-    if math.prod(item.shape) > MAX_ELEMENTS:
-        return f"{math.prod(item.shape):,} elements, over the limit of 2^31"
-    return None
-
-
 def _kind_of(shape: Sequence[int]) -> str:
     return {2: "matrix", 3: "conv1d", 4: "conv2d", 5: "conv3d"}.get(len(shape), "tensor")
-
-
-def _count(item: _Item) -> int:
-    return 0 if item.refusal is not None and item.refusal.startswith("tied") else math.prod(item.shape)
-
-
-def _short(dtype: str) -> str:
-    return dtype.removeprefix("torch.")
 
 
 def _totals(

@@ -111,9 +111,10 @@ class AnalysisReport:
         """
         if width is None:
             width = min(max(shutil.get_terminal_size((140, 24)).columns, 60), 200)
-        rows = [self._texts(row, one_line(row.name)) for row in self.rows if row.analysed]
+        columns = self.columns
+        rows = [self._texts(row, one_line(row.name), columns) for row in self.rows if row.analysed]
         parts = ["\n".join(wrap(line, width) for line in self.summary())]
-        parts.append(terminal_table(self.columns, rows, self._total_texts(), width=width))
+        parts.append(terminal_table(columns, rows, self._total_texts(), width=width))
         skipped = self._skipped()
         if skipped:
             parts.append("\n".join(wrap(f"not analysed: {line}", width) for line in skipped))
@@ -125,12 +126,13 @@ class AnalysisReport:
     def to_markdown(self) -> str:
         """The same with full names and a line for every skipped layer."""
         body = []
+        columns = self.columns
         for row in self.rows:
-            texts = [text.replace("|", "\\|").replace("<", "&lt;") for text in self._texts(row, "")]
+            texts = [text.replace("|", "\\|").replace("<", "&lt;") for text in self._texts(row, "", columns)]
             body.append([markdown_name(one_line(row.name)), *texts[1:]])
         total = [f"**{text}**" if text else "" for text in self._total_texts()]
         lines = ["# Low-rank analysis", "", *(f"{line}  " for line in self.summary()), ""]
-        lines += [markdown_table(self.columns, [*body, total]), "", self._legend()]
+        lines += [markdown_table(columns, [*body, total]), "", self._legend()]
         lines += ["", *(f"- {one_line(note).replace('<', '&lt;')}" for note in self.notes)] if self.notes else []
         return "\n".join(lines) + "\n"
 
@@ -180,8 +182,7 @@ class AnalysisReport:
         files = {"analysis.json": self.to_json(), "analysis.md": self.to_markdown(), "analysis.html": self.to_html()}
         return write_files(directory, files)
 
-    def _texts(self, row: AnalysisRow, name: str) -> list[str]:
-        columns = self.columns
+    def _texts(self, row: AnalysisRow, name: str, columns: Sequence[Column]) -> list[str]:
         shape = "x".join(map(str, row.shape))
         first = [name or "(the model itself)", shape, count_text(row.parameters)]
         if not row.analysed:
@@ -241,10 +242,11 @@ class AnalysisReport:
         ]
 
     def _html_table(self) -> str:
-        headings = [Heading(column.title, column.numeric, column.title == "verdict") for column in self.columns]
+        columns = self.columns
+        headings = [Heading(column.title, column.numeric, column.title == "verdict") for column in columns]
         rows = []
         for row in self.rows:
-            texts = self._texts(row, one_line(row.name))
+            texts = self._texts(row, one_line(row.name), columns)
             rows.append([Cell(text, _number(text) if headings[i].numeric else None) for i, text in enumerate(texts)])
         muted = [not row.analysed for row in self.rows]
         return report_html.table(headings, rows, total=self._total_texts(), muted=muted)

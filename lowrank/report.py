@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
-from lowrank import report_html
+from lowrank import report_page
 from lowrank.errors import CheckpointError, LowRankError
 from lowrank.files import parse_json
-from lowrank.report_html import Cell, Heading
 from lowrank.report_rows import (
     COLUMNS,
     FINALIST_COLUMNS,
+    METRIC_NAMES,
     LayerRow,
+    error_text,
     finalist_texts,
     row_from_json,
     row_texts,
@@ -27,7 +26,6 @@ from lowrank.report_rows import (
     total_texts,
 )
 from lowrank.report_text import (
-    MISSING,
     human_bytes,
     markdown_name,
     markdown_table,
@@ -42,16 +40,6 @@ from lowrank.report_text import (
 __all__ = ["CompressionReport", "LayerRow", "sum_rows"]
 
 REPORT_FORMAT_VERSION = 1
-METRIC_NAMES = {
-    "output": "output error",
-    "weight": "weight error",
-    "perplexity": "increase of the perplexity",
-    "kl": "KL divergence",
-}
-
-
-# Beyond these, colour 4: a format that a later version writes still shows.
-FORMAT_COLOURS = {"dense": "3", "int8": "1", "lowrank-int8": "2", "lowrank": "4"}
 
 
 @dataclass
@@ -154,7 +142,7 @@ class CompressionReport:
     def _error_phrases(self) -> list[str]:
         totals, metric = self.totals, one_line(str(self.totals.get("metric") or "error"))
         name = METRIC_NAMES.get(metric, metric if metric == "error" else f"relative loss of {metric}")
-        show = _error_text(metric)
+        show = error_text(metric)
         phrases = []
         if totals.get("error_measured") is not None:
             phrases.append(f"{name} {show(totals['error_measured'])} measured")
@@ -240,49 +228,7 @@ class CompressionReport:
 
     def to_html(self) -> str:
         """One self-contained page: tiles, budget bar, where the bytes are, the sortable table with bars, notes."""
-        totals = self.totals
-        parts = [report_html.tiles(self._tiles())]
-        bar = self._budget_bar()
-        if bar:
-            parts.append(report_html.section("Error against the budget", bar))
-        strip = [
-            (f"{human_bytes(totals.get(key, 0))} {words}", float(totals.get(key) or 0), colour)
-            for key, words, colour in (
-                ("bytes_integer", "integer products", "1"),
-                ("bytes_weight_only", "weight-only int8", "2"),
-                ("bytes_dense", "floating point", "3"),
-            )
-        ]
-        parts.append(
-            report_html.section(
-                "How the bytes are computed with", report_html.stacked_bar(strip, "bytes by arithmetic")
-            )
-        )
-        parts.append(
-            report_html.section(
-                "Where the bytes are",
-                self._bytes_chart(),
-                text="Each segment is a layer, in the model's order; one scale. Colours: the format after.",
-            )
-        )
-        parts.append(
-            report_html.section(
-                "Layers",
-                self._html_table(),
-                text="Every module that holds weights, in the model's order; grey rows were left alone. "
-                "Click a heading to sort.",
-            )
-        )
-        tried = self._finalists()
-        if tried:
-            headings = [Heading(column.title, column.numeric) for column in FINALIST_COLUMNS]
-            cells = [[Cell(text) for text in row] for row in tried]
-            parts.append(report_html.section("Plans that were measured", report_html.table(headings, cells)))
-        if self.notes:
-            parts.append(report_html.section("Notes", report_html.notes_list(self.notes)))
-        source = totals.get("source")
-        title = f"Compression report: {one_line(str(source))}" if source else "Compression report"
-        return report_html.page(title, self.summary(), parts, footer=self._footer())
+        return report_page.render(self.rows, self.totals, self.notes, self.summary(), self.answer)
 
     def save(self, directory: str | os.PathLike[str]) -> Path:
         """Write ``report.json``, ``report.md``, ``report.html`` and ``run.json``.
@@ -301,98 +247,4 @@ class CompressionReport:
         )
 
     def _finalists(self) -> list[list[str]]:
-        return finalist_texts(self.totals, _error_text(str(self.totals.get("metric"))))
-
-    def _tiles(self) -> list[tuple[str, str, str, str]]:
-        totals, metric = self.totals, one_line(str(self.totals.get("metric") or "error"))
-        show = _error_text(metric)
-        sizes = f"{human_bytes(totals.get('bytes_before'))} → {human_bytes(totals.get('bytes_after'))}"
-        bits = totals.get("bits_per_weight")
-        items = [("Size", percent(totals.get("size_ratio"), 3), sizes, "")]
-        items.append(("Bits a weight", MISSING if bits is None else f"{bits:.2f}", "of the original weights", ""))
-        measured, upper, budget = (totals.get(key) for key in ("error_measured", "error_upper", "error_budget"))
-        name = METRIC_NAMES.get(metric, metric)
-        if measured is not None:
-            items.append((f"{name[0].upper()}{name[1:]}", show(measured), "measured on the finished model", ""))
-        elif totals.get("error_predicted") is not None:
-            items.append(
-                (f"{name[0].upper()}{name[1:]}", show(totals["error_predicted"]), "predicted, not measured", "")
-            )
-        if upper is not None:
-            tone = "" if budget is None else ("good" if upper <= budget else "bad")
-            items.append(("At most", show(upper), "with 95 % confidence", tone))
-        if budget is not None:
-            items.append(("Budget", show(budget), "allowed error", ""))
-        changed = sum(row.format != "dense" for row in self.rows)
-        items.append(("Layers compressed", f"{changed} of {len(self.rows)}", self.answer, ""))
-        return items
-
-    def _budget_bar(self) -> str:
-        measured, upper, budget = (self.totals.get(key) for key in ("error_measured", "error_upper", "error_budget"))
-        upper = measured if upper is None else upper
-        if not (_drawable(measured) and _drawable(upper) and _drawable(budget)):
-            return ""
-        show = _error_text(one_line(str(self.totals.get("metric") or "error")))
-        labels = (f"measured {show(measured)}", f"at most {show(upper)} with 95 % confidence", f"budget {show(budget)}")
-        return report_html.bullet_bar(measured, upper, budget, labels)
-
-    def _html_table(self) -> str:
-        hints = {
-            "before": "stored bytes of the original module",
-            "after": "stored bytes of the compressed module",
-            "bits/w": "8 x stored bytes / number of original weights",
-            "weight err": "Frobenius norm of the change / of the weight",
-            "act. err": "the same in the norm of the calibration inputs",
-            "remarks": "integer or weight-only: which products the layer uses; or why it was left alone",
-        }
-        headings = [
-            Heading(column.title, column.numeric, column.title == "remarks", hints.get(column.title, ""))
-            for column in COLUMNS
-        ]
-        # The bar stands beside the numbers it draws.
-        spot = [column.title for column in COLUMNS].index("after") + 1
-        headings.insert(spot, Heading("kept", hint="stored bytes after / before; sorts by what was saved"))
-        rows = []
-        for row in self.rows:
-            sorts: list[float | None] = [None, None, row.rank, row.bytes_before, row.bytes_after, row.bits_per_weight]
-            sorts += [row.weight_error, row.activation_error, None, math.prod(row.shape), None]
-            texts = row_texts(row, one_line(row.name))
-            cells = [Cell(text, sort) for text, sort in zip(texts, sorts, strict=True)]
-            bar = report_html.ratio_bar(row.bytes_after, row.bytes_before)
-            cells.insert(spot, Cell("", row.bytes_before - row.bytes_after, markup=bar))
-            rows.append(cells)
-        total = total_texts(self.rows)
-        total.insert(spot, "")
-        muted = [row.format == "dense" for row in self.rows]
-        return report_html.table(headings, rows, total=total, muted=muted)
-
-    def _bytes_chart(self) -> str:
-        formats = sorted({row.format for row in self.rows})
-        colours = {name: FORMAT_COLOURS.get(name, "4") for name in formats}
-        whole = max(sum_rows(self.rows)["bytes_before"], sum_rows(self.rows)["bytes_after"])
-        before = [(one_line(row.name), row.bytes_before, "3") for row in self.rows]
-        after = [(one_line(row.name), row.bytes_after, colours[row.format]) for row in self.rows]
-        legend = [
-            (f"{name} {human_bytes(sum(row.bytes_after for row in self.rows if row.format == name))}", colours[name])
-            for name in formats
-        ]
-        return (
-            report_html.segment_bar("before", before, whole)
-            + report_html.segment_bar("after", after, whole)
-            + report_html.legend(legend)
-        )
-
-    def _footer(self) -> str:
-        versions = self.totals.get("versions")
-        parts = [f"{key} {value}" for key, value in sorted(versions.items())] if isinstance(versions, Mapping) else []
-        if self.totals.get("seed") is not None:
-            parts.append(f"seed {self.totals['seed']}")
-        return ", ".join(parts)
-
-
-def _error_text(metric: str) -> Any:
-    return (lambda value: f"{value:.3g} nats a token") if metric == "kl" else percent
-
-
-def _drawable(value: object) -> TypeGuard[float]:
-    return isinstance(value, (int, float)) and math.isfinite(value) and value >= 0
+        return finalist_texts(self.totals, error_text(str(self.totals.get("metric"))))

@@ -13,7 +13,9 @@ from lowrank.report_text import Column, count_text, human_bytes, one_line, perce
 __all__ = [
     "COLUMNS",
     "FINALIST_COLUMNS",
+    "METRIC_NAMES",
     "LayerRow",
+    "error_text",
     "finalist_texts",
     "row_from_json",
     "row_texts",
@@ -38,6 +40,12 @@ COLUMNS = (
 )
 
 
+METRIC_NAMES = {
+    "output": "output error",
+    "weight": "weight error",
+    "perplexity": "increase of the perplexity",
+    "kl": "KL divergence",
+}
 FINALIST_COLUMNS = (
     Column("plan", keep="left", least=20),
     Column("size", numeric=True),
@@ -150,6 +158,11 @@ def total_texts(rows: Sequence[LayerRow]) -> list[str]:
         "",
         f"{percent(sums['size_ratio'], 3)} of the size" if sums["size_ratio"] is not None else "",
     ]
+
+
+def error_text(metric: str) -> Callable[[float], str]:
+    """How errors of this metric are written: nats for the KL divergence, else per cent."""
+    return (lambda value: f"{value:.3g} nats a token") if metric == "kl" else percent
 
 
 def finalist_texts(totals: Mapping[str, Any], show: Callable[[float], str]) -> list[list[str]]:
