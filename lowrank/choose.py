@@ -21,24 +21,10 @@ from lowrank.probes import uniform_choices
 from lowrank.search import Finalist, Gauge, Outcome, SampledGauge, ValueGauge, keep_error_budget, least_error
 from lowrank.workshop import Choice
 
-__all__ = ["choose", "contribution", "measure_given", "planner_of"]
+__all__ = ["choose", "measure_given", "planner_of"]
 
 # A budget for plans that have one candidate a layer and nothing to choose.
 UNLIMITED = 1e300
-
-
-def contribution(value: float | None, options: Options) -> float:
-    """A value of the metric in the unit of the additive contributions: squares, but for KL and perplexity; inf for None.
-
-    Example:
-        >>> contribution(0.5, Options(metric="output"))
-        0.25
-    """
-    if value is None:
-        return math.inf
-    if options.metric == "kl":
-        return value
-    return math.log1p(value) if options.metric == "perplexity" else value * value
 
 
 def planner_of(job: Job, options: Options) -> Callable[[float], Plan]:
@@ -134,14 +120,10 @@ def choose(job: Job, verification: Sequence[Batch], options: Options) -> Outcome
     """
     search, verify = _gauges(job, verification, options)
     plan_for = planner_of(job, options)
-
-    def total(value: float) -> float:
-        return contribution(value, options)
-
     if options.error_budget is None:
         allowed = _target_bytes(job, options)
         plans = [("size budget", plan_for(math.inf)), *(item for item in _uniform(job, options) if item[1].bytes <= allowed)]
-        return _calibrated(least_error(job.bench, plans, search, verify, total=total, progress=options.progress))
+        return _calibrated(least_error(job.bench, plans, search, verify, total=options.contribution, progress=options.progress))
     outcome = keep_error_budget(
         job.bench,
         plan_for,
@@ -150,7 +132,7 @@ def choose(job: Job, verification: Sequence[Batch], options: Options) -> Outcome
         search,
         verify,
         verify_samples=sample_count(verification),
-        total=total,
+        total=options.contribution,
         progress=options.progress,
     )
     return _calibrated(outcome)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from lowrank import checkpoint
 from lowrank.batches import Batch, prepare_batches
 from lowrank.bench import Bench
-from lowrank.choose import choose, contribution, measure_given, planner_of
+from lowrank.choose import choose, measure_given, planner_of
 from lowrank.errors import BudgetError, NumericsError, UsageError
 from lowrank.ledger import compression_report, layer_rows
 from lowrank.linalg import fallback_counts, reset_fallback_counts
@@ -190,7 +190,7 @@ def plan_model(
     """
     checked = Options(**options).checked(calibrated=calibration is not None)
     job, _ = _prepare(unwrapped(model), calibration, validation, checked, probing=True)
-    return planner_of(job, checked)(contribution(checked.error_budget, checked))
+    return planner_of(job, checked)(checked.contribution(checked.error_budget))
 
 
 def apply_plan(model: nn.Module, plan: Plan, calibration: Iterable[Any] | None = None) -> nn.Module:

@@ -106,7 +106,7 @@ def compression_report(rows: list[LayerRow], outcome: Outcome, options: Options,
     verified = chosen.verified or chosen.searched
     totals = sum_rows(rows) | {
         "metric": options.metric if isinstance(options.metric, str) else getattr(options.metric, "__name__", "callable"),
-        "error_predicted": value_of(chosen.plan.error, options),
+        "error_predicted": options.value(chosen.plan.error),
         "error_measured": verified.value,
         "error_upper": verified.upper if math.isfinite(verified.upper) else None,
         "error_budget": options.error_budget,
@@ -125,13 +125,6 @@ def compression_report(rows: list[LayerRow], outcome: Outcome, options: Options,
     report = CompressionReport(rows, totals, notes=told)
     report.check_totals()
     return report
-
-
-def value_of(contribution: float, options: Options) -> float:
-    """A sum of contributions in the unit of the metric; the inverse of :func:`lowrank.choose.contribution`."""
-    if options.metric == "kl":
-        return contribution
-    return math.expm1(contribution) if options.metric == "perplexity" else math.sqrt(contribution)
 
 
 def _finalist(item: Finalist, rows: Sequence[LayerRow], chosen: Finalist) -> dict[str, Any]:

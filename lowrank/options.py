@@ -103,6 +103,25 @@ class Options:
             raise UsageError(f"seed: must be an integer from 0, got {self.seed!r}")
         return Options(**{**vars(self), "metric": metric, "formats": self._formats()})
 
+    def contribution(self, value: float | None) -> float:
+        """A value of the metric in the unit in which layers' contributions add up: squares, but for KL and perplexity; inf for None.
+
+        Example:
+            >>> Options(metric="output").contribution(0.5)
+            0.25
+        """
+        if value is None:
+            return math.inf
+        if self.metric == "kl":
+            return value
+        return math.log1p(value) if self.metric == "perplexity" else value * value
+
+    def value(self, contribution: float) -> float:
+        """The inverse of :meth:`contribution`."""
+        if self.metric == "kl":
+            return contribution
+        return math.expm1(contribution) if self.metric == "perplexity" else math.sqrt(contribution)
+
     def _formats(self) -> tuple[str, ...]:
         if self.formats == "all":
             return FORMATS

@@ -106,7 +106,9 @@ def weigh(bench: Bench, found: Survey, split: Split | None, options: Options) ->
     else:
         metric = {"kl": "kl", "perplexity": "kl"}.get(str(options.metric), "output")
         evaluator = Evaluator(bench.original, _head(split.search, PROBE_SAMPLES), metric, options.output_fn)
-        sensitivities = probe_layers(bench, shops, evaluator, options.formats, options.activations, progress=options.progress)
+        sensitivities = probe_layers(
+            bench, shops, evaluator, options.formats, options.activations, allowed=options.contribution(options.error_budget), progress=options.progress
+        )
         activations = options.activations
     layers = [
         layer_choices(shop, sensitivities[shop.name], options.formats, activations, forced=forced.get(shop.name)) for shop in shops

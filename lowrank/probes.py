@@ -54,13 +54,25 @@ def exact_sensitivities(workshops: Sequence[Workshop]) -> dict[str, Sensitivity]
 
 
 def probe_layers(
-    bench: Bench, workshops: Sequence[Workshop], evaluator: Evaluator, formats: Sequence[str], activations: str, *, progress: bool
+    bench: Bench,
+    workshops: Sequence[Workshop],
+    evaluator: Evaluator,
+    formats: Sequence[str],
+    activations: str,
+    *,
+    allowed: float,
+    progress: bool,
 ) -> dict[str, Sensitivity]:
-    """Measure up to four single-layer replacements for each target, all others dense."""
+    """Measure up to five single-layer replacements for each target, all others dense.
+
+    Args:
+        allowed: the sum of contributions that the budget allows; truncation is probed about where a plan would put it.
+    """
+    share = allowed / max(len(workshops), 1)
     found: dict[str, Sensitivity] = {}
     for shop in tqdm(workshops, desc="probing layers", delay=2, disable=not progress):
         try:
-            found[shop.name] = _probe(bench, shop, evaluator, formats, activations)
+            found[shop.name] = _probe(bench, shop, evaluator, formats, activations, share)
         except (AttributeError, TypeError, RuntimeError) as error:
             # A model may read .weight itself or call the layer in ways only a dense one takes: the layer is left alone, and named.
             found[shop.name] = Sensitivity(0.0, 0.0, 0.0, 0.0, refused=f"replacing it breaks the model ({type(error).__name__}: {error})")
@@ -69,11 +81,16 @@ def probe_layers(
     return found
 
 
-def _probe(bench: Bench, shop: Workshop, evaluator: Evaluator, formats: Sequence[str], activations: str) -> Sensitivity:
+def _probe(bench: Bench, shop: Workshop, evaluator: Evaluator, formats: Sequence[str], activations: str, share: float) -> Sensitivity:
     def measure(choice: Choice) -> float:
         bench.install(shop.name, choice)
         measured = evaluator.measure(bench.model)
         return max(float(measured.numerators.sum()), 0.0) / max(float(measured.denominators.sum()), 1e-300)
+
+    def truncation_at(rank: int) -> tuple[float, float]:
+        lost = float(shop.curve.errors[rank]) ** 2
+        measured = measure(Choice("lowrank", rank))
+        return measured, measured / lost if lost > 0.0 else 0.0
 
     multiplies = bool(shop.target.linears)
     weight_only = "float" if multiplies else None
@@ -86,9 +103,13 @@ def _probe(bench: Bench, shop: Workshop, evaluator: Evaluator, formats: Sequence
     if not ranks or careful or not {"lowrank", "lowrank-int8"} & set(formats):
         return Sensitivity(rounding, integer, 0.0, integer, silent=rounding == 0.0, careful=careful)
     rank = ranks[len(ranks) // 2]
-    lost = float(shop.curve.errors[rank]) ** 2
-    truncated = measure(Choice("lowrank", rank))
-    truncation = truncated / lost if lost > 0.0 else 0.0
+    truncated, truncation = truncation_at(rank)
+    # The cost of truncation is not quite proportional to the layer's own error, so it is measured again at the rank that would take
+    # an even share of the budget.
+    fitting = [each for each in ranks if truncation * float(shop.curve.errors[each]) ** 2 <= share]
+    if fitting and fitting[0] != rank:
+        rank = fitting[0]
+        truncated, truncation = truncation_at(rank)
     integer_factors = integer
     if multiplies and activations != "float" and "lowrank-int8" in formats:
         both = measure(Choice("lowrank-int8", rank, 8, "int8"))

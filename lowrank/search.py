@@ -23,6 +23,9 @@ FRACTIONS = (0.1, 0.25, 0.4, 0.55, 0.7, 0.8, 0.87, 0.92, 0.96, 1.0, 1.03, 1.06, 
 # End-to-end measurements that calibrate the predictions; seen to settle within 3 on MiniLM and small GPT and Llama models.
 CALIBRATION_ROUNDS = 5
 CALIBRATION_TOLERANCE = 0.03
+# Gaps between finalists near the target that are filled, by measuring at most so many plans more.
+GAP_WIDTH = 1.05
+GAP_STEPS = 10
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,7 @@ def keep_error_budget(
     target, scale = _calibrate(bench, plan_for, budget, search, verify_samples, total)
     candidates = [(f"{fraction:.0%} of the budget", plan_for(total(target * fraction) / scale)) for fraction in FRACTIONS]
     finalists = _measured(bench, _distinct([*uniform, *candidates]), search, progress)
+    _fill_gaps(bench, plan_for, finalists, target, search)
     if not finalists:
         raise BudgetError(f"error budget {budget:g}: nothing could be compressed within it; every layer stays dense", plan=None, error=0.0)
     sequence = _safe_to_small(finalists)
@@ -185,6 +189,28 @@ def _calibrate(
         if settled:
             break
     return target, scale
+
+
+def _fill_gaps(
+    bench: Bench, plan_for: Callable[[float], Plan], finalists: list[Finalist], target: float, search: Gauge
+) -> None:
+    """Bisect the widest gaps between finalists near the target: where predictions are off, their steps are uneven."""
+    closed: set[tuple[float, float]] = set()
+    for step in range(GAP_STEPS):
+        near = sorted((item for item in finalists if 0.5 * target <= item.searched.value <= 1.2 * target), key=lambda item: item.searched.value)
+        gaps = [
+            (above.searched.value / below.searched.value, below, above)
+            for below, above in zip(near, near[1:], strict=False)
+            if (below.searched.value, above.searched.value) not in closed
+        ]
+        width, below, above = max(gaps, key=lambda gap: gap[0], default=(0.0, None, None))
+        if below is None or above is None or width <= GAP_WIDTH:
+            return
+        plan = plan_for(math.sqrt(below.plan.error * above.plan.error))
+        if any(_same(plan, item.plan) for item in finalists):
+            closed.add((below.searched.value, above.searched.value))
+        else:
+            finalists.append(Finalist(f"between, step {step + 1}", plan, search(bench.install_plan(plan))))
 
 
 def _measured(

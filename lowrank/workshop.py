@@ -31,7 +31,7 @@ FORMATS = ("int8", "lowrank", "lowrank-int8")
 # directions which few calibration tokens reached are not dropped for free.
 RIDGE = 1e-3
 # Ranks offered per layer and format. More make the plan's steps finer than the noise of the measurement.
-RANKS_PER_FORMAT = 24
+RANKS_PER_FORMAT = 36
 
 
 @dataclass(frozen=True)
@@ -179,15 +179,24 @@ class Workshop:
         return body + self._bias_bytes
 
     def ranks(self, format: str) -> list[int]:
-        """The ranks worth offering: evenly spread below the rank at which the format stops being the smallest."""
+        """The ranks worth offering, below the one at which the format stops being the smallest.
+
+        Half of them evenly spread, half at evenly spread logarithms of the error: where a spectrum falls fast, that is where plans differ.
+        """
         limit = min(self.rows, self.columns)
         ceiling = self.bytes(Choice("dense")) if format == "lowrank" else min(self.bytes(Choice("int8")), self.bytes(Choice("dense")))
         per_rank = self.bytes(Choice(format, rank=1)) - self._bias_bytes
         largest = min((ceiling - self._bias_bytes - 1) // per_rank, limit)
+        if largest <= RANKS_PER_FORMAT:
+            return list(range(1, largest + 1))
         # Multiples of 8 are what integer kernels are laid out for; on small layers that grid would be too coarse.
-        step = 8 if largest >= 64 else 1
-        count = min(RANKS_PER_FORMAT, largest // step)
-        return sorted({max(largest * index // count // step * step, step) for index in range(1, count + 1)}) if count > 0 else []
+        step = 8 if largest >= 256 else 4 if largest >= 128 else 1
+        half = RANKS_PER_FORMAT // 2
+        wanted = {largest * index // half for index in range(1, half + 1)}
+        errors = self.curve.errors[1 : largest + 1].clamp_min(torch.finfo(torch.float32).tiny).log()
+        levels = torch.linspace(float(errors[0]), float(errors[-1]), half, dtype=errors.dtype)
+        wanted |= {int((errors <= level).nonzero()[0]) + 1 for level in levels}
+        return sorted({max(rank // step * step, step) for rank in wanted})
 
     def choices(self, formats: Sequence[str], activations: str, *, never_below_int8: bool = False) -> list[Choice]:
         """Every choice smaller than the dense layer."""
