@@ -21,6 +21,7 @@ from lowrank.analysis_sources import (
     layers_of_files,
     layers_of_module,
     names_of,
+    not_floating,
     prefix_ends,
     refusal_of,
     short_dtype,
@@ -33,7 +34,7 @@ from lowrank.spectrum import Spectrum, analyze_weight
 from lowrank.statistics import InputStatistics
 from lowrank.version import __version__
 
-__all__ = ["analyze_model"]
+__all__ = ["AnalysisReport", "AnalysisRow", "analyze_model"]
 
 PLOT_STEPS = 32
 
@@ -136,11 +137,13 @@ def _analyse_layer(
         counted = [item, *(vectors if item.name == first else [])]
         yield _analyse_item(_full_name(layer, item), layer, item, counted, levels, statistics)
     if vectors and not matrices:
-        yield _skipped_row(layer, layer.name, vectors, "no matrix"), None
+        floating = [item for item in vectors if short_dtype(item.dtype) in ITEM_BYTES]
+        reason = "no matrix" if floating else not_floating(vectors[0])
+        yield _skipped_row(layer, layer.name or vectors[0].name, vectors, reason), None
     for item in layer.items:
-        reason = refusal_of(item)
-        if reason:
-            yield _skipped_row(layer, _full_name(layer, item), [item], reason), None
+        refusal = refusal_of(item)
+        if refusal:
+            yield _skipped_row(layer, _full_name(layer, item), [item], refusal), None
 
 
 def _skipped_row(layer: Layer, name: str, items: Sequence[Item], reason: str) -> AnalysisRow:
@@ -171,6 +174,8 @@ def _analyse_item(
 ) -> tuple[AnalysisRow, Spectrum]:
     matrix = item.read().flatten(1)
     told = f"layer {one_line(name)}"
+    # Fewer tokens than channels leave directions unseen, which is no reason to leave them out.
+    enough = statistics is not None and statistics.count >= math.prod(item.shape[1:])
     spectrum = analyze_weight(matrix, name=told)
     data = None
     if statistics is not None and statistics.count and item.name == "weight":
@@ -202,7 +207,7 @@ def _analyse_item(
             data_effective_rank=None if data is None else float(data.effective_rank),
             data_errors=None if data is None else _errors(data, rows, columns),
             tokens=None if data is None or statistics is None else statistics.count,
-            verdict=_verdict(spectrum if data is None else data, largest, rows, columns),
+            verdict=_verdict(spectrum, data if enough else None, rows, columns),
             spectrum=tuple((float(sigma[i]) / largest if largest > 0 else 0.0) for i in spots),
             energy=tuple(float(share[i]) for i in spots),
         ),
@@ -218,12 +223,12 @@ def _errors(spectrum: Spectrum, rows: int, columns: int) -> dict[str, float]:
     return {str(size): float(spectrum.tail_error(int(size * rows * columns / (rows + columns)))) for size in SIZES}
 
 
-def _verdict(spectrum: Spectrum, largest: float, rows: int, columns: int) -> str:
-    """What the rank at 99 % energy (10 % error) says about factors against int8, in words."""
-    if largest == 0.0:
+def _verdict(spectrum: Spectrum, data: Spectrum | None, rows: int, columns: int) -> str:
+    """What the rank at 99 % energy (an error of 10 %, in the data's metric if given) says about factors, in words."""
+    if spectrum.numerical_rank == 0:
         return "zero: factor"
     full, even = min(rows, columns), rows * columns / (rows + columns)
-    rank = int(spectrum.energy_rank(0.99))
+    rank = int((spectrum if data is None else data).energy_rank(0.99))
     if full < 8:
         # Below this even int8's scale a row weighs more than factors could save.
         return f"only {full} wide: quantise"
@@ -278,7 +283,8 @@ def _notes(rows: Sequence[AnalysisRow], statistics: dict[str, InputStatistics]) 
     thin = [row for row in rows if row.tokens is not None and row.tokens < math.prod(row.shape[1:])]
     if not thin:
         return []
+    fewest = min(row.tokens or 0 for row in thin)
     return [
-        f"{len(thin)} layers saw fewer tokens ({min(row.tokens or 0 for row in thin)}) than they have input channels; "
-        "their ranks in the metric of the data are too low."
+        f"{len(thin)} layers saw fewer tokens than they have input channels (the fewest {fewest}); "
+        "their ranks in the metric of the data are too low, and their verdicts are those of the weights alone."
     ]

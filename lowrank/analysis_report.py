@@ -99,7 +99,7 @@ class AnalysisReport:
             Column("even", numeric=True, drop=3),
             *(Column(f"err {100 * size:.0f}%", numeric=True, drop=9 if size == 0.5 else 6) for size in SIZES),
             *([Column("err 50% data", numeric=True, drop=10)] if calibrated else []),
-            Column("verdict", keep="left", least=30),
+            Column("verdict", keep="right", least=30),
         ]
         return tuple(columns)
 

@@ -22,6 +22,7 @@ __all__ = [
     "layers_of_files",
     "layers_of_module",
     "names_of",
+    "not_floating",
     "prefix_ends",
     "refusal_of",
     "short_dtype",
@@ -133,15 +134,20 @@ def refusal_of(item: Item) -> str | None:
     """Why a tensor has no spectrum: None where it has one, "" for a vector, which needs no word beside a matrix."""
     if item.refusal is not None:
         return item.refusal
-    if short_dtype(item.dtype) not in ITEM_BYTES:
-        return f"{short_dtype(item.dtype)} is not a floating dtype that can be factored"
     if math.prod(item.shape) == 0:
         return "empty"
     if len(item.shape) < 2:
         return ""
+    if short_dtype(item.dtype) not in ITEM_BYTES:
+        return not_floating(item)
     if math.prod(item.shape) > MAX_ELEMENTS:
         return f"{math.prod(item.shape):,} elements, over the limit of 2^31"
     return None
+
+
+def not_floating(item: Item) -> str:
+    """The reason why a tensor of this dtype has no spectrum."""
+    return f"{short_dtype(item.dtype)} is not a floating dtype that can be factored"
 
 
 def count_of(item: Item) -> int:

@@ -175,6 +175,19 @@ def test_non_finite_weights_name_layer_and_index() -> None:
         analyze_model(model)
 
 
+def test_counters_of_batch_norm_are_part_of_its_row() -> None:
+    rows = analyze_model(nn.Sequential(nn.BatchNorm1d(4))).rows
+    assert [(row.name, row.reason, row.parameters) for row in rows] == [("0", "no matrix", 17)]
+
+
+def test_the_data_moves_the_verdict_where_there_is_enough_of_it() -> None:
+    model = nn.Sequential(nn.Linear(64, 64))
+    inputs = torch.zeros(128, 64)
+    inputs[:, :6] = torch.randn(128, 6, generator=generator())
+    assert analyze_model(model).rows[0].verdict == "full rank: quantise"
+    assert analyze_model(model, calibration=[inputs]).rows[0].verdict.endswith("of 64 holds 99 %: factor")
+
+
 # ---- ignore, energy, kinds of input
 
 
@@ -231,7 +244,8 @@ def test_calibration_shows_what_the_data_uses() -> None:
 
 def test_few_tokens_are_noted() -> None:
     report = analyze_model(nn.Sequential(nn.Linear(16, 16)), calibration=[torch.randn(5, 16, generator=generator())])
-    assert "fewer tokens (5)" in report.notes[0]
+    assert "the fewest 5" in report.notes[0]
+    assert report.rows[0].verdict == "full rank: quantise", "unseen directions are not given up"
     assert report.notes[0] in report.to_text(400)
 
 
