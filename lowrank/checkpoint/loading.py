@@ -225,12 +225,12 @@ def _fill(
 ) -> nn.Module:
     """Put layers and tensors into a skeleton that is known to fit."""
     modules = dict(skeleton.named_modules(remove_duplicate=False))
-    model = skeleton
+    layers: dict[int, nn.Module] = {}
     for name, config in manifest.layers.items():
         if dtype is not None:
             config = {**config, "dtype": str(dtype).removeprefix("torch.")}
-        layer = build_layer(name, config, printable(origin), device)
-        model = _replace(model, modules[name], layer)
+        layers[id(modules[name])] = build_layer(name, config, printable(origin), device)
+    model = _replace(skeleton, layers)
     state = {name: tensors[manifest.resolve(name)] for name in model.state_dict()}
     model.load_state_dict(state, strict=True, assign=True)
     _tie(model, manifest)
@@ -238,15 +238,12 @@ def _fill(
     return model.eval()
 
 
-def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
-    """Replace a module under all its names."""
-    if model is old:
-        return new
+def _replace(model: nn.Module, layers: Mapping[int, nn.Module]) -> nn.Module:
+    """Put layers in the place of the modules with these ids, under all their names."""
     for parent in list(model.modules()):
         for child_name, child in parent._modules.items():
-            if child is old:
-                parent._modules[child_name] = new
-    return model
+            parent._modules[child_name] = layers.get(id(child), child)  # type: ignore[arg-type]
+    return layers.get(id(model), model)
 
 
 def _tie(model: nn.Module, manifest: Manifest) -> None:

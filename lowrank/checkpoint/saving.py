@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +24,7 @@ from lowrank.files import (
     write_text,
 )
 from lowrank.layers import CompressedLayer
+from lowrank.version import __version__
 
 __all__ = ["save_compressed", "stored_tensors"]
 
@@ -179,7 +178,7 @@ def _manifest(
     document: dict[str, Any] = {
         "quant_method": "lowrank",
         "format_version": FORMAT_VERSION,
-        "lowrank_version": _version(),
+        "lowrank_version": __version__,
         "torch_version": torch.__version__,
         "model_class": type(model).__qualname__,
         "layers": {name: layer.config() for name, layer in layers.items()},
@@ -191,13 +190,6 @@ def _manifest(
     if extra:
         document["extra"] = dict(extra)
     return document
-
-
-def _version() -> str:
-    try:
-        return metadata.version("lowrank")
-    except metadata.PackageNotFoundError:
-        return str(getattr(sys.modules.get("lowrank"), "__version__", "0+source"))
 
 
 def _unstored_buffers(model: nn.Module, layers: Mapping[str, CompressedLayer]) -> dict[str, str]:
@@ -250,11 +242,13 @@ def _hugging_face_config(model: nn.Module, ties: Mapping[str, str]) -> dict[str,
 
 def _embeddings_tied(model: nn.Module) -> bool:
     """False only where there are two embedding tables and they share no tensor."""
-    tables = [getattr(model, f"get_{side}_embeddings", lambda: None)() for side in ("input", "output")]
-    if any(table is None for table in tables):
-        return True
-    first, second = ({tensor.data_ptr() for tensor in table.state_dict().values()} for table in tables)
-    return bool(first & second)
+    pointers: list[set[int]] = []
+    for side in ("input", "output"):
+        table = getattr(model, f"get_{side}_embeddings", lambda: None)()
+        if table is None:
+            return True
+        pointers.append({tensor.data_ptr() for tensor in table.state_dict().values()})
+    return bool(pointers[0] & pointers[1])
 
 
 def _to_json(document: Mapping[str, Any], name: str) -> str:
