@@ -104,6 +104,8 @@ def _collect(
     model: nn.Module, batches: Sequence[Batch], targets: Mapping[str, nn.Module], *, share: bool, progress: bool
 ) -> dict[str, InputStatistics | TokenCounts]:
     collector = _Collector(targets, share)
+    culprit: Batch | None = None
+    seen_by = ""
     with contextlib.ExitStack() as stack:
         stack.enter_context(evaluating(model))
         for name, module in targets.items():
@@ -114,10 +116,14 @@ def _collect(
             try:
                 batch.run(model)
             except _NonFinite as error:
-                name = first_nonfinite(model, batch) or f"before {error}"
-                raise NumericsError(
-                    f"layer {name}: is the first to make NaN or Inf on the calibration data; repair its weights or take the sample out"
-                ) from None
+                seen_by, culprit = str(error), batch
+                break
+    if culprit is not None:
+        # Asked again only now that the hooks of this function are gone.
+        name = first_nonfinite(model, culprit) or f"before {seen_by}"
+        raise NumericsError(
+            f"layer {name}: is the first to make NaN or Inf on the calibration data; repair its weights or take the sample out"
+        )
     found = dict(collector.statistics)
     for name, leader in collector.leaders.items():
         if leader in collector.statistics:

@@ -121,7 +121,7 @@ def compression_report(rows: list[LayerRow], outcome: Outcome, options: Options,
         told.append("decompositions that needed a fallback: " + ", ".join(f"{name} ({count})" for name, count in counts.items()))
     routes = kernels.routes_in_use()
     if routes:
-        told.append("integer products by " + ", ".join(f"{name} ({count} calls)" for name, count in sorted(routes.items())))
+        told.append("integer products by " + ", ".join(sorted(routes)))
     report = CompressionReport(rows, totals, notes=told)
     report.check_totals()
     return report

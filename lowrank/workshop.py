@@ -128,7 +128,7 @@ class Workshop:
 
     def error_of(self, approximation: Tensor) -> tuple[float, float]:
         """(weight_error, activation_error) of a matrix in the weight's place."""
-        difference = self.weight.to(torch.float64) - approximation.to(self.weight.device, torch.float64)
+        difference = self.weight.to(torch.float64) - approximation.detach().to(self.weight.device, torch.float64)
         weight_error = (float(difference.square().sum()) / self.square_sum) ** 0.5 if self.square_sum else 0.0
         return weight_error, (max(self._norm(difference), 0.0) / self.energy) ** 0.5 if self.energy > 0.0 else 0.0
 
