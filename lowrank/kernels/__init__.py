@@ -1,0 +1,19 @@
+"""Integer products behind one front door, and activations to integers and back."""
+
+from __future__ import annotations
+
+from lowrank.kernels.activations import quantize_tokens, split_tokens, wide_matmul
+from lowrank.kernels.integer import int_matmul, reset_routes, route, routes_in_use
+
+__all__ = [
+    # products
+    "int_matmul",
+    "wide_matmul",
+    # activations
+    "quantize_tokens",
+    "split_tokens",
+    # which way the products take here
+    "reset_routes",
+    "route",
+    "routes_in_use",
+]

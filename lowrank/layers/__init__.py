@@ -1,0 +1,36 @@
+"""The modules that take the place of ``nn.Linear`` and ``nn.Embedding``."""
+
+from __future__ import annotations
+
+from lowrank.layers.base import CompressedLayer, check_scales
+from lowrank.layers.embedding import LowRankEmbedding, QuantizedEmbedding, QuantizedLowRankEmbedding
+from lowrank.layers.linear import SVDCompressedLinear
+from lowrank.layers.quantized import QuantizedLinear
+from lowrank.layers.quantized_lowrank import QuantizedLowRankLayer
+
+__all__ = [
+    # what all of them are
+    "CompressedLayer",
+    "LAYER_KINDS",
+    "check_scales",
+    # in place of nn.Linear
+    "QuantizedLinear",
+    "QuantizedLowRankLayer",
+    "SVDCompressedLinear",
+    # in place of nn.Embedding
+    "LowRankEmbedding",
+    "QuantizedEmbedding",
+    "QuantizedLowRankEmbedding",
+]
+
+LAYER_KINDS: dict[str, type[CompressedLayer]] = {
+    layer.__name__: layer
+    for layer in (
+        SVDCompressedLinear,
+        QuantizedLowRankLayer,
+        QuantizedLinear,
+        LowRankEmbedding,
+        QuantizedEmbedding,
+        QuantizedLowRankEmbedding,
+    )
+}

@@ -1,0 +1,223 @@
+"""A linear layer as two thin ones, trainable."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lowrank.errors import RankError
+from lowrank.factors import Factors, check_rank, factorize
+from lowrank.layers.base import CompressedLayer, check_size, dtype_from_name
+from lowrank.layers.source import carry_over, choose_rank, error_in, linear_parts
+from lowrank.statistics import InputStatistics
+
+__all__ = ["SVDCompressedLinear", "balanced"]
+
+
+class SVDCompressedLinear(CompressedLayer):
+    """``y = (x @ rightᵀ) @ leftᵀ + bias``: the weight is ``left @ right``.
+
+    Args:
+        in_features: n.
+        out_features: m.
+        rank: 1 to min(m, n).
+        bias: whether there is one.
+        device, dtype: of the parameters.
+
+    Attributes:
+        left: (m, rank).
+        right: (rank, n).
+        bias: (m,) or ``None``.
+        truncation_error: ‖W − left right‖_F of the weight it was made from; ``None`` for one made from scratch.
+
+    Raises:
+        RankError: a rank or size out of range.
+
+    Example:
+        >>> layer = SVDCompressedLinear.from_linear(nn.Linear(6, 4), rank=4)
+        >>> layer(torch.zeros(2, 6)).shape
+        torch.Size([2, 4])
+    """
+
+    _format: ClassVar[str] = "lowrank"
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features = check_size(in_features, "in_features")
+        self.out_features = check_size(out_features, "out_features")
+        rank = check_rank(rank, min(in_features, out_features))
+        self.left = nn.Parameter(torch.empty(out_features, rank, device=device, dtype=dtype))
+        self.right = nn.Parameter(torch.empty(rank, in_features, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        self.dtype = self.left.dtype
+        self.truncation_error: float | None = None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw factors whose product has the variance of ``nn.Linear``'s initial weight, 1 / (3 · in_features)."""
+        bound = 1.0 / math.sqrt(self.in_features)
+        # var(left right) = rank · var(left) · var(right), split evenly.
+        each = (3.0 * bound * bound / self.left.shape[1]) ** 0.25
+        with torch.no_grad():
+            self.left.uniform_(-each, each)
+            self.right.uniform_(-each, each)
+            if self.bias is not None:
+                self.bias.uniform_(-bound, bound)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Module,
+        *,
+        rank: int | None = None,
+        max_error: float | None = None,
+        statistics: InputStatistics | None = None,
+        ridge: float = 0.0,
+    ) -> SVDCompressedLinear:
+        """The best layer of this rank, or the one of the smallest rank within an error.
+
+        Args:
+            linear: ``nn.Linear`` or transformers' ``Conv1D``.
+            rank: 1 to min(out, in).
+            max_error: largest ‖W − W'‖_F/‖W‖_F; with statistics, the same in the norm of the (centred) inputs.
+            statistics: of the layer's inputs; makes the factors those of the least output error (DESIGN §4).
+            ridge: relative, see :func:`lowrank.factors.factorize`.
+
+        Raises:
+            RankError: rank out of range, or no rank is within ``max_error``.
+            NumericsError: NaN or Inf in the weight.
+        """
+        weight, bias = linear_parts(linear)
+        centred = bias is not None
+        curve = factorize(weight, statistics, ridge=ridge, shift_bias=centred)
+
+        def measure(candidate: int) -> float:
+            left, right = balanced(curve.factors(candidate), weight.dtype)
+            return error_in(weight, left.double() @ right.double(), statistics, centred=centred, ridge=ridge)
+
+        return cls.from_factors(curve.factors(choose_rank(curve, rank, max_error, measure)), linear)
+
+    @classmethod
+    def from_factors(cls, factors: Factors, linear: nn.Module) -> SVDCompressedLinear:
+        """The layer of these factors; bias, dtype, device, mode and ``requires_grad`` are the linear layer's.
+
+        Args:
+            factors: left (out, rank), right (rank, in), and a shift that is added to the bias.
+            linear: the layer it takes the place of.
+
+        Raises:
+            RankError: the factors do not fit the layer, or shift a bias that it does not have.
+        """
+        weight, bias = linear_parts(linear)
+        out_features, in_features = weight.shape
+        if factors.left.shape[0] != out_features or factors.right.shape[1] != in_features:
+            raise RankError(
+                f"factors: {tuple(factors.left.shape)} @ {tuple(factors.right.shape)} do not fit a layer of {tuple(weight.shape)}"
+            )
+        if factors.bias_shift is not None and bias is None:
+            raise RankError("factors: carry a bias shift, but the layer has no bias; factorize with shift_bias=False")
+        left, right = balanced(factors, weight.dtype)
+        layer = cls._allocate(in_features, out_features, factors.rank, bias is not None, weight.device, weight.dtype)
+        with torch.no_grad():
+            layer.left.copy_(left)
+            layer.right.copy_(right)
+            if layer.bias is not None and bias is not None:
+                shift = 0.0 if factors.bias_shift is None else factors.bias_shift.to(bias.device)
+                layer.bias.copy_(bias.double() + shift)
+        layer.truncation_error = error_in(weight, layer.left.double() @ layer.right.double(), None) * float(
+            torch.linalg.vector_norm(weight.detach().double())
+        )
+        carry_over(linear, layer)
+        return layer
+
+    @classmethod
+    def _allocate(
+        cls, inputs: int, outputs: int, rank: int, bias: bool, device: torch.device | str | None, dtype: torch.dtype
+    ) -> SVDCompressedLinear:
+        """A layer whose values are about to be overwritten: nothing is drawn from the caller's random numbers."""
+        layer = cls(inputs, outputs, rank, bias, "meta", dtype)
+        return layer if str(device) == "meta" else layer.to_empty(device=device or "cpu")
+
+    @property
+    def rank(self) -> int:
+        """Number of rank components."""
+        return self.left.shape[1]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features)."""
+        return self.out_features, self.in_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) to (..., out_features)."""
+        return F.linear(F.linear(x, self.right), self.left, self.bias)
+
+    def dense_weight(self) -> Tensor:
+        """``left @ right``, (out, in), multiplied in float64 and rounded once."""
+        return (self.left.double() @ self.right.double()).to(self.left.dtype)
+
+    def to_linear(self) -> nn.Linear:
+        """A dense layer with the same weight and bias."""
+        linear = nn.Linear(
+            self.in_features, self.out_features, self.bias is not None, device=self.left.device, dtype=self.left.dtype
+        )
+        with torch.no_grad():
+            linear.weight.copy_(self.dense_weight())
+            if self.bias is not None:
+                linear.bias.copy_(self.bias)
+        linear.weight.requires_grad_(self.left.requires_grad)
+        if self.bias is not None:
+            linear.bias.requires_grad_(self.bias.requires_grad)
+        return linear.train(self.training)
+
+    def reconstruction_error(self, weight: Tensor) -> float:
+        """‖W − left right‖_F / ‖W‖_F for a weight (out, in)."""
+        return error_in(weight, (self.left.double() @ self.right.double()).detach(), None)
+
+    def config(self) -> dict[str, Any]:
+        """See :meth:`CompressedLayer.config`."""
+        return super().config() | {"bias": self.bias is not None, "truncation_error": self.truncation_error}
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], device: torch.device | str | None = None) -> SVDCompressedLinear:
+        """See :meth:`CompressedLayer.from_config`."""
+        outputs, inputs = config["shape"]
+        layer = cls._allocate(inputs, outputs, config["rank"], config["bias"], device, dtype_from_name(config["dtype"]))
+        layer.truncation_error = config.get("truncation_error")
+        return layer
+
+    def extra_repr(self) -> str:
+        """What ``repr`` shows."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, bias={self.bias is not None}"
+        )
+
+
+def balanced(factors: Factors, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Left and right of one dtype, each rank component with equal norms on both sides.
+
+    One side would otherwise carry the whole scale, and half precision has little range.
+
+    Example:
+        >>> left, right = balanced(Factors(torch.ones(1, 1).double(), torch.full((1, 1), 4.0).double()), torch.float32)
+        >>> left.item(), right.item()
+        (2.0, 2.0)
+    """
+    left_norm = torch.linalg.vector_norm(factors.left, dim=0)
+    right_norm = torch.linalg.vector_norm(factors.right, dim=1)
+    ratio = torch.sqrt(right_norm / left_norm)
+    ratio = torch.where(torch.isfinite(ratio) & (ratio > 0), ratio, torch.ones_like(ratio))
+    return (factors.left * ratio).to(dtype), (factors.right / ratio[:, None]).to(dtype)
