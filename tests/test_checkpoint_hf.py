@@ -186,13 +186,13 @@ def test_side_files_come_along_and_code_does_not(tmp_path: Path) -> None:
 )
 def test_sizes_that_do_not_fit_the_tensors(saved: Path, change: Callable[[dict[str, Any]], object], words: str) -> None:
     edit(saved, change)
-    start = time.perf_counter()
+    start = time.process_time()
     with (
         mock.patch("lowrank.files.index.read_tensor", side_effect=AssertionError("read")),
         pytest.raises(CheckpointError, match=words) as caught,
     ):
         load_model(saved)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
     assert caught.value.exit_code == 3
     assert "\n" not in str(caught.value)
 

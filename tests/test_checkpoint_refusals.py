@@ -100,9 +100,9 @@ def test_ten_million_layers_are_refused_at_once(saved: Path) -> None:
     layers = b",".join(one % number for number in range(10_000_000))
     text = b'{"quant_method":"lowrank","format_version":1,"layers":{' + layers + b"}}"
     (saved / "lowrank_config.json").write_bytes(text)
-    start = time.perf_counter()
+    start = time.process_time()
     refused(saved, "bytes of layers for 15 tensors")
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 def rewrite(path: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:

@@ -284,9 +284,9 @@ def test_a_header_of_millions_of_entries_costs_neither_time_nor_memory(tmp_path:
     for count in (1_700_000, 250_000):
         path = write_raw(tmp_path / str(count), b"{" + b",".join(one % n for n in range(count)) + b"}")
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        start = time.perf_counter()
+        start = time.process_time()
         refused(path, "a header of", code=6)
-        assert time.perf_counter() - start < 2
+        assert time.process_time() - start < 2
         assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 1024
 
 

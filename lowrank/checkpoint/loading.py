@@ -229,7 +229,7 @@ def _fill(
     for name, config in manifest.layers.items():
         if dtype is not None:
             config = {**config, "dtype": str(dtype).removeprefix("torch.")}
-        layers[id(modules[name])] = build_layer(name, config, printable(origin), device)
+        layers[id(modules[name])] = build_layer(name, config, printable(origin), torch.device("meta"))
     model = _replace(skeleton, layers)
     state = {name: tensors[manifest.resolve(name)] for name in model.state_dict()}
     model.load_state_dict(state, strict=True, assign=True)
@@ -242,7 +242,7 @@ def _replace(model: nn.Module, layers: Mapping[int, nn.Module]) -> nn.Module:
     """Put layers in the place of the modules with these ids, under all their names."""
     for parent in list(model.modules()):
         for child_name, child in parent._modules.items():
-            parent._modules[child_name] = layers.get(id(child), child)  # type: ignore[arg-type]
+            parent._modules[child_name] = layers.get(id(child), child)
     return layers.get(id(model), model)
 
 
