@@ -41,13 +41,14 @@ def largest_code(bits: int) -> int:
         >>> largest_code(8), largest_code(2)
         (127, 1)
     """
-    return 2 ** (check_bits(bits) - 1) - 1
+    return (1 << (check_bits(bits) - 1)) - 1
 
 
 def quantize_rows(weight: Tensor, bits: int = 8, *, name: str = "weight") -> tuple[Tensor, Tensor]:
     """Round each row to symmetric integers: ``weight[i] ≈ codes[i] · scale[i]``.
 
-    ``scale[i] = max|weight[i]| / (2**(bits-1) - 1)``, but never below the smallest normal float32; a row of zeros has scale 1.
+    ``scale[i] = max|weight[i]| / (2**(bits-1) - 1)``, but never below the smallest normal float32; a row of zeros has
+    scale 1.
 
     Args:
         weight: (rows, columns), any floating dtype; computed in float64.
@@ -96,7 +97,8 @@ def dequantize_rows(codes: Tensor, scale: Tensor) -> Tensor:
 
 
 def rounding_bound(scale: Tensor, columns: int) -> float:
-    """Largest Frobenius error that :func:`quantize_rows` can make: half a step in every entry, ``½ √(columns · Σ scale²)``.
+    """Largest Frobenius error that :func:`quantize_rows` can make: half a step in every entry, ``½ √(columns · Σ
+    scale²)``.
 
     Args:
         scale: (rows,) float32, with rows of zeros left out by the caller where tightness matters.
@@ -118,5 +120,7 @@ def require_finite(tensor: Tensor, name: str) -> Tensor:
     finite = torch.isfinite(tensor)
     if not bool(finite.all()):
         index = tuple(int(i) for i in torch.nonzero(~finite)[0])
-        raise NumericsError(f"{name}: {float(tensor[index])} at index {list(index)}; repair the weight or leave the layer as it is")
+        raise NumericsError(
+            f"{name}: {float(tensor[index])} at index {list(index)}; repair the weight or leave the layer as it is"
+        )
     return tensor

@@ -1,4 +1,6 @@
-"""Activations to int8 codes, token by token, on the fly; and floats as sums of int8 pieces for the weight-only forward."""
+"""Activations to int8 codes, token by token, on the fly; and floats as sums of int8 pieces for the weight-only
+forward.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +11,8 @@ from lowrank.kernels.integer import int_matmul
 
 __all__ = ["pieces_for", "quantize_tokens", "split_tokens", "to_float", "wide_matmul"]
 
-# Adding 1.5 · 2²³ leaves round-to-nearest-even(x) in the low bits of a float32's mantissa, so that its low byte is the int8 code.
-# The bits are 0x4B400000 + code for |code| < 2²².
+# Adding 1.5 · 2²³ leaves round-to-nearest-even(x) in the low bits of a float32's mantissa, so that its low byte is
+# the int8 code. The bits are 0x4B400000 + code for |code| < 2²².
 _MAGIC = 1.5 * 2.0**23
 _MAGIC_BITS = 0x4B400000
 # So that the power of two that scales a token stays finite (2^(22 + 99), 2^(54 + 959)).
@@ -24,17 +26,17 @@ _STEPS = 254.0
 def quantize_tokens(x: Tensor, symmetric: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
     """Round each token to int8: ``x ≈ (codes − offset) · scale``.
 
-    Asymmetric: the range [min(x, 0), max(x, 0)] is cut into 254 steps and the offset is an integer, so that zero is exact.
-    Symmetric: [−max|x|, max|x|] into 254 steps, no offset. A token with NaN or Inf gets a scale of NaN or Inf, which its
-    outputs inherit. Steps are never below the smallest normal float32.
+    Asymmetric: the range [min(x, 0), max(x, 0)] is cut into 254 steps and the offset is an integer, so that zero is
+    exact. Symmetric: [−max|x|, max|x|] into 254 steps, no offset. A token with NaN or Inf gets a scale of NaN or Inf,
+    which its outputs inherit. Steps are never below the smallest normal float32.
 
     Args:
         x: (M, K) float32.
         symmetric: whether to leave the offset out.
 
     Returns:
-        codes (M, K) int8 in [−128, 127] (symmetric: [−127, 127]), scale (M, 1) float32, and offset (M, 1) float32, a whole
-        number from −128 to 126, or ``None``.
+        codes (M, K) int8 in [−128, 127] (symmetric: [−127, 127]), scale (M, 1) float32, and offset (M, 1) float32, a
+        whole number from −128 to 126, or ``None``.
 
     Example:
         >>> codes, scale, offset = quantize_tokens(torch.tensor([[0.0, 254.0]]))
@@ -59,7 +61,9 @@ def quantize_tokens(x: Tensor, symmetric: bool = False) -> tuple[Tensor, Tensor,
 
 
 def to_float(codes: Tensor) -> Tensor:
-    """int32 sums as float32, in place where they are int32 already (a fresh tensor of that size costs more than the sums)."""
+    """int32 sums as float32, in place where they are int32 already (a fresh tensor of that size costs more than the
+    sums).
+    """
     if codes.dtype != torch.int32 or not codes.is_contiguous():
         return codes.to(torch.float32)
     return codes.view(torch.float32).copy_(codes)
@@ -76,9 +80,11 @@ def pieces_for(dtype: torch.dtype) -> int:
 
 
 def split_tokens(x: Tensor, pieces: int) -> tuple[Tensor, Tensor]:
-    """Each token as a fixed-point number of ``pieces`` int8 digits in base 256: ``x ≈ unit · Σ_p digits[p] · 256^(pieces−1−p)``.
+    """Each token as a fixed-point number of ``pieces`` int8 digits in base 256: ``x ≈ unit · Σ_p digits[p] ·
+    256^(pieces−1−p)``.
 
-    ``unit`` is a power of two, so the only error is the last digit's rounding: half a unit, ``2^(2−8·pieces) · max|x|`` at most.
+    ``unit`` is a power of two, so the only error is the last digit's rounding: half a unit, ``2^(2−8·pieces) ·
+    max|x|`` at most.
 
     Args:
         x: (M, K) float32 or float64.
@@ -97,8 +103,8 @@ def split_tokens(x: Tensor, pieces: int) -> tuple[Tensor, Tensor]:
         return digits, x.new_ones(x.shape[0], 1)
     largest = x.abs().amax(dim=1, keepdim=True)
     bits = 8 * pieces - 2
-    # |x| < 2^exponent becomes a whole number of at most 2^bits, whose first digit is at most 64. The floor keeps 2^(bits −
-    # exponent) finite; what is smaller than it is rounded to the same unit.
+    # |x| < 2^exponent becomes a whole number of at most 2^bits, whose first digit is at most 64. The floor keeps
+    # 2^(bits − exponent) finite; what is smaller than it is rounded to the same unit.
     exponent = torch.frexp(largest.clamp_min(_SMALLEST_EXACT[x.dtype]))[1]
     whole = x * torch.exp2((bits - exponent).to(x.dtype))
     if bits <= 22:
@@ -126,8 +132,9 @@ def wide_matmul(x: Tensor, codes: Tensor, pieces: int) -> tuple[Tensor, Tensor]:
         pieces: see :func:`pieces_for`.
 
     Returns:
-        sums (M, N) and unit (M, 1), both of x's dtype: the product is ``sums · unit``. The unit is a power of two that the caller
-        applies last, so that tiny tokens keep their digits in between; it is NaN for tokens that hold NaN or Inf.
+        sums (M, N) and unit (M, 1), both of x's dtype: the product is ``sums · unit``. The unit is a power of two
+        that the caller applies last, so that tiny tokens keep their digits in between; it is NaN for tokens that hold
+        NaN or Inf.
 
     Example:
         >>> sums, unit = wide_matmul(torch.tensor([[0.25, 1.5]]), torch.tensor([[4, 2]], dtype=torch.int8), 3)

@@ -1,9 +1,9 @@
 """``a @ bᵀ`` for int8 codes, always exact: the fastest route that passes a self-test on this machine.
 
-On a CPU ``torch._int_mm`` is exact only where oneDNN has VNNI instructions; with older ones it saturates pairs of products
-at 16 bits without a word. So each device is tested once, on first use, against an int64 reference; where the test fails a
-float route takes over, whose partial sums stay below 2²⁴ and are therefore exact too. All routes agree bit for bit, so a
-shape rule may choose between them.
+On a CPU ``torch._int_mm`` is exact only where oneDNN has VNNI instructions; with older ones it saturates pairs of
+products at 16 bits without a word. So each device is tested once, on first use, against an int64 reference; where the
+test fails a float route takes over, whose partial sums stay below 2²⁴ and are therefore exact too. All routes agree
+bit for bit, so a shape rule may choose between them.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ __all__ = ["int_matmul", "reset_routes", "route", "routes_in_use"]
 
 # 128 · 128 · 131072 = 2³¹, one more than int32 holds.
 _INT32_SAFE = 131_071
-# 128 · 128 · 1024 = 2²⁴: every partial sum of the block is an integer that float32 holds exactly, in any order of summation.
+# 128 · 128 · 1024 = 2²⁴: every partial sum of the block is an integer that float32 holds exactly, in any order of
+# summation.
 _FLOAT_BLOCK = 1024
 # Rows of ``b`` converted at a time by the float route: the whole weight is never held as floats.
 _FLOAT_ROWS = 512
-# Measured on 2 cores with AVX512-VNNI, 512×4096: one row 19 us, two rows 129 us, eight rows 132 us; 4096×512: 19, 58, 74 us.
+# Measured on 2 cores with AVX512-VNNI, 512×4096: one row 19 us, two rows 129 us, eight rows 132 us; 4096×512: 19, 58,
+# 74 us.
 _ROW_BY_ROW = 4
 
 _Product = Callable[[Tensor, Tensor], Tensor]
@@ -40,7 +42,8 @@ def int_matmul(a: Tensor, b: Tensor) -> Tensor:
         (M, N) int32; int64 where K is so large that int32 could overflow (above 131,071).
 
     Example:
-        >>> int_matmul(torch.tensor([[2, -128]], dtype=torch.int8), torch.tensor([[3, -128]], dtype=torch.int8)).tolist()
+        >>> a, b = torch.tensor([[2, -128]], dtype=torch.int8), torch.tensor([[3, -128]], dtype=torch.int8)
+        >>> int_matmul(a, b).tolist()
         [[16390]]
     """
     found = _routes.get(a.device)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from lowrank.layers.base import CompressedLayer, check_scales
-from lowrank.layers.embedding import LowRankEmbedding, QuantizedEmbedding, QuantizedLowRankEmbedding
+from lowrank.layers.embedding import LowRankEmbedding
 from lowrank.layers.linear import SVDCompressedLinear
 from lowrank.layers.quantized import QuantizedLinear
+from lowrank.layers.quantized_embedding import QuantizedEmbedding, QuantizedLowRankEmbedding
 from lowrank.layers.quantized_lowrank import QuantizedLowRankLayer
 
 __all__ = [

@@ -21,7 +21,8 @@ class CompressedLayer(nn.Module):
 
     Attributes:
         kind: the class name; the key of ``LAYER_KINDS``.
-        dtype: of the model around it: of the parameters, and of an embedding's output. Scales are float32 whatever it is.
+        dtype: of the model around it: of the parameters, and of an embedding's output. Scales are float32 whatever it
+            is.
 
     Example:
         >>> from lowrank.layers import QuantizedLinear
@@ -81,9 +82,7 @@ class CompressedLayer(nn.Module):
         }
 
     @classmethod
-    def from_config(
-        cls: type[_Layer], config: Mapping[str, Any], device: torch.device | str | None = None
-    ) -> _Layer:
+    def from_config(cls: type[_Layer], config: Mapping[str, Any], device: torch.device | str | None = None) -> _Layer:
         """A layer with tensors of the configured shapes; loading fills in the values.
 
         Args:
@@ -97,7 +96,8 @@ class CompressedLayer(nn.Module):
         super()._apply(fn, recurse)
         moved = self._buffers.get("scale")
         if scale is not None and moved is not None and moved.dtype != torch.float32:
-            # ``.half()`` and ``.to(torch.bfloat16)`` are meant for the model's numbers; a scale in them would move every weight.
+            # ``.half()`` and ``.to(torch.bfloat16)`` are meant for the model's numbers; a scale in them would move
+            # every weight.
             self._buffers["scale"] = scale.to(moved.device)
         # What the function does to a tensor of the layer's dtype is what it asks the layer to be.
         changed = fn(torch.empty(0, dtype=self.dtype, device="cpu" if scale is None else scale.device)).dtype
@@ -130,7 +130,9 @@ def check_scales(layer: nn.Module, name: str) -> None:
         return
     scale = getattr(layer, "scale", None)
     if not isinstance(scale, Tensor):
-        raise CheckpointError(f"layer {name}: has integer codes but no scale; the file is damaged, compress the model again")
+        raise CheckpointError(
+            f"layer {name}: has integer codes but no scale; the file is damaged, compress the model again"
+        )
     length = layer.shape[0] if layer.rank is None else layer.rank
     if scale.shape != (length,) or scale.dtype != torch.float32:
         raise CheckpointError(
@@ -139,7 +141,9 @@ def check_scales(layer: nn.Module, name: str) -> None:
     wrong = ~(torch.isfinite(scale) & (scale > 0))
     if bool(wrong.any()):
         index = int(torch.nonzero(wrong)[0])
-        raise CheckpointError(f"layer {name}: scale[{index}] is {float(scale[index])}; every scale must be positive and finite")
+        raise CheckpointError(
+            f"layer {name}: scale[{index}] is {float(scale[index])}; every scale must be positive and finite"
+        )
 
 
 def check_size(value: object, name: str, low: int = 1) -> int:
@@ -174,5 +178,3 @@ def dtype_from_name(name: object) -> torch.dtype:
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise UsageError(f'dtype: must name a floating dtype such as "float32", got {name!r}')
     return dtype
-
-

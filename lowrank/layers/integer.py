@@ -18,7 +18,8 @@ class IntegerLinear(CompressedLayer):
     """Base of the linear layers whose weight is held as int8 codes.
 
     Attributes:
-        activations: ``"int8"`` rounds each token and multiplies integers; ``"float"`` leaves the activations as they are
+        activations: ``"int8"`` rounds each token and multiplies integers; ``"float"`` leaves the activations as they
+            are
             (weight-only). May be set at any time.
         error_bound_value: bound of ‖W − W'‖_F, or ``None`` for a layer made from scratch.
     """
@@ -57,7 +58,8 @@ class IntegerLinear(CompressedLayer):
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in_features) to (..., out_features) of the same dtype; computed in float32 (weight-only float64 in float64).
+        """(..., in_features) to (..., out_features) of the same dtype; computed in float32 (weight-only float64 in
+        float64).
 
         Gradients reach the input, as if its rounding were not there, and the bias.
         """
@@ -70,7 +72,8 @@ class IntegerLinear(CompressedLayer):
     def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         if x.shape[-1] != self.in_features or not x.is_floating_point():
             raise UsageError(
-                f"input: {self.kind} takes floating tensors of shape (..., {self.in_features}), got {x.dtype} {tuple(x.shape)}"
+                f"input: {self.kind} takes floating tensors of shape (..., {self.in_features}), "
+                f"got {x.dtype} {tuple(x.shape)}"
             )
         dtype = x.dtype
         rows = x if x.ndim == 2 else x.reshape(x.shape[:-1].numel(), self.in_features)
@@ -102,7 +105,9 @@ class IntegerLinear(CompressedLayer):
             UsageError: the layer was made from scratch, so there is nothing to compare with.
         """
         if self.error_bound_value is None:
-            raise UsageError(f"error_bound: this {self.kind} was not made from a weight; use from_linear or from_factors")
+            raise UsageError(
+                f"error_bound: this {self.kind} was not made from a weight; use from_linear or from_factors"
+            )
         return self.error_bound_value
 
     def allocate_bias(self, bias: bool, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
@@ -134,14 +139,14 @@ class _StraightThrough(torch.autograd.Function):
     """The layer forward; backward as if activations had not been rounded, with the exact codes."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: IntegerLinear, *tensors: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: IntegerLinear, *tensors: Tensor) -> Tensor:
         ctx.save_for_backward(*tensors)
         ctx.layer_type = type(layer)
         ctx.bias_dtype = None if bias is None else bias.dtype
         return layer._product(x, bias)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         rows = gradient.reshape(gradient.shape[:-1].numel(), gradient.shape[-1])
         to_input = to_bias = None
         if ctx.needs_input_grad[0]:

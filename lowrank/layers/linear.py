@@ -125,7 +125,8 @@ class SVDCompressedLinear(CompressedLayer):
         out_features, in_features = weight.shape
         if factors.left.shape[0] != out_features or factors.right.shape[1] != in_features:
             raise RankError(
-                f"factors: {tuple(factors.left.shape)} @ {tuple(factors.right.shape)} do not fit a layer of {tuple(weight.shape)}"
+                f"factors: {tuple(factors.left.shape)} @ {tuple(factors.right.shape)} do not fit a layer of "
+                f"{tuple(weight.shape)}"
             )
         if factors.bias_shift is not None and bias is None:
             raise RankError("factors: carry a bias shift, but the layer has no bias; factorize with shift_bias=False")
@@ -137,9 +138,9 @@ class SVDCompressedLinear(CompressedLayer):
             if layer.bias is not None and bias is not None:
                 shift = 0.0 if factors.bias_shift is None else factors.bias_shift.to(bias.device)
                 layer.bias.copy_(bias.double() + shift)
-        layer.truncation_error = error_in(weight, layer.left.double() @ layer.right.double(), None) * float(
-            torch.linalg.vector_norm(weight.detach().double())
-        )
+        layer.truncation_error = error_in(
+            weight, layer.left.detach().double() @ layer.right.detach().double(), None
+        ) * float(torch.linalg.vector_norm(weight.detach().double()))
         carry_over(linear, layer)
         return layer
 
@@ -171,8 +172,14 @@ class SVDCompressedLinear(CompressedLayer):
 
     def to_linear(self) -> nn.Linear:
         """A dense layer with the same weight and bias."""
-        linear = nn.Linear(
-            self.in_features, self.out_features, self.bias is not None, device=self.left.device, dtype=self.left.dtype
+        # Not initialised: nothing is drawn from the caller's random numbers.
+        linear: nn.Linear = torch.nn.utils.skip_init(
+            nn.Linear,
+            self.in_features,
+            self.out_features,
+            self.bias is not None,
+            device=self.left.device,
+            dtype=self.left.dtype,
         )
         with torch.no_grad():
             linear.weight.copy_(self.dense_weight())
@@ -201,9 +208,8 @@ class SVDCompressedLinear(CompressedLayer):
 
     def extra_repr(self) -> str:
         """What ``repr`` shows."""
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, bias={self.bias is not None}"
-        )
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
+        return f"{sizes}, bias={self.bias is not None}"
 
 
 def balanced(factors: Factors, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

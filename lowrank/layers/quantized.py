@@ -68,7 +68,8 @@ class QuantizedLinear(IntegerLinear):
 
     @classmethod
     def from_linear(cls, linear: nn.Module, *, bits: int = 8, activations: str = "int8") -> QuantizedLinear:
-        """Round the weight of ``nn.Linear`` or transformers' ``Conv1D``; see :func:`lowrank.quantization.quantize_rows`.
+        """Round the weight of ``nn.Linear`` or transformers' ``Conv1D``; see
+        :func:`lowrank.quantization.quantize_rows`.
 
         Raises:
             RankError: bits outside 2 to 8, or an empty weight.
@@ -155,8 +156,13 @@ class QuantizedLinear(IntegerLinear):
 
     def dequantize(self) -> nn.Linear:
         """A dense layer of the rounded weight, in the dtype of the model."""
-        linear = torch.nn.utils.skip_init(
-            nn.Linear, self.in_features, self.out_features, self.bias is not None, device=self.codes.device, dtype=self.dtype
+        linear: nn.Linear = torch.nn.utils.skip_init(
+            nn.Linear,
+            self.in_features,
+            self.out_features,
+            self.bias is not None,
+            device=self.codes.device,
+            dtype=self.dtype,
         )
         with torch.no_grad():
             linear.weight.copy_(self.dense_weight())

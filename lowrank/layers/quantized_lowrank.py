@@ -22,8 +22,8 @@ from lowrank.statistics import InputStatistics
 
 __all__ = ["QuantizedLowRankLayer", "RoundedFactors", "dense_product", "round_factors"]
 
-# Between the two products the scale is used relative to a power of two where it leaves this range, so that float32 neither
-# overflows nor loses digits there. 2^±40 leaves room for sums of 131,071 codes on both sides.
+# Between the two products the scale is used relative to a power of two where it leaves this range, so that float32
+# neither overflows nor loses digits there. 2^±40 leaves room for sums of 131,071 codes on both sides.
 _PLAIN_SCALE = 2.0**40
 
 
@@ -39,8 +39,9 @@ class RoundedFactors(NamedTuple):
 def round_factors(left: Tensor, right: Tensor, bits: int = 8) -> RoundedFactors:
     """Round both factors, every rank component to the full range of the codes, with one scale for the pair.
 
-    ``scale[j] = max|left[:, j]| · max|right[j, :]| / q²``, q the largest code. The bound holds each rounding error to half a
-    step: with e = ½ step, ‖ΔL R‖²_F = Σ_i ΔL_i G ΔL_iᵀ ≤ m · eᵀ|G|e, G = R Rᵀ, and likewise ‖L̂ ΔR‖_F with L̂ᵀL̂.
+    ``scale[j] = max|left[:, j]| · max|right[j, :]| / q²``, q the largest code. The bound holds each rounding error to
+    half a step: with e = ½ step, ‖ΔL R‖²_F = Σ_i ΔL_i G ΔL_iᵀ ≤ m · eᵀ|G|e, G = R Rᵀ, and likewise ‖L̂ ΔR‖_F with
+    L̂ᵀL̂.
 
     Args:
         left: (out, r).
@@ -68,7 +69,9 @@ def round_factors(left: Tensor, right: Tensor, bits: int = 8) -> RoundedFactors:
     wanted = left_step * right_step
     scale = wanted.clamp_min(SMALLEST_SCALE).to(torch.float32)
     if not bool(torch.isfinite(scale).all()):
-        raise NumericsError("left, right: a rank component is too large for a float32 scale; rescale the layer or leave it dense")
+        raise NumericsError(
+            "left, right: a rank component is too large for a float32 scale; rescale the layer or leave it dense"
+        )
     # What rounding to float32 (or the smallest scale) changed goes into one side, so that the product keeps its size.
     right_step = right_step * (scale.double() / wanted)
     left_codes = (left / left_step).round_().clamp_(-limit, limit).mul_(used)
@@ -152,7 +155,8 @@ class QuantizedLowRankLayer(IntegerLinear):
         activations: str = "int8",
         ridge: float = 0.0,
     ) -> QuantizedLowRankLayer:
-        """The rounded layer of this rank, or of the smallest rank whose error, rounding included, is within ``max_error``.
+        """The rounded layer of this rank, or of the smallest rank whose error, rounding included, is within
+        ``max_error``.
 
         Args:
             linear: ``nn.Linear`` or transformers' ``Conv1D``.
@@ -227,7 +231,9 @@ class QuantizedLowRankLayer(IntegerLinear):
         return self.left_codes, self.right_codes, self.scale
 
     def _between(self) -> tuple[Tensor, Tensor, float | None]:
-        """What stands between the products: the sums of the right codes (r,), the scale, and a power of two taken out of it."""
+        """What stands between the products: the sums of the right codes (r,), the scale, and a power of two taken out
+        of it.
+        """
         codes, scale = self.right_codes, self.scale
         versions = 0 if codes.is_inference() else codes._version, 0 if scale.is_inference() else scale._version
         kept: tuple[Any, ...] | None = self.__dict__.get("_derived")
@@ -298,6 +304,8 @@ class QuantizedLowRankLayer(IntegerLinear):
         """See :meth:`CompressedLayer.from_config`."""
         outputs, inputs = config["shape"]
         dtype = dtype_from_name(config["dtype"])
-        layer = cls(inputs, outputs, config["rank"], config["bias"], config["bits"], config["activations"], device, dtype)
+        layer = cls(
+            inputs, outputs, config["rank"], config["bias"], config["bits"], config["activations"], device, dtype
+        )
         layer.error_bound_value = config["error_bound"]
         return layer

@@ -35,7 +35,9 @@ def linear_parts(linear: nn.Module) -> LinearParts:
     if not (isinstance(linear, nn.Linear) or is_conv1d) or not isinstance(weight, Tensor):
         raise UsageError(f"linear: must be an nn.Linear or a transformers Conv1D, got {type(linear).__name__}")
     if not weight.is_floating_point() or weight.device.type == "meta":
-        raise UsageError(f"linear: its weight is {weight.dtype} on {weight.device}; a floating weight with values is needed")
+        raise UsageError(
+            f"linear: its weight is {weight.dtype} on {weight.device}; a floating weight with values is needed"
+        )
     require_finite(weight.detach(), "weight")
     return LinearParts(weight.T if is_conv1d else weight, bias)
 
@@ -49,7 +51,9 @@ def require_embedding(embedding: nn.Module) -> nn.Embedding:
     if not isinstance(embedding, nn.Embedding):
         raise UsageError(f"embedding: must be an nn.Embedding, got {type(embedding).__name__}")
     if embedding.max_norm is not None:
-        raise UsageError(f"embedding: max_norm={embedding.max_norm} rewrites the table in forward; set it to None first")
+        raise UsageError(
+            f"embedding: max_norm={embedding.max_norm} rewrites the table in forward; set it to None first"
+        )
     require_finite(embedding.weight.detach(), "weight")
     return embedding
 
@@ -65,7 +69,12 @@ def carry_over(source: nn.Module, layer: nn.Module) -> None:
 
 
 def error_in(
-    weight: Tensor, approximation: Tensor, statistics: InputStatistics | None, *, centred: bool = False, ridge: float = 0.0
+    weight: Tensor,
+    approximation: Tensor,
+    statistics: InputStatistics | None,
+    *,
+    centred: bool = False,
+    ridge: float = 0.0,
 ) -> float:
     """‖W − W'‖ / ‖W‖ in the Frobenius norm, or in the norm of the inputs where statistics are given.
 
@@ -74,7 +83,9 @@ def error_in(
         1.0
     """
     if statistics is not None and statistics.count:
-        return activation_error(weight, approximation, statistics.moment(centred=centred, ridge=ridge).to(weight.device))
+        return activation_error(
+            weight, approximation, statistics.moment(centred=centred, ridge=ridge).to(weight.device)
+        )
     matrix = weight.detach().to(torch.float64)
     largest = float(matrix.abs().max()) if matrix.numel() else 0.0
     if largest == 0.0:
