@@ -51,10 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
 
     def body() -> None:
-        # Not click's standalone mode: it prints three lines for a usage error and turns an interrupt into exit code 1.
-        code = app.main(args=arguments, prog_name="lowrank", standalone_mode=False)
-        if isinstance(code, int) and code:
-            raise click.exceptions.Exit(code)
+        # Not app.main: it prints three lines for a usage error and a blank one for an interrupt.
+        with app.make_context("lowrank", arguments) as context:
+            app.invoke(context)
 
     return run(body, debug="--debug" in arguments)
 

@@ -60,7 +60,7 @@ def data_options(command: _Command) -> _Command:
             "--max-tokens", type=click.IntRange(min=1), default=512, show_default=True, help="Cut longer texts."
         ),
         click.option(
-            "--batch-size", type=click.IntRange(min=1), default=8, help="Samples at a time.", show_default=True
+            "--batch-size", type=click.IntRange(min=1), default=32, show_default=True, help="Samples at a time."
         ),
         click.option("--device", callback=_check_device, help="cpu (the default) or cuda."),
     ):

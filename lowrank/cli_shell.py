@@ -62,8 +62,6 @@ def run(body: Callable[[], None], *, debug: bool = False) -> int:
         except click.exceptions.Exit as request:
             _flush()
             return request.exit_code
-        except click.Abort:
-            return _fail("interrupted", INTERRUPTED)
         except Exception as error:
             if debug:
                 raise

@@ -24,9 +24,10 @@ from lowrank.report_text import human_bytes, percent
 __all__ = ["demo_texts", "run_demo"]
 
 ERROR_BUDGET = 0.10
-SAMPLES = 600
+SAMPLES = 480
 MAX_TOKENS = 128
-BATCH_SIZE = 16
+# Each batch is split over statistics, search and verification, so that smaller ones would run thin.
+BATCH_SIZE = 64
 DEFAULT_OUTPUT = "lowrank-demo"
 # Shorter paragraphs are headings and remarks; longer ones would be cut at 128 tokens.
 _PARAGRAPH_CHARACTERS = (60, 600)

@@ -42,6 +42,7 @@ def compressed(room: Path) -> Path:
 
 def failure(arguments: list[str], capfd: pytest.CaptureFixture[str]) -> tuple[int, str]:
     """Exit code and the one line that a failing command writes; nothing may be on standard output."""
+    capfd.readouterr()
     code = main(arguments)
     out, err = capfd.readouterr()
     assert out == ""
