@@ -58,6 +58,9 @@ def int_matmul(a: Tensor, b: Tensor) -> Tensor:
             stop = min(start + _INT32_SAFE, columns)
             total += product(a[:, start:stop].contiguous(), b[:, start:stop].contiguous())
         return total
+    if columns == 1:
+        # ``torch._int_mm`` misreads the transpose of a single column, whose two strides are both 1.
+        return a.to(torch.int32) * b.to(torch.int32).t()
     return product(a, b)
 
 

@@ -64,6 +64,9 @@ class IntegerLinear(CompressedLayer):
         Gradients reach the input, as if its rounding were not there, and the bias.
         """
         bias = self.bias
+        if torch.compiler.is_compiling():
+            outside: Tensor = _outside_the_graph(self, x)
+            return outside
         if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
             result: Tensor = _StraightThrough.apply(x, bias, self, *self.codes_and_scale())
             return result
@@ -133,6 +136,12 @@ class IntegerLinear(CompressedLayer):
 
     activations: str
     error_bound_value: float | None
+
+
+@torch.compiler.disable
+def _outside_the_graph(layer: IntegerLinear, x: Tensor) -> Tensor:
+    """The layer as it is: its kernels pick their route by a self-test, which no graph can hold."""
+    return layer.forward(x)
 
 
 class _StraightThrough(torch.autograd.Function):

@@ -20,7 +20,19 @@ def codes(rows: int, columns: int, seed: int) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "shape", [(1, 1, 1), (1, 64, 5), (2, 100, 33), (4, 7, 9), (5, 512, 64), (33, 1500, 70), (3, 0, 2)]
+    "shape",
+    [
+        (1, 1, 1),
+        (6, 1, 40),
+        (1, 1, 9),
+        (3, 2, 2),
+        (1, 64, 5),
+        (2, 100, 33),
+        (4, 7, 9),
+        (5, 512, 64),
+        (33, 1500, 70),
+        (3, 0, 2),
+    ],
 )
 @pytest.mark.parametrize("product", [kernels.int_matmul, integer._float_product], ids=["front", "float"])
 @pytest.mark.parametrize("layout", ["rows", "columns"])
