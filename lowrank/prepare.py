@@ -27,7 +27,8 @@ __all__ = ["Job", "find_work", "forced_choices", "gather", "split_samples", "wei
 
 # Samples on which single layers are probed. More would not change which layers are the sensitive ones, and the whole plan is measured
 # on all search samples anyway.
-PROBE_SAMPLES = 24
+PROBE_SAMPLES = 32
+PROBE_BATCHES = 4
 MAX_ROWS_IN_NOTE = 6
 
 
@@ -105,7 +106,7 @@ def weigh(bench: Bench, found: Survey, split: Split | None, options: Options) ->
         activations = "int8" if options.activations == "auto" else options.activations
     else:
         metric = {"kl": "kl", "perplexity": "kl"}.get(str(options.metric), "output")
-        evaluator = Evaluator(bench.original, _head(split.search, PROBE_SAMPLES), metric, options.output_fn)
+        evaluator = Evaluator(bench.original, _spread(split.search, PROBE_SAMPLES), metric, options.output_fn)
         sensitivities = probe_layers(
             bench, shops, evaluator, options.formats, options.activations, allowed=options.contribution(options.error_budget), progress=options.progress
         )
@@ -171,15 +172,17 @@ def _forced(shop: Workshop, value: Any, where: str) -> list[Choice]:
     return small
 
 
-def _head(batches: Sequence[Batch], samples: int) -> list[Batch]:
-    """The first samples, in whole batches where they fit."""
-    chosen: list[Batch] = []
-    for batch in batches:
-        left = samples - sample_count(chosen)
-        if left <= 0:
-            break
-        chosen.append(batch if batch.size <= left else batch.select(torch.arange(left)))
-    return chosen
+def _spread(batches: Sequence[Batch], samples: int) -> list[Batch]:
+    """About this many samples, out of a few batches from all over the list, which may be sorted by length."""
+    count = min(PROBE_BATCHES, len(batches))
+    picked = [batches[(2 * index + 1) * len(batches) // (2 * count)] for index in range(count)]
+    if sample_count(picked) < samples:
+        # Batches of few samples: take as many as it needs.
+        average = sample_count(batches) / len(batches)
+        count = min(len(batches), int(samples / average) + 1)
+        picked = [batches[(2 * index + 1) * len(batches) // (2 * count)] for index in range(count)]
+    share = -(-samples // count)
+    return [batch if batch.size <= share else batch.select(torch.arange(share)) for batch in picked]
 
 
 def _notes(shops: Sequence[Workshop], sensitivities: Mapping[str, Sensitivity], split: Split | None, *, exact: bool) -> list[str]:

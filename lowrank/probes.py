@@ -49,7 +49,7 @@ def exact_sensitivities(workshops: Sequence[Workshop]) -> dict[str, Sensitivity]
     found = {}
     for shop in workshops:
         share = shop.square_sum / whole
-        found[shop.name] = Sensitivity(shop.rounding() * share, 0.0, share, 0.0)
+        found[shop.name] = Sensitivity(shop.rounding * share, 0.0, share, 0.0)
     return found
 
 
@@ -98,9 +98,9 @@ def _probe(bench: Bench, shop: Workshop, evaluator: Evaluator, formats: Sequence
     integer = 0.0
     if multiplies and activations != "float":
         integer = max(measure(Choice("int8", None, 8, "int8")) - rounding, 0.0)
-    ranks = shop.ranks("lowrank-int8") or shop.ranks("lowrank")
     careful = rounding == 0.0 or not shop.reached or shop.unseen_rows > 0
-    if not ranks or careful or not {"lowrank", "lowrank-int8"} & set(formats):
+    ranks = [] if careful or not {"lowrank", "lowrank-int8"} & set(formats) else shop.ranks("lowrank-int8") or shop.ranks("lowrank")
+    if not ranks:
         return Sensitivity(rounding, integer, 0.0, integer, silent=rounding == 0.0, careful=careful)
     rank = ranks[len(ranks) // 2]
     truncated, truncation = truncation_at(rank)
@@ -121,7 +121,7 @@ def _probe(bench: Bench, shop: Workshop, evaluator: Evaluator, formats: Sequence
 def _factor_rounding(shop: Workshop, rounding: float, truncation: float, rank: int) -> float:
     """What 8-bit rounding of the factors costs the model: the dense rounding's measured cost, scaled by the local errors."""
     own = float(shop.factor_rounding[rank])
-    dense = shop.rounding()
+    dense = shop.rounding
     return rounding * own / dense if dense > 0.0 else truncation * own
 
 

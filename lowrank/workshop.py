@@ -132,9 +132,10 @@ class Workshop:
         weight_error = (float(difference.square().sum()) / self.square_sum) ** 0.5 if self.square_sum else 0.0
         return weight_error, (max(self._norm(difference), 0.0) / self.energy) ** 0.5 if self.energy > 0.0 else 0.0
 
-    def rounding(self, bits: int = 8) -> float:
-        """Squared relative error of rounding the dense weight, in the metric of the inputs."""
-        codes, scale = quantize_rows(self.weight, bits)
+    @cached_property
+    def rounding(self) -> float:
+        """Squared relative error of rounding the dense weight to 8 bits, in the metric of the inputs."""
+        codes, scale = quantize_rows(self.weight, 8)
         difference = self.weight.to(torch.float64) - dequantize_rows(codes, scale).to(torch.float64)
         return max(self._norm(difference), 0.0) / self.energy if self.energy > 0.0 else 0.0
 
