@@ -206,7 +206,8 @@ def compress(
         result.report.totals.setdefault("source", printable(source.resolve().name))
         assert output is not None
         result.save(output, overwrite=overwrite)
-    note(f"written to {printable(output)}")
+    if not quiet:
+        note(f"written to {printable(output)}")
     emit(result.report.to_json() if as_json else result.report.to_text())
 
 
@@ -306,6 +307,8 @@ def _destination(output: Path | None, overwrite: bool, inputs: Sequence[Path], s
         yield
         return
     check_destination(output, overwrite, inputs)
+    if not source.exists():
+        raise CheckpointError(f"{printable(source)}: no such directory; models are read from local directories only")
     check_destination(output, overwrite, inputs, open_tensors(source).tensor_bytes + _SIDE_BYTES)
     with lock_destination(output):
         yield
@@ -317,14 +320,19 @@ def _open_model(path: Path, device: str | None, quiet: bool, *, compressed: bool
         note(f"loading {printable(path)}")
     if compressed and (path / MANIFEST_NAME).is_file():
         return load_model(path, device=device)
+    _check_runnable(path)
+    model: nn.Module = load_pretrained(path, tokenizer=False)[0]
+    return model if device is None else model.to(device)
+
+
+def _check_runnable(path: Path) -> None:
+    """Refuse tensors without a model; whatever else is wrong with a path, loading says better."""
     if path.exists() and not is_model_directory(path):
         tensors = open_tensors(path)
         raise CheckpointError(
             f"{printable(path)}: {len(tensors.names)} tensors without a config.json; running the model needs a Hugging "
             "Face directory, or lowrank.compress_model(model) in Python"
         )
-    model: nn.Module = load_pretrained(path, tokenizer=False)[0]
-    return model if device is None else model.to(device)
 
 
 def _batches(

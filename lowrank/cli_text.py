@@ -46,17 +46,17 @@ def comparison_text(found: dict[str, dict[str, float]]) -> str:
     Example:
         >>> error = {"value": 0.05, "low": 0.04, "high": 0.06}
         >>> print(comparison_text({"output_error": error, "samples": {"value": 8.0}}))
-        measure         value    95 % interval
-        ------------  -------  ---------------
-        output error    5.0 %   4.0 % to 6.0 %
+        measure         value     95 % interval
+        ------------  -------  ----------------
+        output error   5.00 %  4.00 % to 6.00 %
         <BLANKLINE>
         over 8 samples
     """
     names = {
-        "output_error": ("output error", percent),
+        "output_error": ("output error", _share),
         "kl": ("KL divergence, nats a token", lambda value: f"{value:.4g}"),
-        "top1_agreement": ("top-1 agreement", percent),
-        "perplexity_increase": ("increase of the perplexity", percent),
+        "top1_agreement": ("top-1 agreement", _share),
+        "perplexity_increase": ("increase of the perplexity", _share),
         "perplexity_original": ("perplexity of the original", lambda value: f"{value:.4f}"),
         "perplexity_compressed": ("perplexity of the compressed", lambda value: f"{value:.4f}"),
     }
@@ -91,3 +91,7 @@ def info_text(found: dict[str, Any]) -> str:
         if totals.get(key) is not None:
             rows.append((name, f"{totals[key]:.4g} ({printable(totals.get('metric'))})"))
     return tabulate(rows, tablefmt="plain", disable_numparse=True)
+
+
+def _share(value: float) -> str:
+    return percent(value, 3)
