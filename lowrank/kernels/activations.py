@@ -21,6 +21,10 @@ _SMALLEST_EXACT = {torch.float32: 2.0**-100, torch.float64: 2.0**-960}
 _TINY = 2.0**-126
 # 254 steps and not 255: rounding both ends outwards must still fit the 256 codes.
 _STEPS = 254.0
+# As tensors: a Python number costs an operation as much again to be made into one, which shows at one token.
+_MAGIC_TENSOR, _LOWEST = torch.tensor(_MAGIC, dtype=torch.float32), torch.tensor(-128.0, dtype=torch.float32)
+_STEP = torch.tensor(1.0 / _STEPS, dtype=torch.float32)
+_HALF_STEP = torch.tensor(2.0 / _STEPS, dtype=torch.float32)
 
 
 def quantize_tokens(x: Tensor, symmetric: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -47,16 +51,15 @@ def quantize_tokens(x: Tensor, symmetric: bool = False) -> tuple[Tensor, Tensor,
         ones = x.new_ones(x.shape[0], 1)
         return x.to(torch.int8), ones, None if symmetric else torch.zeros_like(ones)
     if symmetric:
-        scale = x.abs().amax(dim=1, keepdim=True).mul_(2.0 / _STEPS).clamp_min_(_TINY)
-        codes = x.mul(scale.reciprocal()).add_(_MAGIC).view(torch.int32).to(torch.int8)
-        return codes, scale, None
+        scale = x.abs().amax(dim=1, keepdim=True).mul_(_HALF_STEP).clamp_min_(_TINY)
+        return x.mul(scale.reciprocal()).add_(_MAGIC_TENSOR).view(torch.int32).to(torch.int8), scale, None
     high = x.amax(dim=1, keepdim=True).clamp_min_(0.0)
     low = x.amin(dim=1, keepdim=True).clamp_max_(0.0)
     # Divided before the subtraction, which could overflow.
-    scale = high.mul_(1.0 / _STEPS).sub_(low, alpha=1.0 / _STEPS).clamp_min_(_TINY)
+    scale = high.mul_(_STEP).sub_(low, alpha=1.0 / _STEPS).clamp_min_(_TINY)
     inverse = scale.reciprocal()
-    offset = low.mul_(inverse).round_().add_(128.0).neg_()
-    codes = x.mul(inverse).add_(offset + _MAGIC).view(torch.int32).to(torch.int8)
+    offset = torch.sub(_LOWEST, low.mul_(inverse).round_())
+    codes = x.mul(inverse).add_(offset.add(_MAGIC_TENSOR)).view(torch.int32).to(torch.int8)
     return codes, scale, offset
 
 

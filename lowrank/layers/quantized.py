@@ -144,7 +144,7 @@ class QuantizedLinear(IntegerLinear):
         return self._scaled(sums, unit, bias, self._prepared()[1])
 
     def _scaled(self, sums: Tensor, step: Tensor, bias: Tensor | None, room: float | None) -> Tensor:
-        """``sums · scale · step + bias``, in place; the token's step comes last: with the bare sums it could overflow."""
+        """``sums · scale · step + bias``, in place; the token's step comes last: earlier it could overflow."""
         if room is not None:
             sums.mul_(room)
             step = step.div_(room)

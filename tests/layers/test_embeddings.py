@@ -87,7 +87,7 @@ def test_trains_and_leaves_padding_alone() -> None:
     assert layer.left.grad is not None
     assert float(layer.left.grad[2].abs().sum()) == 0.0
     assert float(layer.left.grad[3].abs().sum()) > 0.0
-    assert float(layer.dense_weight()[2].abs().sum()) == 0.0
+    assert not bool(layer.dense_weight()[2].any())
 
 
 def test_only_the_rows_asked_for_become_floats() -> None:
@@ -110,7 +110,7 @@ def test_max_error_and_counts() -> None:
     seen = IDS.unique()
 
     def error(table: CompressedLayer) -> float:
-        return float((table.dense_weight()[seen] - embedding.weight[seen]).norm())
+        return float((table.dense_weight()[seen] - embedding.weight[seen]).norm().detach())
 
     assert error(weighted) < error(plain)
     with pytest.raises(RankError, match="full rank 8"):

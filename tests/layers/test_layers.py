@@ -285,8 +285,8 @@ def test_max_error_gives_the_smallest_rank(with_statistics: bool) -> None:
     assert rounded.rank >= layer.rank
     if statistics is None:
         for rank, fits in ((rounded.rank, True), (rounded.rank - 1, False)):
-            weight = QuantizedLowRankLayer.from_linear(linear, rank=rank).dense_weight()
-            assert (float((weight - linear.weight).norm() / linear.weight.norm()) <= 0.1) == fits
+            weight = QuantizedLowRankLayer.from_linear(linear, rank=rank).dense_weight().detach()
+            assert (float((weight - linear.weight.detach()).norm() / linear.weight.detach().norm()) <= 0.1) == fits
     with pytest.raises(RankError, match=r"full rank 24, 0\.\d+"):
         QuantizedLowRankLayer.from_linear(linear, max_error=1e-6)
 
