@@ -4,9 +4,9 @@ Start at :func:`compress_model`; the rooms below it are described in the README 
 """
 
 from lowrank.analysis import AnalysisReport, analyze_model
+from lowrank.calibration import collect_statistics
 from lowrank.checkpoint import load_model
 from lowrank.compress import CompressionResult, apply_plan, compress_model
-from lowrank.calibration import collect_statistics
 from lowrank.errors import (
     BudgetError,
     CalibrationError,

@@ -60,7 +60,11 @@ class Batch:
                 return value[indices.to(value.device)]
             return value
 
-        return Batch(tuple(pick(value) for value in self.args), {key: pick(value) for key, value in self.kwargs.items()}, len(indices))
+        return Batch(
+            tuple(pick(value) for value in self.args),
+            {key: pick(value) for key, value in self.kwargs.items()},
+            len(indices),
+        )
 
     def to(self, device: torch.device) -> Batch:
         """The batch on another device."""
@@ -122,7 +126,9 @@ def prepare_batches(model: nn.Module, data: Iterable[Any], name: str = "calibrat
         [4, 5]
     """
     if isinstance(data, (Tensor, str, Mapping)):
-        raise CalibrationError(f"{name}: must be an iterable of batches, got a single {type(data).__name__}; wrap it in a list")
+        raise CalibrationError(
+            f"{name}: must be an iterable of batches, got a single {type(data).__name__}; wrap it in a list"
+        )
     from_loader = isinstance(data, torch.utils.data.DataLoader)
     batches: list[Batch] = []
     try:
@@ -131,7 +137,9 @@ def prepare_batches(model: nn.Module, data: Iterable[Any], name: str = "calibrat
     except CalibrationError:
         raise
     except Exception as error:
-        raise CalibrationError(f"{name}: reading batch {len(batches)} failed with {type(error).__name__}: {error}") from error
+        raise CalibrationError(
+            f"{name}: reading batch {len(batches)} failed with {type(error).__name__}: {error}"
+        ) from error
     if not any(batch.size for batch in batches):
         raise CalibrationError(f"{name}: is empty; at least {4 * MIN_VERIFICATION_SAMPLES} samples are needed")
     device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
@@ -174,26 +182,36 @@ def _takes_two(model: nn.Module) -> bool:
 def _whole_where_needed(model: nn.Module, batches: list[Batch], name: str) -> list[Batch]:
     """Make a batch one sample where the output's dimension 0 is not the input's; the first batch stands for all."""
     first = batches[0]
-    vocabulary = next((module.num_embeddings for module in model.modules() if type(module) is nn.Embedding), None)
-    if vocabulary is not None:
-        for index, batch in enumerate(batches):
-            ids = batch.token_ids
-            if ids is not None and ids.numel() and hasattr(model, "get_input_embeddings"):
-                table = model.get_input_embeddings()
-                limit = getattr(table, "num_embeddings", vocabulary)
-                if int(ids.max()) >= limit or int(ids.min()) < 0:
-                    bad = int(ids.max()) if int(ids.max()) >= limit else int(ids.min())
-                    raise CalibrationError(f"{name}: batch {index} holds token id {bad}; the vocabulary has ids 0 to {limit - 1}")
+    _check_ids(model, batches, name)
     with evaluating(model):
         try:
             output = model_tensor(first.run(model))
         except IndexError as error:
-            raise CalibrationError(f"{name}: the model refused batch 0 ({error}); is a token id outside the vocabulary?") from error
+            raise CalibrationError(
+                f"{name}: the model refused batch 0 ({error}); is a token id outside the vocabulary?"
+            ) from error
         except (TypeError, RuntimeError, ValueError, KeyError) as error:
             raise CalibrationError(f"{name}: the model refused batch 0 with {type(error).__name__}: {error}") from error
     if output.ndim == 0 or output.shape[0] != first.size:
         return [Batch(batch.args, batch.kwargs, 1) for batch in batches]
     return batches
+
+
+def _check_ids(model: nn.Module, batches: Sequence[Batch], name: str) -> None:
+    """Refuse token ids outside the vocabulary of a model in transformers' manner, which says what its input embedding is."""
+    find = getattr(model, "get_input_embeddings", None)
+    limit = getattr(find(), "num_embeddings", None) if callable(find) else None
+    if not isinstance(limit, int):
+        return
+    for index, batch in enumerate(batches):
+        ids = batch.token_ids
+        if ids is not None and ids.numel():
+            low, high = int(ids.min()), int(ids.max())
+            if low < 0 or high >= limit:
+                bad = high if high >= limit else low
+                raise CalibrationError(
+                    f"{name}: batch {index} holds token id {bad}; the vocabulary has ids 0 to {limit - 1}"
+                )
 
 
 def sample_count(batches: Sequence[Batch]) -> int:
@@ -236,7 +254,8 @@ def split_batches(
         search = max(total // 3, 1)
         if total < 2 or sample_count(validation) < MIN_VERIFICATION_SAMPLES:
             raise CalibrationError(
-                f"calibration needs at least 2 samples and validation {MIN_VERIFICATION_SAMPLES}, got {total} and {sample_count(validation)}"
+                f"calibration needs at least 2 samples and validation {MIN_VERIFICATION_SAMPLES}, "
+                f"got {total} and {sample_count(validation)}"
             )
     part = torch.zeros(total, dtype=torch.int64)
     part[order[:verification]] = 2

@@ -33,11 +33,13 @@ class Bench:
     def __init__(self, model: nn.Module, workshops: Sequence[Workshop]) -> None:
         self.original = model
         self.workshops: Mapping[str, Workshop] = {shop.name: shop for shop in workshops}
-        memo: dict[int, Tensor] = {id(tensor): tensor for tensor in _tensors(model)}
+        memo: dict[int, object] = {id(tensor): tensor for tensor in _tensors(model)}
         try:
-            self.model: nn.Module = copy.deepcopy(model, memo)  # type: ignore[arg-type]
+            self.model: nn.Module = copy.deepcopy(model, memo)
         except (RuntimeError, TypeError, NotImplementedError) as error:
-            raise UsageError(f"model: cannot be copied ({error}); pass inplace=False models that copy.deepcopy takes") from error
+            raise UsageError(
+                f"model: cannot be copied ({error}); pass inplace=False models that copy.deepcopy takes"
+            ) from error
         self._originals = {
             member.name: self.model.get_submodule(member.name) for shop in workshops for member in shop.target.members
         }
@@ -97,7 +99,9 @@ def check_plan(plan: Plan, workshops: Mapping[str, Workshop]) -> None:
     for entry in plan.entries:
         shop = workshops.get(entry.name)
         if shop is None:
-            raise CheckpointError(f"plan: layer {entry.name} is not a target of this model; was the plan made for another one?")
+            raise CheckpointError(
+                f"plan: layer {entry.name} is not a target of this model; was the plan made for another one?"
+            )
         if tuple(entry.shape) != tuple(shop.target.shape):
             raise CheckpointError(
                 f"plan: layer {entry.name} has shape {list(entry.shape)} in the plan and {list(shop.target.shape)} in the model"
@@ -105,7 +109,7 @@ def check_plan(plan: Plan, workshops: Mapping[str, Workshop]) -> None:
         if choice_of(entry).format != "dense" and shop.bytes(choice_of(entry)) >= shop.bytes(Choice("dense")):
             raise CheckpointError(
                 f"plan: layer {entry.name} as {entry.format} of rank {entry.rank} takes {shop.bytes(choice_of(entry)):,} bytes, "
-                f"not fewer than the {shop.bytes(Choice('dense')):,} of the dense layer; lower the rank or write \"dense\""
+                f'not fewer than the {shop.bytes(Choice("dense")):,} of the dense layer; lower the rank or write "dense"'
             )
 
 
@@ -122,5 +126,3 @@ def weight_error_of(bench: Bench) -> float:
 
 def _tensors(model: nn.Module) -> Iterator[Tensor]:
     return chain(model.parameters(), model.buffers())
-
-

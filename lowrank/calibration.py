@@ -144,7 +144,12 @@ def first_nonfinite(model: nn.Module, batch: Batch) -> str | None:
 
     def check(name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if not found and isinstance(output, Tensor) and output.is_floating_point() and not bool(torch.isfinite(output).all()):
+            if (
+                not found
+                and isinstance(output, Tensor)
+                and output.is_floating_point()
+                and not bool(torch.isfinite(output).all())
+            ):
                 found.append(name)
 
         return hook

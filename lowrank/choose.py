@@ -95,14 +95,18 @@ def _gauges(job: Job, verification: Sequence[Batch], options: Options) -> tuple[
     return SampledGauge(search, desc), SampledGauge(verify, desc)
 
 
-def _relative_loss(original: nn.Module, metric: Callable[[nn.Module], float], higher_is_better: bool) -> Callable[[nn.Module], float]:
+def _relative_loss(
+    original: nn.Module, metric: Callable[[nn.Module], float], higher_is_better: bool
+) -> Callable[[nn.Module], float]:
     def value_of(model: nn.Module) -> float:
         with evaluating(model):
             return float(metric(model))
 
     reference = value_of(original)
     if not math.isfinite(reference) or reference == 0.0:
-        raise UsageError(f"metric: the callable gives {reference!r} for the original model; a relative loss needs a finite value other than 0")
+        raise UsageError(
+            f"metric: the callable gives {reference!r} for the original model; a relative loss needs a finite value other than 0"
+        )
     sign = -1.0 if higher_is_better else 1.0
 
     def loss(model: nn.Module) -> float:
@@ -122,8 +126,13 @@ def choose(job: Job, verification: Sequence[Batch], options: Options) -> Outcome
     plan_for = planner_of(job, options)
     if options.error_budget is None:
         allowed = _target_bytes(job, options)
-        plans = [("size budget", plan_for(math.inf)), *(item for item in _uniform(job, options) if item[1].bytes <= allowed)]
-        return _calibrated(least_error(job.bench, plans, search, verify, total=options.contribution, progress=options.progress))
+        plans = [
+            ("size budget", plan_for(math.inf)),
+            *(item for item in _uniform(job, options) if item[1].bytes <= allowed),
+        ]
+        return _calibrated(
+            least_error(job.bench, plans, search, verify, total=options.contribution, progress=options.progress)
+        )
     outcome = keep_error_budget(
         job.bench,
         plan_for,
@@ -156,7 +165,8 @@ def measure_given(job: Job, plan: Plan, verification: Sequence[Batch], options: 
     reading = verify(job.bench.install_plan(plan))
     if options.error_budget is not None and not reading.upper <= options.error_budget:
         raise BudgetError(
-            f"error budget {options.error_budget:g}: the given plan reaches {reading.value:.4g}, at most {reading.upper:.4g} with 95 % confidence",
+            f"error budget {options.error_budget:g}: the given plan reaches {reading.value:.4g}, at most {reading.upper:.4g} "
+            "with 95 % confidence",
             plan=plan,
             error=reading.upper,
         )

@@ -60,7 +60,7 @@ class CompressionResult:
             StorageError: writing failed; what was there before is untouched.
         """
         checkpoint.save_compressed(
-            self.model, directory, plan=self.plan, report=self.report, overwrite=overwrite, source=self.source
+            self.model, Path(directory), plan=self.plan, report=self.report, overwrite=overwrite, source=self.source
         )
 
 
@@ -158,7 +158,9 @@ def compress_model(
     with stages.stage("prepare"):
         job, verification = _prepare(original, calibration, validation, options, probing=plan is None)
     with stages.stage("search"):
-        outcome = choose(job, verification, options) if plan is None else measure_given(job, plan, verification, options)
+        outcome = (
+            choose(job, verification, options) if plan is None else measure_given(job, plan, verification, options)
+        )
     with stages.stage("report"):
         finished = job.bench.release() if not inplace else job.bench.model
         rows = layer_rows(job.survey, finished, job.bench.workshops)
@@ -177,7 +179,11 @@ def compress_model(
 
 
 def plan_model(
-    model: nn.Module, *, calibration: Iterable[Any] | None = None, validation: Iterable[Any] | None = None, **options: Any
+    model: nn.Module,
+    *,
+    calibration: Iterable[Any] | None = None,
+    validation: Iterable[Any] | None = None,
+    **options: Any,
 ) -> Plan:
     """The plan that the predictions alone would choose: for looking before the work (``lowrank compress --dry-run``).
 
@@ -213,7 +219,9 @@ def apply_plan(model: nn.Module, plan: Plan, calibration: Iterable[Any] | None =
     if calibration is None:
         options = replace(options, metric="weight")
         if metadata.get("data_aware") and any(entry.rank is not None for entry in plan.entries):
-            log.warning("apply_plan: the plan's factors were fitted to calibration data; without it they come from the plain SVD")
+            log.warning(
+                "apply_plan: the plan's factors were fitted to calibration data; without it they come from the plain SVD"
+            )
     original = unwrapped(model)
     found = find_work(original, options)
     batches = prepare_batches(original, calibration) if calibration is not None else None
@@ -224,7 +232,12 @@ def apply_plan(model: nn.Module, plan: Plan, calibration: Iterable[Any] | None =
 
 
 def _prepare(
-    model: nn.Module, calibration: Iterable[Any] | None, validation: Iterable[Any] | None, options: Options, *, probing: bool
+    model: nn.Module,
+    calibration: Iterable[Any] | None,
+    validation: Iterable[Any] | None,
+    options: Options,
+    *,
+    probing: bool,
 ) -> tuple[Job, list[Batch]]:
     reset_fallback_counts()
     found = find_work(model, options)
@@ -270,6 +283,11 @@ class _Stages:
         self.stages[name] = {"seconds": time.perf_counter() - start, "peak_memory_bytes": peak}
 
     def summary(self) -> dict[str, Any]:
-        host = {"machine": platform.machine(), "system": platform.system(), "python": platform.python_version(), "threads": torch.get_num_threads()}
+        host = {
+            "machine": platform.machine(),
+            "system": platform.system(),
+            "python": platform.python_version(),
+            "threads": torch.get_num_threads(),
+        }
         # The last stage is still running when this is called; it counts rows and takes no time worth naming.
         return {"stages": self.stages, "seconds": sum(item["seconds"] for item in self.stages.values()), "host": host}

@@ -117,7 +117,9 @@ class Evaluator:
         0.0
     """
 
-    def __init__(self, original: nn.Module, batches: Sequence[Batch], metric: str, output_fn: OutputFn | None = None) -> None:
+    def __init__(
+        self, original: nn.Module, batches: Sequence[Batch], metric: str, output_fn: OutputFn | None = None
+    ) -> None:
         if metric not in METRICS:
             raise UsageError(f"metric: must be one of {', '.join(METRICS)} here, got {metric!r}")
         self.original = original
@@ -130,7 +132,9 @@ class Evaluator:
             for index, batch in enumerate(self.batches):
                 output = self._output(original, batch)
                 if not bool(torch.isfinite(output).all()):
-                    raise NumericsError(f"model: its own output on batch {index} holds NaN or Inf; repair the model or take the batch out")
+                    raise NumericsError(
+                        f"model: its own output on batch {index} holds NaN or Inf; repair the model or take the batch out"
+                    )
                 _check_fit(metric, output, batch)
                 size += output.nbytes
                 self._cache.append(output if size <= CACHE_BYTES else None)
@@ -138,7 +142,9 @@ class Evaluator:
     def measure(self, model: nn.Module, *, desc: str | None = None) -> Measurement:
         """Run the model on every batch and compare."""
         numerators, denominators = [], []
-        batches = tqdm(list(zip(self.batches, self._cache, strict=True)), desc=desc, delay=2, disable=desc is None, leave=False)
+        batches = tqdm(
+            list(zip(self.batches, self._cache, strict=True)), desc=desc, delay=2, disable=desc is None, leave=False
+        )
         for batch, cached in batches:
             with evaluating(model):
                 output = self._output(model, batch)
@@ -161,21 +167,25 @@ class Evaluator:
 
 def _check_fit(metric: str, output: Tensor, batch: Batch) -> None:
     if metric == "kl" and output.ndim < 2:
-        raise UsageError(f"metric 'kl': needs logits with classes in the last dimension, the output has shape {tuple(output.shape)}")
+        raise UsageError(
+            f"metric 'kl': needs logits with classes in the last dimension, the output has shape {tuple(output.shape)}"
+        )
     if metric == "perplexity":
         ids = batch.token_ids
         if ids is None or output.ndim != 3 or output.shape[:2] != ids.shape:
             shape = None if ids is None else tuple(ids.shape)
             raise UsageError(
-                f"metric 'perplexity': needs a causal language model (token ids (samples, positions), logits (samples, positions, vocabulary)); "
-                f"got ids {shape} and outputs {tuple(output.shape)}"
+                "metric 'perplexity': needs a causal language model (token ids (samples, positions), logits (samples, positions, "
+                f"vocabulary)); got ids {shape} and outputs {tuple(output.shape)}"
             )
 
 
 def _terms(metric: str, reference: Tensor, output: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
     """Per sample what was lost and what it is relative to, (samples,) float64."""
     if output.shape != reference.shape:
-        raise CalibrationError(f"the compressed model's output has shape {tuple(output.shape)}, the original's {tuple(reference.shape)}")
+        raise CalibrationError(
+            f"the compressed model's output has shape {tuple(output.shape)}, the original's {tuple(reference.shape)}"
+        )
     if metric == "output":
         lost = (output.to(torch.float64) - reference.to(torch.float64)).square()
         whole = reference.to(torch.float64).square()
@@ -187,12 +197,20 @@ def _terms(metric: str, reference: Tensor, output: Tensor, batch: Batch) -> tupl
     if metric == "kl":
         divergence = _kl(reference, output)
         keep = _position_mask(reference, batch)
-        tokens = torch.ones_like(divergence) if keep is None else _widen(keep, divergence).to(torch.float64).expand_as(divergence)
+        tokens = (
+            torch.ones_like(divergence)
+            if keep is None
+            else _widen(keep, divergence).to(torch.float64).expand_as(divergence)
+        )
         return _per_sample(divergence * tokens, batch), _per_sample(tokens, batch)
     ids = batch.token_ids
     assert ids is not None
     keep = batch.mask
-    tokens = torch.ones(ids.shape[0], ids.shape[1] - 1, dtype=torch.float64, device=ids.device) if keep is None else keep[:, 1:].double()
+    tokens = (
+        torch.ones(ids.shape[0], ids.shape[1] - 1, dtype=torch.float64, device=ids.device)
+        if keep is None
+        else keep[:, 1:].double()
+    )
     return _per_sample((_nll(output, ids) - _nll(reference, ids)) * tokens, batch), _per_sample(tokens, batch)
 
 
@@ -224,13 +242,19 @@ def _kl(reference: Tensor, output: Tensor) -> Tensor:
 def _nll(logits: Tensor, ids: Tensor) -> Tensor:
     """(samples, positions − 1) negative log-likelihood of each next token."""
     parts = [
-        F.cross_entropy(row[:-1].to(torch.float64), target[1:].to(row.device), reduction="none") for row, target in zip(logits, ids, strict=True)
+        F.cross_entropy(row[:-1].to(torch.float64), target[1:].to(row.device), reduction="none")
+        for row, target in zip(logits, ids, strict=True)
     ]
     return torch.stack(parts)
 
 
 def compare_models(
-    original: nn.Module, compressed: nn.Module, batches: Sequence[Batch], *, output_fn: OutputFn | None = None, progress: bool = False
+    original: nn.Module,
+    compressed: nn.Module,
+    batches: Sequence[Batch],
+    *,
+    output_fn: OutputFn | None = None,
+    progress: bool = False,
 ) -> dict[str, dict[str, float]]:
     """Output error, and where they apply KL, perplexity and top-1 agreement, each with a 95 % interval over samples.
 

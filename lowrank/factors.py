@@ -85,7 +85,9 @@ class RankCurve:
 def check_rank(rank: object, max_rank: int, name: str = "rank") -> int:
     """The rank as an int, refused where it is not an integer in [1, max_rank]."""
     if isinstance(rank, bool) or not isinstance(rank, int):
-        raise RankError(f"{name}: must be an integer from 1 to {max_rank} (the smaller side of the weight), got {rank!r}")
+        raise RankError(
+            f"{name}: must be an integer from 1 to {max_rank} (the smaller side of the weight), got {rank!r}"
+        )
     if not 1 <= rank <= max_rank:
         raise RankError(f"{name}: must be from 1 to {max_rank} (the smaller side of the weight), got {rank}")
     return rank
@@ -199,7 +201,9 @@ def _plain(matrix: Tensor, name: str) -> RankCurve:
     # Relative to the largest, so that squares neither overflow nor vanish; left keeps unit columns, right carries the scale.
     largest = float(sigma[0])
     errors = _tails((sigma / largest).square() if largest > 0.0 else sigma)
-    return RankCurve(errors=errors, energy=float(sigma.square().sum()), method="svd", _left=left, _right=sigma[:, None] * right)
+    return RankCurve(
+        errors=errors, energy=float(sigma.square().sum()), method="svd", _left=left, _right=sigma[:, None] * right
+    )
 
 
 def _tails(squares: Tensor) -> Tensor:

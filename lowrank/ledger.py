@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -42,34 +43,32 @@ def layer_rows(survey: Survey, compressed: nn.Module, workshops: Mapping[str, Wo
         before, weights = _own(member.module, before_seen)
         after, _ = _own(module, after_seen)
         shop = shops.get(member.name)
-        row = {
-            "name": member.name,
-            "kind": type(member.module).__name__,
-            "shape": tuple(_main_tensor(member.module).shape),
-            "bytes_before": before,
-            "bytes_after": after,
-            "weights": weights,
-            "bits_per_weight": 8 * after / weights if weights else None,
-        }
+        row = LayerRow(
+            name=member.name,
+            kind=type(member.module).__name__,
+            shape=tuple(_main_tensor(member.module).shape),
+            bytes_before=before,
+            bytes_after=after,
+            weights=weights,
+            bits_per_weight=8 * after / weights if weights else None,
+            reason=reasons.get(member.name, "not a target"),
+        )
         if isinstance(module, CompressedLayer) and shop is not None:
             weight_error, activation_error = shop.error_of(module.dense_weight())
             first = shop.target.members[0].name
-            rows.append(
-                LayerRow(
-                    **row,
-                    format=module.format,
-                    rank=module.rank,
-                    bits=module.bits,
-                    activations=getattr(module, "activations", None) if module.bits is not None else None,
-                    weight_error=weight_error,
-                    activation_error=activation_error if shop.reached else None,
-                    reason=None if member.name == first else f"tied with {first}",
-                )
+            row = replace(
+                row,
+                format=module.format,
+                rank=module.rank,
+                bits=module.bits,
+                activations=getattr(module, "activations", None) if module.bits is not None else None,
+                weight_error=weight_error,
+                activation_error=activation_error if shop.reached else None,
+                reason=None if member.name == first else f"tied with {first}",
             )
         elif shop is not None and member.name not in reasons:
-            rows.append(LayerRow(**row, weight_error=0.0, activation_error=0.0, reason="dense is the plan's choice"))
-        else:
-            rows.append(LayerRow(**row, reason=reasons.get(member.name, "not a target")))
+            row = replace(row, weight_error=0.0, activation_error=0.0, reason="dense is the plan's choice")
+        rows.append(row)
     return rows
 
 
@@ -100,12 +99,16 @@ def _main_tensor(module: nn.Module) -> Tensor:
     return weight if weight is not None else max(_stored(module), key=Tensor.numel, default=torch.empty(0))
 
 
-def compression_report(rows: list[LayerRow], outcome: Outcome, options: Options, notes: Sequence[str]) -> CompressionReport:
+def compression_report(
+    rows: list[LayerRow], outcome: Outcome, options: Options, notes: Sequence[str]
+) -> CompressionReport:
     """Rows, totals that they sum to, and what the reader should know."""
     chosen = outcome.chosen
     verified = chosen.verified or chosen.searched
     totals = sum_rows(rows) | {
-        "metric": options.metric if isinstance(options.metric, str) else getattr(options.metric, "__name__", "callable"),
+        "metric": options.metric
+        if isinstance(options.metric, str)
+        else getattr(options.metric, "__name__", "callable"),
         "error_predicted": options.value(chosen.plan.error),
         "error_measured": verified.value,
         "error_upper": verified.upper if math.isfinite(verified.upper) else None,
@@ -118,7 +121,9 @@ def compression_report(rows: list[LayerRow], outcome: Outcome, options: Options,
     told = list(notes)
     counts = fallback_counts()
     if counts:
-        told.append("decompositions that needed a fallback: " + ", ".join(f"{name} ({count})" for name, count in counts.items()))
+        told.append(
+            "decompositions that needed a fallback: " + ", ".join(f"{name} ({count})" for name, count in counts.items())
+        )
     routes = kernels.routes_in_use()
     if routes:
         told.append("integer products by " + ", ".join(sorted(routes)))
@@ -136,5 +141,7 @@ def _finalist(item: Finalist, rows: Sequence[LayerRow], chosen: Finalist) -> dic
         "size_ratio": (whole - chosen.plan.bytes + item.plan.bytes) / before,
         "error_search": item.searched.value,
         "error_measured": item.verified.value if item.verified is not None else None,
-        "error_upper": item.verified.upper if item.verified is not None and math.isfinite(item.verified.upper) else None,
+        "error_upper": item.verified.upper
+        if item.verified is not None and math.isfinite(item.verified.upper)
+        else None,
     }

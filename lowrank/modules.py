@@ -13,7 +13,18 @@ from torch import Tensor, nn
 from lowrank.errors import UsageError
 from lowrank.layers import CompressedLayer
 
-__all__ = ["Member", "Skipped", "Survey", "Target", "is_conv1d", "matching", "module_matrix", "replace_module", "survey", "unwrapped"]
+__all__ = [
+    "Member",
+    "Skipped",
+    "Survey",
+    "Target",
+    "is_conv1d",
+    "matching",
+    "module_matrix",
+    "replace_module",
+    "survey",
+    "unwrapped",
+]
 
 TARGET_KINDS = ("linear", "conv", "embedding")
 # A tensor's element count beyond which torch's integer kernels take 64-bit paths that this package has not tested.
@@ -177,7 +188,10 @@ def survey(model: nn.Module, *, targets: Sequence[str] = TARGET_KINDS, ignore: S
         Member(module, tuple(names[key]))
         for key, module in modules.items()
         if next(module.parameters(recurse=False), None) is not None
-        or any(name not in module._non_persistent_buffers_set and value is not None for name, value in module._buffers.items())
+        or any(
+            name not in module._non_persistent_buffers_set and value is not None
+            for name, value in module._buffers.items()
+        )
     ]
     skipped: list[Skipped] = []
     groups: dict[tuple[int, ...], list[Member]] = {}
@@ -244,20 +258,28 @@ def _refusal(member: Member, parent: nn.Module | None, targets: Sequence[str], i
 def _unfit(module: nn.Module) -> str | None:
     """Why this linear or embedding layer cannot be factored or rounded."""
     weight = module._parameters.get("weight")
-    if isinstance(weight, torch.nn.parameter.UninitializedTensorMixin):
+    if torch.nn.parameter.is_lazy(weight):
         return "lazy weight, not yet initialised: run the model once first"
     if weight is None or type(weight) not in (nn.Parameter, Tensor) or type(weight.data) is not Tensor:
         return f"weight is a {type(getattr(weight, 'data', weight)).__name__}, not a plain tensor (already quantised?)"
     if weight.is_meta:
         return "weight is on the meta device: it holds no numbers"
-    if not weight.is_floating_point() or weight.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+    if not weight.is_floating_point() or weight.dtype not in (
+        torch.float16,
+        torch.bfloat16,
+        torch.float32,
+        torch.float64,
+    ):
         return f"weight of dtype {weight.dtype} is not a float16, bfloat16, float32 or float64 matrix"
     if weight.ndim != 2 or weight.numel() == 0:
         return f"weight of shape {tuple(weight.shape)} has nothing to compress"
     if weight.numel() > MAX_ELEMENTS:
         return f"weight of {weight.numel():,} elements is over the limit of 2^31"
     hooks: list[Mapping[int, object]] = [
-        module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
     ]
     if any(hooks):
         return "has forward or backward hooks, which a replacement would lose"

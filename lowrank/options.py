@@ -38,9 +38,13 @@ def check_budgets(error_budget: float | None, size_budget: float | None, metric:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0.0:
             raise UsageError(f"{name}: must be a positive number, got {value!r}")
     if error_budget is not None and error_budget > 1.0 and isinstance(metric, str) and metric in RELATIVE_METRICS:
-        raise UsageError(f"error_budget: must be at most 1 for a relative error, got {error_budget!r}; 5 % is written 0.05")
+        raise UsageError(
+            f"error_budget: must be at most 1 for a relative error, got {error_budget!r}; 5 % is written 0.05"
+        )
     if size_budget is not None and size_budget > 1.0:
-        raise UsageError(f"size_budget: must be at most 1 (stored bytes after / before), got {size_budget!r}; 30 % is written 0.3")
+        raise UsageError(
+            f"size_budget: must be at most 1 (stored bytes after / before), got {size_budget!r}; 30 % is written 0.3"
+        )
 
 
 @dataclass(frozen=True)
@@ -84,14 +88,18 @@ class Options:
             check_budgets(self.error_budget, self.size_budget, self.metric)
         if isinstance(self.metric, str):
             if self.metric not in METRIC_NAMES:
-                raise UsageError(f"metric: must be one of {', '.join(METRIC_NAMES)} or a callable(model) -> float, got {self.metric!r}")
+                raise UsageError(
+                    f"metric: must be one of {', '.join(METRIC_NAMES)} or a callable(model) -> float, got {self.metric!r}"
+                )
         elif not callable(self.metric):
             raise UsageError(f"metric: must be a name or a callable(model) -> float, got {self.metric!r}")
         metric = self.metric
         if metric == "auto":
             metric = "output" if calibrated else "weight"
         if isinstance(metric, str) and metric != "weight" and not calibrated:
-            raise UsageError(f"metric {metric!r}: needs calibration batches; without any only metric='weight' can be promised")
+            raise UsageError(
+                f"metric {metric!r}: needs calibration batches; without any only metric='weight' can be promised"
+            )
         self._check_later()
         for name, value, allowed in (
             ("activations", self.activations, ("auto", "int8", "float")),
@@ -126,20 +134,22 @@ class Options:
         if self.formats == "all":
             return FORMATS
         if isinstance(self.formats, str) or not self.formats:
-            raise UsageError(f"formats: must be a list out of dense, {', '.join(FORMATS)}, or \"all\", got {self.formats!r}")
+            raise UsageError(
+                f'formats: must be a list out of dense, {", ".join(FORMATS)}, or "all", got {self.formats!r}'
+            )
         for name in self.formats:
             check_format(name, "formats")
         return tuple(name for name in FORMATS if name in self.formats)
 
     def _check_later(self) -> None:
         if self.objective not in ("size", "latency"):
-            raise UsageError(f"objective: must be \"size\" or \"latency\", got {self.objective!r}")
+            raise UsageError(f'objective: must be "size" or "latency", got {self.objective!r}')
         if self.loss_aware not in ("auto", True, False):
-            raise UsageError(f"loss_aware: must be \"auto\", True or False, got {self.loss_aware!r}")
+            raise UsageError(f'loss_aware: must be "auto", True or False, got {self.loss_aware!r}')
         if self.objective == "latency":
-            raise NotImplementedError("objective=\"latency\": not in this version of lowrank; use objective=\"size\"")
+            raise NotImplementedError('objective="latency": not in this version of lowrank; use objective="size"')
         if self.loss_aware is True:
-            raise NotImplementedError("loss_aware=True: not in this version of lowrank; use loss_aware=\"auto\"")
+            raise NotImplementedError('loss_aware=True: not in this version of lowrank; use loss_aware="auto"')
         if self.heal:
             raise NotImplementedError("heal=True: not in this version of lowrank; use heal=False")
 
@@ -155,6 +165,8 @@ def check_format(name: object, argument: str) -> None:
         >>> check_format("int8", "formats")
     """
     if name in LATER_FORMATS:
-        raise NotImplementedError(f"{argument}: format {name!r} is not in this version of lowrank; it knows dense, {', '.join(FORMATS)}")
+        raise NotImplementedError(
+            f"{argument}: format {name!r} is not in this version of lowrank; it knows dense, {', '.join(FORMATS)}"
+        )
     if name != "dense" and name not in FORMATS:
         raise UsageError(f"{argument}: must be out of dense, {', '.join(FORMATS)}, got {name!r}")

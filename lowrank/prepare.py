@@ -63,18 +63,22 @@ def find_work(model: nn.Module, options: Options) -> Survey:
                         check_finite(tensor.detach(), f"layer {member.name}, {kind}")
         except NumericsError as error:
             if options.on_nonfinite == "raise":
-                raise NumericsError(f"{error}; on_nonfinite=\"copy\" leaves such a layer as it is") from error
+                raise NumericsError(f'{error}; on_nonfinite="copy" leaves such a layer as it is') from error
             skipped += [Skipped(member, f"left as it is: {error}") for member in target.members]
         else:
             sound.append(target)
     if not sound:
         reasons = sorted({f"{item.member.name} ({item.reason})" for item in skipped})[:MAX_ROWS_IN_NOTE]
         held = "; ".join(reasons) or "none at all"
-        raise UsageError(f"model: has no layer that can be compressed (nn.Linear, transformers' Conv1D, nn.Embedding); modules with weights: {held}")
+        raise UsageError(
+            f"model: has no layer that can be compressed (nn.Linear, transformers' Conv1D, nn.Embedding); modules with weights: {held}"
+        )
     return Survey(tuple(sound), tuple(skipped), found.members)
 
 
-def split_samples(batches: Sequence[Batch] | None, validation: Sequence[Batch] | None, options: Options) -> Split | None:
+def split_samples(
+    batches: Sequence[Batch] | None, validation: Sequence[Batch] | None, options: Options
+) -> Split | None:
     """Statistics, search and verification parts; a callable metric needs no verification samples."""
     if batches is None:
         return None
@@ -108,11 +112,18 @@ def weigh(bench: Bench, found: Survey, split: Split | None, options: Options) ->
         metric = {"kl": "kl", "perplexity": "kl"}.get(str(options.metric), "output")
         evaluator = Evaluator(bench.original, _spread(split.search, PROBE_SAMPLES), metric, options.output_fn)
         sensitivities = probe_layers(
-            bench, shops, evaluator, options.formats, options.activations, allowed=options.contribution(options.error_budget), progress=options.progress
+            bench,
+            shops,
+            evaluator,
+            options.formats,
+            options.activations,
+            allowed=options.contribution(options.error_budget),
+            progress=options.progress,
         )
         activations = options.activations
     layers = [
-        layer_choices(shop, sensitivities[shop.name], options.formats, activations, forced=forced.get(shop.name)) for shop in shops
+        layer_choices(shop, sensitivities[shop.name], options.formats, activations, forced=forced.get(shop.name))
+        for shop in shops
     ]
     skipped = list(found.skipped)
     for shop in shops:
@@ -133,7 +144,12 @@ def forced_choices(overrides: Mapping[str, Any] | None, workshops: Mapping[str, 
     found: dict[str, list[Choice]] = {}
     if not overrides:
         return found
-    aliases = {member_name: shop for shop in workshops.values() for member in shop.target.members for member_name in member.names}
+    aliases = {
+        member_name: shop
+        for shop in workshops.values()
+        for member in shop.target.members
+        for member_name in member.names
+    }
     covered = matching(list(overrides), aliases, "overrides")
     for pattern, value in overrides.items():
         for name in sorted(covered[pattern]):
@@ -144,8 +160,14 @@ def forced_choices(overrides: Mapping[str, Any] | None, workshops: Mapping[str, 
 
 def _forced(shop: Workshop, value: Any, where: str) -> list[Choice]:
     wanted = {"format": value} if isinstance(value, str) else value
-    if not isinstance(wanted, Mapping) or not set(wanted) <= {"format", "rank", "bits", "activations"} or "format" not in wanted:
-        raise UsageError(f"{where}: must be a format or a dict with \"format\" and maybe \"rank\", \"bits\", \"activations\", got {value!r}")
+    if (
+        not isinstance(wanted, Mapping)
+        or not set(wanted) <= {"format", "rank", "bits", "activations"}
+        or "format" not in wanted
+    ):
+        raise UsageError(
+            f'{where}: must be a format or a dict with "format" and maybe "rank", "bits", "activations", got {value!r}'
+        )
     name = wanted["format"]
     check_format(name, where)
     if name == "dense":
@@ -157,18 +179,22 @@ def _forced(shop: Workshop, value: Any, where: str) -> list[Choice]:
             raise UsageError(f"{where}: format {name!r} has no rank, got {rank!r}")
         check_rank(rank, min(shop.rows, shop.columns), f"{where}, rank")
     if bits is not None and (not rounded or isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 8):
-        raise UsageError(f"{where}: bits must be an integer from 2 to 8, for the formats int8 and lowrank-int8, got {bits!r}")
+        raise UsageError(
+            f"{where}: bits must be an integer from 2 to 8, for the formats int8 and lowrank-int8, got {bits!r}"
+        )
     modes: list[str | None] = [None]
     if rounded and shop.target.linears:
         modes = [wanted["activations"]] if "activations" in wanted else ["int8", "float"]
     ranks: list[int | None] = [None]
     if factored:
-        ranks = [rank] if rank is not None else list(shop.ranks(name))
+        ranks = [int(rank)] if rank is not None else list(shop.ranks(name))
     choices = [Choice(name, each, (bits or 8) if rounded else None, mode) for each in ranks for mode in modes]
     small = [choice for choice in choices if shop.bytes(choice) < shop.bytes(Choice("dense"))]
     if not small:
         smallest = min((shop.bytes(choice) for choice in choices), default=0)
-        raise UsageError(f"{where}: {value!r} would take {smallest:,} bytes, the dense layer takes {shop.bytes(Choice('dense')):,}")
+        raise UsageError(
+            f"{where}: {value!r} would take {smallest:,} bytes, the dense layer takes {shop.bytes(Choice('dense')):,}"
+        )
     return small
 
 
@@ -185,13 +211,15 @@ def _spread(batches: Sequence[Batch], samples: int) -> list[Batch]:
     return [batch if batch.size <= share else batch.select(torch.arange(share)) for batch in picked]
 
 
-def _notes(shops: Sequence[Workshop], sensitivities: Mapping[str, Sensitivity], split: Split | None, *, exact: bool) -> list[str]:
+def _notes(
+    shops: Sequence[Workshop], sensitivities: Mapping[str, Sensitivity], split: Split | None, *, exact: bool
+) -> list[str]:
     notes: list[str] = []
     if split is not None:
         tokens = max((shop.inputs.count for shop in shops if shop.inputs is not None), default=0)
         notes.append(
-            f"calibration: {sample_count(split.statistics)} samples for statistics ({tokens:,} tokens), {sample_count(split.search)} for the "
-            f"search, {sample_count(split.verification)} for verification"
+            f"calibration: {sample_count(split.statistics)} samples for statistics ({tokens:,} tokens), "
+            f"{sample_count(split.search)} for the search, {sample_count(split.verification)} for verification"
         )
         few = [shop.name for shop in shops if shop.inputs is not None and shop.inputs.count < shop.columns]
         if few:
@@ -206,7 +234,10 @@ def _notes(shops: Sequence[Workshop], sensitivities: Mapping[str, Sensitivity], 
         notes.append(f"no calibration input reached {_named(unreached)}: rounded without data, not taken below int8")
     for shop in shops:
         if shop.unseen_rows:
-            notes.append(f"{shop.name}: {shop.unseen_rows:,} of {shop.rows:,} rows were never looked up on the calibration data: not taken below int8")
+            notes.append(
+                f"{shop.name}: {shop.unseen_rows:,} of {shop.rows:,} rows were never looked up on the calibration data: "
+                "not taken below int8"
+            )
     return notes
 
 

@@ -75,13 +75,17 @@ def probe_layers(
             found[shop.name] = _probe(bench, shop, evaluator, formats, activations, share)
         except (AttributeError, TypeError, RuntimeError) as error:
             # A model may read .weight itself or call the layer in ways only a dense one takes: the layer is left alone, and named.
-            found[shop.name] = Sensitivity(0.0, 0.0, 0.0, 0.0, refused=f"replacing it breaks the model ({type(error).__name__}: {error})")
+            found[shop.name] = Sensitivity(
+                0.0, 0.0, 0.0, 0.0, refused=f"replacing it breaks the model ({type(error).__name__}: {error})"
+            )
         finally:
             bench.install(shop.name, Choice("dense"))
     return found
 
 
-def _probe(bench: Bench, shop: Workshop, evaluator: Evaluator, formats: Sequence[str], activations: str, share: float) -> Sensitivity:
+def _probe(
+    bench: Bench, shop: Workshop, evaluator: Evaluator, formats: Sequence[str], activations: str, share: float
+) -> Sensitivity:
     def measure(choice: Choice) -> float:
         bench.install(shop.name, choice)
         measured = evaluator.measure(bench.model)
@@ -99,7 +103,11 @@ def _probe(bench: Bench, shop: Workshop, evaluator: Evaluator, formats: Sequence
     if multiplies and activations != "float":
         integer = max(measure(Choice("int8", None, 8, "int8")) - rounding, 0.0)
     careful = rounding == 0.0 or not shop.reached or shop.unseen_rows > 0
-    ranks = [] if careful or not {"lowrank", "lowrank-int8"} & set(formats) else shop.ranks("lowrank-int8") or shop.ranks("lowrank")
+    ranks = (
+        []
+        if careful or not {"lowrank", "lowrank-int8"} & set(formats)
+        else shop.ranks("lowrank-int8") or shop.ranks("lowrank")
+    )
     if not ranks:
         return Sensitivity(rounding, integer, 0.0, integer, silent=rounding == 0.0, careful=careful)
     rank = ranks[len(ranks) // 2]
@@ -158,10 +166,14 @@ def layer_choices(
                 activations=choice.activations,
                 bytes=stored,
                 error=scale * _predicted(shop, sensitivity, choice),
-                cost=stored * WEIGHT_ONLY_CHARGE if choice.activations == "float" and activations == "auto" else float(stored),
+                cost=stored * WEIGHT_ONLY_CHARGE
+                if choice.activations == "float" and activations == "auto"
+                else float(stored),
             )
         )
-    return LayerChoices(name=shop.name, kind=shop.target.kind, shape=tuple(shop.target.shape), candidates=tuple(candidates))
+    return LayerChoices(
+        name=shop.name, kind=shop.target.kind, shape=tuple(shop.target.shape), candidates=tuple(candidates)
+    )
 
 
 def _predicted(shop: Workshop, sensitivity: Sensitivity, choice: Choice) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Protocol
 
 from torch import nn
@@ -26,6 +27,9 @@ CALIBRATION_TOLERANCE = 0.03
 # Gaps between finalists near the target that are filled, by measuring at most so many plans more.
 GAP_WIDTH = 1.06
 GAP_STEPS = 10
+# How far beyond the predicted end of the budget plans are tried where all turned out too timid.
+REACH_FACTOR = 1.3
+REACH_STEPS = 12
 # Finalists whose bound on the search part is below this share of the budget will pass; only the smallest of them is verified.
 SURE_SHARE = 0.6
 
@@ -115,11 +119,18 @@ def keep_error_budget(
     """
 
     target, scale = _calibrate(bench, plan_for, budget, search, verify_samples, total)
-    candidates = [(f"{fraction:.0%} of the budget", plan_for(total(target * fraction) / scale)) for fraction in FRACTIONS]
+    candidates = [
+        (f"{fraction:.0%} of the budget", plan_for(total(target * fraction) / scale)) for fraction in FRACTIONS
+    ]
     finalists = _measured(bench, _distinct([*uniform, *candidates]), search, progress)
+    _reach(bench, plan_for, finalists, target, search)
     _fill_gaps(bench, plan_for, finalists, target, search)
     if not finalists:
-        raise BudgetError(f"error budget {budget:g}: nothing could be compressed within it; every layer stays dense", plan=None, error=0.0)
+        raise BudgetError(
+            f"error budget {budget:g}: nothing could be compressed within it; every layer stays dense",
+            plan=None,
+            error=0.0,
+        )
     sequence = _safe_to_small(finalists)
     sure = [item for item in sequence if item.searched.upper <= SURE_SHARE * budget]
     sequence = sequence[max(len(sure) - 1, 0) :]
@@ -195,16 +206,37 @@ def _calibrate(
     return target, scale
 
 
+def _reach(
+    bench: Bench, plan_for: Callable[[float], Plan], finalists: list[Finalist], target: float, search: Gauge
+) -> None:
+    """Bolder and bolder plans, where predictions were too high, until one lies beyond the target or nothing smaller is left."""
+    if not finalists:
+        return
+    boldest = max(finalists, key=lambda item: item.plan.error)
+    allowed = boldest.plan.error
+    for step in range(REACH_STEPS):
+        if not boldest.searched.value < target:
+            return
+        allowed *= REACH_FACTOR
+        plan = plan_for(allowed)
+        if not _same(plan, boldest.plan):
+            boldest = Finalist(f"bolder, step {step + 1}", plan, search(bench.install_plan(plan)))
+            finalists.append(boldest)
+
+
 def _fill_gaps(
     bench: Bench, plan_for: Callable[[float], Plan], finalists: list[Finalist], target: float, search: Gauge
 ) -> None:
     """Bisect the widest gaps between finalists near the target: where predictions are off, their steps are uneven."""
     closed: set[tuple[float, float]] = set()
     for step in range(GAP_STEPS):
-        near = sorted((item for item in finalists if 0.75 * target <= item.searched.value <= 1.1 * target), key=lambda item: item.searched.value)
+        near = sorted(
+            (item for item in finalists if 0.75 * target <= item.searched.value <= 1.1 * target),
+            key=lambda item: item.searched.value,
+        )
         gaps = [
             (above.searched.value / below.searched.value, below, above)
-            for below, above in zip(near, near[1:], strict=False)
+            for below, above in pairwise(near)
             if (below.searched.value, above.searched.value) not in closed
         ]
         width, below, above = max(gaps, key=lambda gap: gap[0], default=(0.0, None, None))

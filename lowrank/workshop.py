@@ -185,7 +185,11 @@ class Workshop:
         Half of them evenly spread, half at evenly spread logarithms of the error: where a spectrum falls fast, that is where plans differ.
         """
         limit = min(self.rows, self.columns)
-        ceiling = self.bytes(Choice("dense")) if format == "lowrank" else min(self.bytes(Choice("int8")), self.bytes(Choice("dense")))
+        ceiling = (
+            self.bytes(Choice("dense"))
+            if format == "lowrank"
+            else min(self.bytes(Choice("int8")), self.bytes(Choice("dense")))
+        )
         per_rank = self.bytes(Choice(format, rank=1)) - self._bias_bytes
         largest = min((ceiling - self._bias_bytes - 1) // per_rank, limit)
         if largest <= RANKS_PER_FORMAT:
@@ -208,7 +212,10 @@ class Workshop:
         if not never_below_int8:
             found += [Choice("lowrank", rank) for rank in self.ranks("lowrank") if "lowrank" in formats]
             found += [
-                Choice("lowrank-int8", rank, 8, mode) for rank in self.ranks("lowrank-int8") for mode in modes if "lowrank-int8" in formats
+                Choice("lowrank-int8", rank, 8, mode)
+                for rank in self.ranks("lowrank-int8")
+                for mode in modes
+                if "lowrank-int8" in formats
             ]
         dense = self.bytes(Choice("dense"))
         return [choice for choice in found if self.bytes(choice) < dense]

@@ -87,13 +87,20 @@ def test_a_batch_is_one_sample_where_the_output_has_another_dimension_0() -> Non
 def test_parts_share_no_sample_and_lose_none() -> None:
     batches = [Batch((torch.arange(start, start + 10).float()[:, None],), size=10) for start in (0, 10, 20, 30)]
     parts = split_batches(batches, None, seed=3)
-    values = [[float(v) for batch in part for v in batch.args[0].flatten()] for part in (parts.statistics, parts.search, parts.verification)]
+    values = [
+        [float(v) for batch in part for v in batch.args[0].flatten()]
+        for part in (parts.statistics, parts.search, parts.verification)
+    ]
     assert [len(part) for part in values] == [20, 10, 10]
-    assert sorted(sum(values, [])) == [float(v) for v in range(40)]
+    assert sorted(value for part in values for value in part) == [float(v) for v in range(40)]
     again = split_batches(batches, None, seed=3)
-    assert torch.equal(torch.cat([b.args[0] for b in again.verification]), torch.cat([b.args[0] for b in parts.verification]))
+    assert torch.equal(
+        torch.cat([b.args[0] for b in again.verification]), torch.cat([b.args[0] for b in parts.verification])
+    )
     other = split_batches(batches, None, seed=4)
-    assert not torch.equal(torch.cat([b.args[0] for b in other.statistics]), torch.cat([b.args[0] for b in parts.statistics]))
+    assert not torch.equal(
+        torch.cat([b.args[0] for b in other.statistics]), torch.cat([b.args[0] for b in parts.statistics])
+    )
 
 
 def test_validation_batches_are_the_verification_part() -> None:

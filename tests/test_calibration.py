@@ -33,7 +33,9 @@ def _batches(count: int = 3) -> list[Batch]:
     for _ in range(count):
         mask = torch.ones(4, 5, dtype=torch.int64)
         mask[0, 3:] = 0
-        batches.append(Batch((), {"input_ids": torch.randint(0, 10, (4, 5), generator=generator), "attention_mask": mask}, 4))
+        batches.append(
+            Batch((), {"input_ids": torch.randint(0, 10, (4, 5), generator=generator), "attention_mask": mask}, 4)
+        )
     return batches
 
 
@@ -111,6 +113,10 @@ def test_the_first_layer_that_makes_nan_is_named() -> None:
 
 def test_all_padding_and_constant_inputs_work() -> None:
     model = Attention()
-    batch = Batch((), {"input_ids": torch.zeros(2, 4, dtype=torch.int64), "attention_mask": torch.zeros(2, 4, dtype=torch.int64)}, 2)
+    batch = Batch(
+        (),
+        {"input_ids": torch.zeros(2, 4, dtype=torch.int64), "attention_mask": torch.zeros(2, 4, dtype=torch.int64)},
+        2,
+    )
     found = collect_statistics(model, [batch], {"q": model.q, "embed": model.embed})
     assert found["q"].count == 0 and found["embed"].count == 0

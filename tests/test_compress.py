@@ -72,11 +72,15 @@ def assert_adds_up(model: nn.Module, result: lowrank.CompressionResult) -> None:
     assert {row.name for row in result.report.rows} == named
     for entry in result.plan.entries:
         module = result.model.get_submodule(entry.name)
-        built = module.stored_bytes if isinstance(module, CompressedLayer) else sum(p.nbytes for p in module.parameters())
+        built = (
+            module.stored_bytes if isinstance(module, CompressedLayer) else sum(p.nbytes for p in module.parameters())
+        )
         biases = [
             other.bias.nbytes
             for name, other in result.model.named_modules()
-            if name != entry.name and getattr(other, "codes", None) is getattr(module, "codes", 0) and getattr(other, "bias", None) is not None
+            if name != entry.name
+            and getattr(other, "codes", None) is getattr(module, "codes", 0)
+            and getattr(other, "bias", None) is not None
         ]
         assert entry.bytes == built + sum(biases), entry.name
 
@@ -152,7 +156,15 @@ def test_plans_for_another_model_or_with_impossible_ranks_are_refused() -> None:
         plan.with_entry("0", rank=10**12)
     text = plan.to_json().replace(f'"rank": {plan.entry("0").rank}', '"rank": 48', 1)
     with pytest.raises(LowRankError, match="not fewer than"):
-        lowrank.apply_plan(model, Plan.from_json(text.replace('"lowrank-int8"', '"lowrank"', 1).replace('"bits": 8', '"bits": null', 1).replace('"activations": "int8"', '"activations": null', 1).replace('"activations": "float"', '"activations": null', 1)))
+        lowrank.apply_plan(
+            model,
+            Plan.from_json(
+                text.replace('"lowrank-int8"', '"lowrank"', 1)
+                .replace('"bits": 8', '"bits": null', 1)
+                .replace('"activations": "int8"', '"activations": null', 1)
+                .replace('"activations": "float"', '"activations": null', 1)
+            ),
+        )
 
 
 def test_tied_weights_change_together_and_count_once() -> None:
@@ -274,7 +286,12 @@ def test_language_model_metrics(metric: str) -> None:
 
 def test_overrides_ignore_and_targets() -> None:
     model = mlp(low_rank=True)
-    result = compress(model, error_budget=0.5, calibration=data(), overrides={"0": "dense", "3": {"format": "lowrank-int8", "rank": 11, "bits": 7}})
+    result = compress(
+        model,
+        error_budget=0.5,
+        calibration=data(),
+        overrides={"0": "dense", "3": {"format": "lowrank-int8", "rank": 11, "bits": 7}},
+    )
     assert result.plan.entry("0").format == "dense"
     assert (result.plan.entry("3").rank, result.plan.entry("3").bits) == (11, 7)
     assert_adds_up(model, result)
@@ -360,7 +377,14 @@ def test_arguments_that_mean_nothing_are_refused(options: dict[str, Any], messag
 
 
 @pytest.mark.parametrize(
-    "options", [{"heal": True}, {"objective": "latency"}, {"loss_aware": True}, {"formats": ("int4",)}, {"overrides": {"0": "int4"}}]
+    "options",
+    [
+        {"heal": True},
+        {"objective": "latency"},
+        {"loss_aware": True},
+        {"formats": ("int4",)},
+        {"overrides": {"0": "int4"}},
+    ],
 )
 def test_later_options_say_that_they_are_later(options: dict[str, Any]) -> None:
     with pytest.raises(NotImplementedError, match="not in this version"):
@@ -387,7 +411,9 @@ def test_nonfinite_weights_are_refused_or_copied_by_name() -> None:
 
 def test_strange_weights_keep_the_budget_and_stay_finite() -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(48, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64), nn.Linear(64, 8)).eval()
+    model = nn.Sequential(
+        nn.Linear(48, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64), nn.Linear(64, 8)
+    ).eval()
     with torch.no_grad():
         model[0].weight[:, 3] *= 1e4  # one channel far above the others
         model[2].weight.zero_()

@@ -85,7 +85,9 @@ def test_constant_inputs_fall_back_to_the_plain_svd() -> None:
     torch.testing.assert_close(kept.left @ kept.right, plain.left @ plain.right, rtol=0.0, atol=1e-12)
     assert kept.bias_shift is not None
     constant = torch.ones(5, dtype=torch.float64)
-    torch.testing.assert_close(kept.left @ (kept.right @ constant) + kept.bias_shift, weight @ constant, rtol=0.0, atol=1e-12)
+    torch.testing.assert_close(
+        kept.left @ (kept.right @ constant) + kept.bias_shift, weight @ constant, rtol=0.0, atol=1e-12
+    )
 
 
 def test_ridge_moves_towards_the_plain_svd() -> None:
@@ -103,8 +105,9 @@ def test_ridge_moves_towards_the_plain_svd() -> None:
 
 def test_every_rank_comes_from_one_decomposition() -> None:
     curve = factorize(torch.randn(9, 7), InputStatistics.from_samples(torch.randn(50, 7)))
-    with mock.patch.object(factors_module, "safe_eigh", side_effect=AssertionError), mock.patch.object(
-        factors_module, "safe_svd", side_effect=AssertionError
+    with (
+        mock.patch.object(factors_module, "safe_eigh", side_effect=AssertionError),
+        mock.patch.object(factors_module, "safe_svd", side_effect=AssertionError),
     ):
         assert [curve.factors(rank).rank for rank in range(1, 8)] == list(range(1, 8))
 
