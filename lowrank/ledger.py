@@ -75,7 +75,7 @@ def layer_rows(survey: Survey, compressed: nn.Module, workshops: Mapping[str, Wo
 def _stored(module: nn.Module) -> Iterator[Tensor]:
     """The tensors that a module itself contributes to the state dict."""
     for parameter in module._parameters.values():
-        if parameter is not None:
+        if parameter is not None and not torch.nn.parameter.is_lazy(parameter):
             yield parameter
     for name, buffer in module._buffers.items():
         if buffer is not None and name not in module._non_persistent_buffers_set:

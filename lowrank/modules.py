@@ -232,6 +232,8 @@ def _refusal(member: Member, parent: nn.Module | None, targets: Sequence[str], i
         return "already compressed"
     if any(name in ignored for name in member.names):
         return "ignored"
+    if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
+        return "lazy, its weight is not yet initialised: run the model once first"
     if isinstance(module, (nn.modules.conv._ConvNd, nn.RNNBase, nn.RNNCellBase)):
         return "not a target yet"
     if isinstance(module, nn.MultiheadAttention):
@@ -258,8 +260,6 @@ def _refusal(member: Member, parent: nn.Module | None, targets: Sequence[str], i
 def _unfit(module: nn.Module) -> str | None:
     """Why this linear or embedding layer cannot be factored or rounded."""
     weight = module._parameters.get("weight")
-    if torch.nn.parameter.is_lazy(weight):
-        return "lazy weight, not yet initialised: run the model once first"
     if weight is None or type(weight) not in (nn.Parameter, Tensor) or type(weight.data) is not Tensor:
         return f"weight is a {type(getattr(weight, 'data', weight)).__name__}, not a plain tensor (already quantised?)"
     if weight.is_meta:
