@@ -22,6 +22,8 @@ METRICS = ("output", "kl", "perplexity")
 OutputFn = Callable[[Any], Tensor]
 # Reference outputs up to this size are kept between measurements; larger ones are computed again each time.
 CACHE_BYTES = 2**30
+# Elements that are turned into float64 at a time.
+CHUNK_ELEMENTS = 2**22
 
 
 @dataclass(frozen=True)
@@ -187,22 +189,17 @@ def _terms(metric: str, reference: Tensor, output: Tensor, batch: Batch) -> tupl
             f"the compressed model's output has shape {tuple(output.shape)}, the original's {tuple(reference.shape)}"
         )
     if metric == "output":
-        lost = (output.to(torch.float64) - reference.to(torch.float64)).square()
-        whole = reference.to(torch.float64).square()
         keep = _position_mask(reference, batch)
-        if keep is not None:
-            lost = torch.where(_widen(keep, lost), lost, 0.0)
-            whole = torch.where(_widen(keep, whole), whole, 0.0)
+        lost, whole = _squares(output, keep, minus=reference), _squares(reference, keep)
         return _per_sample(lost, batch), _per_sample(whole, batch)
     if metric == "kl":
         divergence = _kl(reference, output)
         keep = _position_mask(reference, batch)
-        tokens = (
-            torch.ones_like(divergence)
-            if keep is None
-            else _widen(keep, divergence).to(torch.float64).expand_as(divergence)
-        )
-        return _per_sample(divergence * tokens, batch), _per_sample(tokens, batch)
+        tokens = torch.ones_like(divergence)
+        if keep is not None:
+            tokens = _widen(keep, divergence).to(torch.float64).expand_as(divergence)
+            divergence = torch.where(tokens > 0.0, divergence, 0.0)
+        return _per_sample(divergence, batch), _per_sample(tokens, batch)
     ids = batch.token_ids
     assert ids is not None
     keep = batch.mask
@@ -217,6 +214,22 @@ def _terms(metric: str, reference: Tensor, output: Tensor, batch: Batch) -> tupl
 def _position_mask(reference: Tensor, batch: Batch) -> Tensor | None:
     mask = batch.mask
     return mask if mask is not None and reference.ndim >= 3 and reference.shape[:2] == mask.shape else None
+
+
+def _squares(tensor: Tensor, keep: Tensor | None, *, minus: Tensor | None = None) -> Tensor:
+    """Σ (tensor − minus)² in float64 over all but dimension 0, in chunks: a vocabulary of logits in float64 is large."""
+    if tensor.ndim == 0:
+        return (tensor.to(torch.float64) - (0.0 if minus is None else minus.to(torch.float64))).square().reshape(1)
+    rows = max(CHUNK_ELEMENTS * tensor.shape[0] // max(tensor.numel(), 1), 1)
+    parts = []
+    for start in range(0, tensor.shape[0], rows):
+        chunk = slice(start, start + rows)
+        values = tensor[chunk].to(torch.float64)
+        squares = (values if minus is None else values - minus[chunk].to(torch.float64)).square()
+        if keep is not None:
+            squares = torch.where(_widen(keep[chunk], squares), squares, 0.0)
+        parts.append(squares.flatten(1).sum(dim=1) if squares.ndim > 1 else squares)
+    return torch.cat(parts)
 
 
 def _widen(mask: Tensor, like: Tensor) -> Tensor:
