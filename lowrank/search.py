@@ -24,6 +24,8 @@ FRACTIONS = (0.1, 0.25, 0.5, 0.7, 0.8, 0.87, 0.92, 0.96, 1.0, 1.03, 1.06, 1.1)
 # End-to-end measurements that calibrate the predictions; seen to settle within 3 on MiniLM and small GPT and Llama models.
 CALIBRATION_ROUNDS = 5
 CALIBRATION_TOLERANCE = 0.03
+# Doublings of the predicted error that is let through while everything is predicted to be over the budget.
+WIDENING_ROUNDS = 12
 # Gaps between finalists near the target that are filled, by measuring at most so many plans more.
 GAP_WIDTH = 1.06
 GAP_STEPS = 10
@@ -118,11 +120,14 @@ def keep_error_budget(
         BudgetError: not even the safest finalist passed, or nothing can be compressed.
     """
 
-    target, scale = _calibrate(bench, plan_for, budget, search, verify_samples, total)
+    target, scale, tried = _calibrate(bench, plan_for, budget, search, verify_samples, total)
     candidates = [
         (f"{fraction:.0%} of the budget", plan_for(total(target * fraction) / scale)) for fraction in FRACTIONS
     ]
     finalists = _measured(bench, _distinct([*uniform, *candidates]), search, progress)
+    if not finalists and tried is not None:
+        # So that the refusal can say what the mildest compression costs.
+        finalists = _measured(bench, [("the mildest plan tried", tried)], search, progress)
     _reach(bench, plan_for, finalists, target, search)
     _fill_gaps(bench, plan_for, finalists, target, search)
     if not finalists:
@@ -178,21 +183,28 @@ def _calibrate(
     search: Gauge,
     verify_samples: int,
     total: Callable[[float], float],
-) -> tuple[float, float]:
-    """(the error to aim at, measured over predicted): aim where the verification bound is expected to touch the budget."""
+) -> tuple[float, float, Plan | None]:
+    """The error to aim at (where the verification bound is expected to touch the budget), measured over predicted, the last plan."""
     target, scale = budget, 1.0
     previous: Plan | None = None
-    for _ in range(CALIBRATION_ROUNDS):
+    tries = 0
+    for _ in range(CALIBRATION_ROUNDS + WIDENING_ROUNDS):
         plan = plan_for(total(target) / scale)
-        if plan.error <= 0.0 or (previous is not None and _same(plan, previous)):
+        if plan.error <= 0.0:
+            # Nothing is predicted to fit; the predictions may be too high.
+            scale /= 4.0
+            continue
+        if tries == CALIBRATION_ROUNDS or (previous is not None and _same(plan, previous)):
             break
+        tries += 1
         previous = plan
         reading = search(bench.install_plan(plan))
-        if not math.isfinite(reading.value) or reading.value <= 0.0:
+        if not math.isfinite(reading.value):
             # A plan that breaks the model says nothing about the scale but that it is far too bold.
-            scale *= 4.0 if not math.isfinite(reading.value) else 1.0
-            if reading.value <= 0.0:
-                break
+            scale *= 4.0
+            continue
+        if reading.value <= 0.0:
+            scale /= 4.0
             continue
         measured = total(reading.value) / plan.error
         margin = reading.upper / reading.value - 1.0 if math.isfinite(reading.upper) else 1.0
@@ -203,7 +215,7 @@ def _calibrate(
         scale = measured
         if settled:
             break
-    return target, scale
+    return target, scale, previous
 
 
 def _reach(
@@ -219,7 +231,7 @@ def _reach(
             return
         allowed *= REACH_FACTOR
         plan = plan_for(allowed)
-        if not _same(plan, boldest.plan):
+        if plan.error > 0.0 and not _same(plan, boldest.plan):
             boldest = Finalist(f"bolder, step {step + 1}", plan, search(bench.install_plan(plan)))
             finalists.append(boldest)
 

@@ -1,0 +1,103 @@
+"""What a workshop predicts is what it builds: bytes to the byte, errors to a few per cent."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from lowrank.bench import Bench
+from lowrank.layers import CompressedLayer
+from lowrank.modules import survey
+from lowrank.statistics import InputStatistics, TokenCounts
+from lowrank.workshop import Choice, Workshop
+
+
+def linear_shop(
+    out: int, features: int, *, bias: bool = True, dtype: torch.dtype = torch.float32, data: bool = True
+) -> Workshop:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(features, out, bias=bias).to(dtype))
+    rows = torch.randn(300, features) @ torch.diag(torch.logspace(0, -1, features)) + 0.3
+    return Workshop(survey(model).targets[0], InputStatistics.from_samples(rows) if data else None, None)
+
+
+@pytest.mark.parametrize("shape", [(40, 64), (64, 40), (48, 48)])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_predicted_bytes_are_built_bytes(shape: tuple[int, int], bias: bool, dtype: torch.dtype) -> None:
+    shop = linear_shop(*shape, bias=bias, dtype=dtype)
+    for choice in shop.choices(("int8", "lowrank", "lowrank-int8"), "auto"):
+        layer = shop.build(choice)["0"]
+        assert isinstance(layer, CompressedLayer)
+        assert layer.stored_bytes == shop.bytes(choice) < shop.bytes(Choice("dense")), choice
+        assert layer.format == choice.format and layer.rank == choice.rank
+
+
+@pytest.mark.parametrize("table", [(300, 24), (20, 32)])
+def test_embeddings_in_every_format(table: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(*table))
+    counts = TokenCounts(table[0])
+    counts.update(torch.arange(table[0]).repeat(3))
+    shop = Workshop(survey(model).targets[0], None, counts)
+    choices = shop.choices(("int8", "lowrank", "lowrank-int8"), "auto")
+    assert {choice.format for choice in choices} == {"int8", "lowrank", "lowrank-int8"}
+    for choice in choices:
+        layer = shop.build(choice)["0"]
+        assert isinstance(layer, CompressedLayer)
+        assert layer.stored_bytes == shop.bytes(choice), choice
+        expected = layer.dense_weight()[:5]
+        torch.testing.assert_close(layer(torch.arange(5)), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("data", [True, False])
+def test_predicted_rounding_of_factors_is_that_of_the_built_layer(data: bool) -> None:
+    shop = linear_shop(64, 96, data=data)
+    for rank in (8, 24, 38):
+        kept = shop.curve.factors(rank)
+        built = shop.build(Choice("lowrank-int8", rank, 8, "float"))["0"]
+        assert isinstance(built, CompressedLayer)
+        difference = kept.left @ kept.right - built.dense_weight().double()
+        measured = shop._norm(difference) / shop.energy
+        assert 0.7 * measured <= float(shop.factor_rounding[rank]) <= 1.4 * measured
+
+
+def test_the_curve_is_the_error_of_the_built_layer() -> None:
+    shop = linear_shop(64, 96)
+    for rank in (8, 24, 38):
+        built = shop.build(Choice("lowrank", rank))["0"]
+        assert isinstance(built, CompressedLayer)
+        # The ridge moves the curve a little from the error without it.
+        assert abs(shop.error_of(built.dense_weight())[1] - float(shop.curve.errors[rank])) <= 0.02
+
+
+def test_layers_are_built_once_and_dropped_when_no_longer_wanted() -> None:
+    shop = linear_shop(40, 64)
+    one, other = Choice("lowrank", 4), Choice("int8", None, 8, "int8")
+    assert shop.build(one) is shop.build(one)
+    kept = shop.build(other)
+    shop.keep_only(other)
+    assert shop.build(other) is kept
+    assert list(shop._built) == [other]
+
+
+def test_small_layers_offer_nothing_that_is_no_smaller() -> None:
+    shop = linear_shop(2, 2, bias=False)
+    assert all(shop.bytes(choice) < 16 for choice in shop.choices(("int8", "lowrank", "lowrank-int8"), "auto"))
+    assert linear_shop(1, 1).choices(("int8", "lowrank", "lowrank-int8"), "auto") == []
+
+
+def test_the_bench_leaves_the_original_alone_and_takes_layers_down_again() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(40, 40), nn.Linear(40, 40))
+    shops = [Workshop(target, None, None) for target in survey(model).targets]
+    bench = Bench(model, shops)
+    x = torch.randn(3, 40)
+    bench.install("1", Choice("lowrank", 3))
+    assert isinstance(bench.model[1], CompressedLayer) and isinstance(model[1], nn.Linear)  # type: ignore[index]
+    assert bench.model[0].weight is model[0].weight  # type: ignore[index]
+    bench.install("1", Choice("dense"))
+    assert torch.equal(bench.model(x), model(x))
+    released = bench.release()
+    assert released[0].weight is not model[0].weight  # type: ignore[index]
