@@ -77,11 +77,16 @@ class Batch:
 
 @dataclass(frozen=True)
 class Split:
-    """Three parts that share no sample."""
+    """Three parts that share no sample.
+
+    Attributes:
+        ways: 3 where all parts come from one set of samples; 2 where verification has data of its own, or none.
+    """
 
     statistics: list[Batch]
     search: list[Batch]
     verification: list[Batch]
+    ways: int = 3
 
 
 def model_tensor(output: Any) -> Tensor:
@@ -269,7 +274,9 @@ def split_batches(
             chosen = torch.nonzero(own == index).flatten()
             if len(chosen):
                 parts[index].append(batch.select(chosen))
-    return Split(parts[0], parts[1], parts[2] if validation is None or not verify else list(validation))
+    if validation is None and verify:
+        return Split(parts[0], parts[1], parts[2])
+    return Split(parts[0], parts[1], list(validation or ()), ways=2)
 
 
 @contextlib.contextmanager

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
 from torch import nn
 
@@ -15,7 +14,7 @@ from lowrank.errors import BudgetError, UsageError
 from lowrank.evaluation import Evaluator
 from lowrank.ledger import layer_rows
 from lowrank.options import Options
-from lowrank.planner import Plan, plan_formats
+from lowrank.planner import LayerChoices, Plan, plan_formats
 from lowrank.prepare import Job
 from lowrank.probes import uniform_choices
 from lowrank.search import Finalist, Gauge, Outcome, SampledGauge, ValueGauge, keep_error_budget, least_error
@@ -28,24 +27,26 @@ UNLIMITED = 1e300
 
 
 def planner_of(job: Job, options: Options) -> Callable[[float], Plan]:
-    """A function from an allowed sum of contributions (inf: the size budget decides) to the best plan."""
-    metadata = _metadata(job, options)
+    """A function from an allowed sum of contributions (inf: the size budget decides) to the best plan.
+
+    Where the budget has room for every layer in a compressed format, dense is no longer offered: a tiny layer kept dense to spare a
+    little error for integer activations elsewhere would make the model larger than plain int8.
+    """
+    metadata = job.metadata(options)
+    small = [_without_dense(layer) for layer in job.layers]
+    least = math.fsum(min(candidate.error for candidate in layer.candidates) for layer in small)
 
     def plan_for(total: float) -> Plan:
         if math.isfinite(total):
-            return plan_formats(job.layers, error_budget=total, metadata=metadata)
+            return plan_formats(small if least <= total else job.layers, error_budget=total, metadata=metadata)
         return plan_formats(job.layers, size_budget=_target_bytes(job, options), metadata=metadata)
 
     return plan_for
 
 
-def _metadata(job: Job, options: Options) -> dict[str, Any]:
-    """What applying the plan again needs to know."""
-    return {
-        "data_aware": job.split is not None and options.metric != "weight",
-        "metric": options.metric if isinstance(options.metric, str) else "callable",
-        "seed": options.seed,
-    }
+def _without_dense(layer: LayerChoices) -> LayerChoices:
+    compressed = tuple(candidate for candidate in layer.candidates if candidate.format != "dense")
+    return replace(layer, candidates=compressed) if compressed else layer
 
 
 def _target_bytes(job: Job, options: Options) -> int:
@@ -76,7 +77,7 @@ def _uniform(job: Job, options: Options) -> list[tuple[str, Plan]]:
             fitting = [item for item in layer.candidates if choice_of(item) == wanted[layer.name]]
             layers.append(replace(layer, candidates=tuple(fitting or layer.candidates[:1])))
         label = "int8 throughout" + (", weight-only" if mode == "float" else "")
-        plans.append((label, plan_formats(layers, error_budget=UNLIMITED, metadata=_metadata(job, options))))
+        plans.append((label, plan_formats(layers, error_budget=UNLIMITED, metadata=job.metadata(options))))
     return plans
 
 

@@ -28,7 +28,7 @@ from lowrank.linalg import fallback_counts, reset_fallback_counts
 from lowrank.modules import unwrapped
 from lowrank.options import Metric, Options
 from lowrank.planner import Plan
-from lowrank.prepare import Job, find_work, gather, split_samples, weigh
+from lowrank.prepare import Job, find_work, gather, split_again, split_samples, weigh
 from lowrank.report import CompressionReport
 from lowrank.workshop import FORMATS
 
@@ -45,6 +45,8 @@ class CompressionResult:
         model: ready to run; of the original's class, in its mode and on its device.
         plan: plain data; ``apply_plan(model, plan, calibration)`` makes the same model again.
         report: rows and totals, see :class:`lowrank.CompressionReport`.
+        source: the directory whose tokenizer and processor files :meth:`save` copies; found by itself where transformers loaded the
+            model from a local one.
     """
 
     model: nn.Module
@@ -104,7 +106,8 @@ def compress_model(
         metric: "output" (‖f(x)−f'(x)‖/‖f(x)‖), "weight" (√(Σ‖ΔW‖²/Σ‖W‖²)), "kl" (nats per token), "perplexity" (relative increase), a
             callable(model) -> float, or "auto": "output" with calibration data, "weight" without.
         higher_is_better: for a callable; the budget is its allowed relative loss.
-        calibration: batches: a tensor or tuple (positional arguments), a dict (keyword arguments), or (inputs, labels).
+        calibration: batches: a tensor or tuple (positional arguments), a dict (keyword arguments), or (inputs, labels). The "weight"
+            metric does not use them.
         validation: batches for verification; else a quarter of the calibration samples is set aside.
         formats: out of "int8", "lowrank", "lowrank-int8", or "all"; "dense" is always a candidate.
         targets: kinds of layers to compress.
@@ -175,7 +178,7 @@ def compress_model(
             )
         if inplace:
             finished = job.bench.write_back()
-    return CompressionResult(finished, outcome.chosen.plan, report)
+    return CompressionResult(finished, outcome.chosen.plan, report, _local_source(original))
 
 
 def plan_model(
@@ -225,7 +228,7 @@ def apply_plan(model: nn.Module, plan: Plan, calibration: Iterable[Any] | None =
     original = unwrapped(model)
     found = find_work(original, options)
     batches = prepare_batches(original, calibration) if calibration is not None else None
-    split = split_samples(batches, batches if metadata.get("validation") else None, options)
+    split = split_again(batches, metadata) if batches is not None else None
     bench = Bench(original, gather(original, found, split, options))
     bench.install_plan(plan)
     return bench.release()
@@ -241,6 +244,9 @@ def _prepare(
 ) -> tuple[Job, list[Batch]]:
     reset_fallback_counts()
     found = find_work(model, options)
+    if options.metric == "weight":
+        # Its optimum is the plain SVD and its value needs no samples.
+        calibration = validation = None
     batches = prepare_batches(model, calibration) if calibration is not None else None
     checks = prepare_batches(model, validation, "validation") if validation is not None else None
     split = split_samples(batches, checks, options)
@@ -252,6 +258,12 @@ def _prepare(
     if options.strict and fallback_counts():
         raise NumericsError(f"strict: a decomposition did not converge and a fallback was used: {fallback_counts()}")
     return job, split.verification if split is not None else []
+
+
+def _local_source(model: nn.Module) -> Path | None:
+    """The directory that transformers loaded the model from, whose tokenizer files are worth copying."""
+    path = getattr(model, "name_or_path", None)
+    return Path(path) if isinstance(path, str) and path and Path(path).is_dir() else None
 
 
 def _on_device(model: nn.Module, device: torch.device | str | None) -> nn.Module:

@@ -23,7 +23,7 @@ from lowrank.probes import Sensitivity, exact_sensitivities, layer_choices, prob
 from lowrank.statistics import InputStatistics, TokenCounts
 from lowrank.workshop import Choice, Workshop
 
-__all__ = ["Job", "find_work", "forced_choices", "gather", "split_samples", "weigh"]
+__all__ = ["Job", "find_work", "forced_choices", "gather", "split_again", "split_samples", "weigh"]
 
 # Samples on which single layers are probed. More would not change which layers are the sensitive ones, and the whole plan is measured
 # on all search samples anyway.
@@ -42,6 +42,15 @@ class Job:
     layers: list[LayerChoices]
     sensitivities: Mapping[str, Sensitivity]
     notes: list[str] = field(default_factory=list)
+
+    def metadata(self, options: Options) -> dict[str, Any]:
+        """What applying a plan again needs to know."""
+        return {
+            "data_aware": self.split is not None and options.metric != "weight",
+            "metric": options.metric if isinstance(options.metric, str) else "callable",
+            "seed": options.seed,
+            "split": 0 if self.split is None else self.split.ways,
+        }
 
 
 def find_work(model: nn.Module, options: Options) -> Survey:
@@ -83,6 +92,14 @@ def split_samples(
     if batches is None:
         return None
     return split_batches(batches, validation, options.seed, verify=not callable(options.metric))
+
+
+def split_again(batches: Sequence[Batch], metadata: Mapping[str, Any]) -> Split:
+    """The split that a plan's factors were fitted on; all samples where the plan does not say."""
+    ways = metadata.get("split")
+    if ways not in (2, 3):
+        return Split(list(batches), [], [])
+    return split_batches(batches, None, int(metadata.get("seed", 0)), verify=ways == 3)
 
 
 def gather(model: nn.Module, found: Survey, split: Split | None, options: Options) -> list[Workshop]:

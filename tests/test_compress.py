@@ -135,6 +135,14 @@ def test_a_plan_applied_again_with_its_calibration_gives_the_same_bits() -> None
         assert torch.equal(value, again.state_dict()[name]), name
 
 
+def test_a_plan_made_with_validation_data_applies_to_the_same_bits_too() -> None:
+    model = mlp(low_rank=True)
+    result = compress(model, error_budget=0.05, calibration=data(), validation=data(64, seed=6))
+    again = lowrank.apply_plan(model, result.plan, calibration=data())
+    for name, value in result.model.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
+
+
 def test_a_hand_edited_plan_applies_without_calibration_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
     model = mlp(low_rank=True)
     plan = compress(model, error_budget=0.05, calibration=data()).plan.with_entry("0", rank=5)
@@ -242,6 +250,12 @@ def test_weight_metric_needs_no_data_and_is_exact() -> None:
     assert totals["error_measured"] == totals["error_upper"] <= 0.03
     assert totals["error_measured"] >= 0.5 * 0.03
     assert_adds_up(model, result)
+
+
+def test_weight_metric_leaves_calibration_data_unused() -> None:
+    model = mlp()
+    with_data = compress(model, error_budget=0.03, metric="weight", calibration=[torch.randn(3, 48)])
+    assert with_data.plan.to_json() == compress(model, error_budget=0.03).plan.to_json()
 
 
 def test_size_budget_alone_and_both() -> None:
