@@ -121,6 +121,7 @@ def activation_error(weight: Tensor, approximation: Tensor, moment: Tensor) -> f
         >>> activation_error(torch.eye(2), torch.diag(torch.tensor([1.0, 0.0])), torch.eye(2))
         0.7071067811865476
     """
+    moment = moment.to(torch.float64)
     weight = weight.detach().to(moment.device, torch.float64)
     difference = weight - approximation.detach().to(moment.device, torch.float64)
     lost = float(torch.sum((difference @ moment) * difference))
