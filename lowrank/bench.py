@@ -60,7 +60,8 @@ class Bench:
         """Put a whole plan in place; targets that it does not name become dense.
 
         Raises:
-            CheckpointError: the plan names a layer that is not a target of this model, or with another shape.
+            LowRankError: the plan names a layer that is not a target of this model, or with another shape.
+            CheckpointError: a layer would take no fewer bytes than the dense one.
         """
         check_plan(plan, self.workshops)
         chosen = {entry.name: choice_of(entry) for entry in plan.entries}
@@ -95,17 +96,10 @@ class Bench:
 
 
 def check_plan(plan: Plan, workshops: Mapping[str, Workshop]) -> None:
-    """Refuse a plan that was made for another model."""
+    """Refuse a plan that was made for another model, or that would make a layer larger."""
+    plan.check_model({name: shop.target.shape for name, shop in workshops.items()})
     for entry in plan.entries:
-        shop = workshops.get(entry.name)
-        if shop is None:
-            raise CheckpointError(
-                f"plan: layer {entry.name} is not a target of this model; was the plan made for another one?"
-            )
-        if tuple(entry.shape) != tuple(shop.target.shape):
-            raise CheckpointError(
-                f"plan: layer {entry.name} has shape {list(entry.shape)} in the plan and {list(shop.target.shape)} in the model"
-            )
+        shop = workshops[entry.name]
         if choice_of(entry).format != "dense" and shop.bytes(choice_of(entry)) >= shop.bytes(Choice("dense")):
             raise CheckpointError(
                 f"plan: layer {entry.name} as {entry.format} of rank {entry.rank} takes {shop.bytes(choice_of(entry)):,} bytes, "

@@ -164,6 +164,11 @@ def measure_given(job: Job, plan: Plan, verification: Sequence[Batch], options: 
     """
     _, verify = _gauges(job, verification, options)
     reading = verify(job.bench.install_plan(plan))
+    # An edit by hand leaves the old sizes in the plan; the one that is handed back and saved has those of the built layers.
+    sized = tuple(
+        replace(entry, bytes=job.bench.workshops[entry.name].bytes(choice_of(entry))) for entry in plan.entries
+    )
+    plan = replace(plan, entries=sized)
     if options.error_budget is not None and not reading.upper <= options.error_budget:
         raise BudgetError(
             f"error budget {options.error_budget:g}: the given plan reaches {reading.value:.4g}, at most {reading.upper:.4g} "

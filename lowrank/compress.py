@@ -254,7 +254,7 @@ def _prepare(
     if probing:
         job = weigh(bench, found, split, options)
     else:
-        job = Job(bench, found, split, [], {})
+        job = Job(bench, found, split, [])
     if options.strict and fallback_counts():
         raise NumericsError(f"strict: a decomposition did not converge and a fallback was used: {fallback_counts()}")
     return job, split.verification if split is not None else []

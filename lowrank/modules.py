@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lowrank.errors import UsageError
 from lowrank.layers import CompressedLayer
+from lowrank.layers.source import is_conv1d
 
 __all__ = [
     "Member",
@@ -98,11 +99,6 @@ class Survey:
     targets: tuple[Target, ...]
     skipped: tuple[Skipped, ...]
     members: tuple[Member, ...]
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether this is transformers' ``Conv1D`` (GPT-2): a linear layer that keeps its weight as (in, out)."""
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
 def module_matrix(module: nn.Module) -> Tensor:

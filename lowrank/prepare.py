@@ -40,7 +40,6 @@ class Job:
     survey: Survey
     split: Split | None
     layers: list[LayerChoices]
-    sensitivities: Mapping[str, Sensitivity]
     notes: list[str] = field(default_factory=list)
 
     def metadata(self, options: Options) -> dict[str, Any]:
@@ -148,7 +147,7 @@ def weigh(bench: Bench, found: Survey, split: Split | None, options: Options) ->
         if refused is not None:
             skipped += [Skipped(member, refused) for member in shop.target.members]
     notes = _notes(shops, sensitivities, split, exact=split is None or options.metric == "weight")
-    return Job(bench, Survey(found.targets, tuple(skipped), found.members), split, layers, sensitivities, notes)
+    return Job(bench, Survey(found.targets, tuple(skipped), found.members), split, layers, notes)
 
 
 def forced_choices(overrides: Mapping[str, Any] | None, workshops: Mapping[str, Workshop]) -> dict[str, list[Choice]]:

@@ -23,6 +23,11 @@ class LinearParts(NamedTuple):
     bias: Tensor | None
 
 
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether this is transformers' ``Conv1D`` (GPT-2): a linear layer that keeps its weight as (in, out)."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
 def linear_parts(linear: nn.Module) -> LinearParts:
     """Weight and bias of an ``nn.Linear`` or of transformers' ``Conv1D``, whose weight is (in, out).
 
@@ -31,15 +36,15 @@ def linear_parts(linear: nn.Module) -> LinearParts:
         NumericsError: NaN or Inf in the weight.
     """
     weight, bias = getattr(linear, "weight", None), getattr(linear, "bias", None)
-    is_conv1d = type(linear).__name__ == "Conv1D" and hasattr(linear, "nf")
-    if not (isinstance(linear, nn.Linear) or is_conv1d) or not isinstance(weight, Tensor):
+    transposed = is_conv1d(linear)
+    if not (isinstance(linear, nn.Linear) or transposed) or not isinstance(weight, Tensor):
         raise UsageError(f"linear: must be an nn.Linear or a transformers Conv1D, got {type(linear).__name__}")
     if not weight.is_floating_point() or weight.device.type == "meta":
         raise UsageError(
             f"linear: its weight is {weight.dtype} on {weight.device}; a floating weight with values is needed"
         )
     require_finite(weight.detach(), "weight")
-    return LinearParts(weight.T if is_conv1d else weight, bias)
+    return LinearParts(weight.T if transposed else weight, bias)
 
 
 def require_embedding(embedding: nn.Module) -> nn.Embedding:
