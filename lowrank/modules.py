@@ -50,7 +50,7 @@ class Target:
     """Modules that hold one weight: usually a single one, several where the weight is tied.
 
     Attributes:
-        kind: "linear" or "embedding" (of the first member).
+        kind: "linear", "conv" or "embedding" (of the first member).
         members: the first one owns the weight's bytes in the report.
     """
 
@@ -68,10 +68,12 @@ class Target:
         return self.members[0].module
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """(out, in) or (num_embeddings, embedding_dim)."""
-        rows, columns = module_matrix(self.owner).shape
-        return rows, columns
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight: (out, in), (out, in / groups, *kernel) or (num_embeddings, embedding_dim)."""
+        if self.kind == "conv":
+            assert isinstance(self.owner.weight, Tensor)
+            return tuple(self.owner.weight.shape)
+        return tuple(module_matrix(self.owner).shape)
 
     @property
     def has_embedding(self) -> bool:
@@ -102,15 +104,15 @@ class Survey:
 
 
 def module_matrix(module: nn.Module) -> Tensor:
-    """The weight as (out, in), or (num_embeddings, embedding_dim); a view.
+    """The weight as (out, in), (out, in / groups · kernel) or (num_embeddings, embedding_dim); a view where memory allows one.
 
     Example:
-        >>> module_matrix(nn.Linear(3, 2)).shape
-        torch.Size([2, 3])
+        >>> module_matrix(nn.Linear(3, 2)).shape, module_matrix(nn.Conv2d(3, 2, 5)).shape
+        (torch.Size([2, 3]), torch.Size([2, 75]))
     """
     weight = module.weight
     assert isinstance(weight, Tensor)
-    return weight.detach().T if is_conv1d(module) else weight.detach()
+    return weight.detach().T if is_conv1d(module) else weight.detach().flatten(1)
 
 
 def unwrapped(model: object) -> nn.Module:
@@ -208,8 +210,10 @@ def survey(model: nn.Module, *, targets: Sequence[str] = TARGET_KINDS, ignore: S
             skipped += [Skipped(member, f"tied with {refused[key]}, which is not compressed") for member in group]
         elif len(group) > 1 and any(is_conv1d(member.module) for member in group):
             skipped += [Skipped(member, "a tied Conv1D, whose weight is transposed") for member in group]
+        elif len(group) > 1 and _kind(group[0].module) == "conv":
+            skipped += [Skipped(member, "a convolution whose weight is tied to another module's") for member in group]
         else:
-            found.append(Target("embedding" if isinstance(group[0].module, nn.Embedding) else "linear", tuple(group)))
+            found.append(Target(_kind(group[0].module) or "linear", tuple(group)))
     return Survey(tuple(found), tuple(skipped), tuple(members))
 
 
@@ -230,7 +234,7 @@ def _refusal(member: Member, parent: nn.Module | None, targets: Sequence[str], i
         return "ignored"
     if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
         return "lazy, its weight is not yet initialised: run the model once first"
-    if isinstance(module, (nn.modules.conv._ConvNd, nn.RNNBase, nn.RNNCellBase)):
+    if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
         return "not a target yet"
     if isinstance(module, nn.MultiheadAttention):
         return "packed projection of nn.MultiheadAttention, not a target yet"
@@ -242,19 +246,39 @@ def _refusal(member: Member, parent: nn.Module | None, targets: Sequence[str], i
         hasattr(module, name) for name in ("weight_g", "weight_orig", "weight_u")
     ):
         return "parametrized (weight_norm, spectral_norm, pruning …): remove the parametrization first"
-    linear = type(module) is nn.Linear or is_conv1d(module)
-    embedding = type(module) is nn.Embedding
-    if not linear and not embedding:
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            return f"a subclass of nn.{'Linear' if isinstance(module, nn.Linear) else 'Embedding'} whose forward may differ"
-        return "not a target"
-    if ("linear" if linear else "embedding") not in targets:
-        return f"{'linear' if linear else 'embedding'} layers are not among targets"
+    kind = _kind(module)
+    if kind is None:
+        return _unknown(module)
+    if kind not in targets:
+        return f"{kind} layers are not among targets"
     return _unfit(module)
 
 
+def _kind(module: nn.Module) -> str | None:
+    """Which kind of target a module of exactly this type is."""
+    if type(module) in (nn.Conv1d, nn.Conv2d):
+        return "conv"
+    if type(module) is nn.Embedding:
+        return "embedding"
+    return "linear" if type(module) is nn.Linear or is_conv1d(module) else None
+
+
+def _unknown(module: nn.Module) -> str:
+    """Why a module that is no kind of target is none."""
+    for parent in (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d):
+        if isinstance(module, parent):
+            return f"a subclass of nn.{parent.__name__} whose forward may differ"
+    if isinstance(module, nn.modules.conv._ConvTransposeNd):
+        return (
+            "a transposed convolution: its outputs overlap, so that no patch of its input determines one; left as it is"
+        )
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return "a three-dimensional convolution: only nn.Conv1d and nn.Conv2d are handled"
+    return "not a target"
+
+
 def _unfit(module: nn.Module) -> str | None:
-    """Why this linear or embedding layer cannot be factored or rounded."""
+    """Why this layer of a known kind cannot be factored or rounded."""
     weight = module._parameters.get("weight")
     if weight is None or type(weight) not in (nn.Parameter, Tensor) or type(weight.data) is not Tensor:
         return f"weight is a {type(getattr(weight, 'data', weight)).__name__}, not a plain tensor (already quantised?)"
@@ -266,8 +290,11 @@ def _unfit(module: nn.Module) -> str | None:
         torch.float32,
         torch.float64,
     ):
-        return f"weight of dtype {weight.dtype} is not a float16, bfloat16, float32 or float64 matrix"
-    if weight.ndim != 2 or weight.numel() == 0:
+        return f"weight of dtype {weight.dtype} is not a float16, bfloat16, float32 or float64 tensor"
+    dimensions = 2
+    if isinstance(module, (nn.Conv1d, nn.Conv2d)):
+        dimensions += len(module.kernel_size)
+    if weight.ndim != dimensions or weight.numel() == 0:
         return f"weight of shape {tuple(weight.shape)} has nothing to compress"
     if weight.numel() > MAX_ELEMENTS:
         return f"weight of {weight.numel():,} elements is over the limit of 2^31"

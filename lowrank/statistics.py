@@ -21,6 +21,8 @@ class InputStatistics:
     Args:
         n_features: number of input features of the layer.
         device: where the sums live.
+        blocks: of a grouped convolution, whose groups never meet: only the moments within each of so many equal runs of features
+            are kept, all others count as 0.
 
     Example:
         >>> statistics = InputStatistics.from_samples(torch.tensor([[1.0, 0.0], [3.0, 0.0]]))
@@ -28,11 +30,13 @@ class InputStatistics:
         (2, [2.0, 0.0], 5.0, 1.0)
     """
 
-    def __init__(self, n_features: int, device: torch.device | str | None = None) -> None:
+    def __init__(self, n_features: int, device: torch.device | str | None = None, blocks: int = 1) -> None:
         self.n_features = n_features
+        self.blocks = blocks
         self.count = 0
+        width = n_features // blocks
         self._sum = torch.zeros(n_features, dtype=torch.float64, device=device)
-        self._outer = torch.zeros(n_features, n_features, dtype=torch.float64, device=device)
+        self._outer = torch.zeros(blocks, width, width, dtype=torch.float64, device=device)
 
     @classmethod
     def from_samples(cls, samples: Tensor) -> InputStatistics:
@@ -55,7 +59,25 @@ class InputStatistics:
         rows = samples.detach().reshape(-1, self.n_features).to(self._sum.device, torch.float64)
         self.count += rows.shape[0]
         self._sum += rows.sum(dim=0)
-        self._outer.addmm_(rows.T, rows)
+        parts = rows.view(rows.shape[0], self.blocks, self._outer.shape[-1]).transpose(0, 1)
+        self._outer.baddbmm_(parts.transpose(1, 2), parts)
+
+    def block(self, index: int, of: int) -> InputStatistics:
+        """The statistics of the features of one group out of ``of``, as a convolution with groups cuts them.
+
+        Example:
+            >>> InputStatistics.from_samples(torch.eye(4)).block(1, 2)
+            InputStatistics(n_features=2, count=4)
+        """
+        width = self.n_features // of
+        wanted = slice(index * width, (index + 1) * width)
+        found = InputStatistics(width, device=self._sum.device)
+        found.count, found._sum = self.count, self._sum[wanted]
+        found._outer = self._outer[index, None] if self.blocks == of else self._full()[None, wanted, wanted]
+        return found
+
+    def _full(self) -> Tensor:
+        return self._outer[0] if self.blocks == 1 else torch.block_diag(*self._outer)
 
     @property
     def mean(self) -> Tensor:
@@ -65,7 +87,7 @@ class InputStatistics:
     @property
     def gram(self) -> Tensor:
         """(n_features, n_features) float64, uncentred."""
-        return self._outer / max(self.count, 1)
+        return self._full() / max(self.count, 1)
 
     @property
     def covariance(self) -> Tensor:

@@ -47,10 +47,10 @@ def test_every_module_with_weights_is_a_target_or_skipped_with_a_reason() -> Non
             "drop": nn.Dropout(),
         }
     )
-    assert _targets(model) == ["fc", "c1", "emb"]
+    assert _targets(model) == ["fc", "c1", "emb", "conv"]
     reasons = _reasons(model)
-    assert set(reasons) == {"conv", "lstm", "gru", "norm", "bn", "mha", "mha.out_proj"}
-    assert all(reasons[name] == "not a target yet" for name in ("conv", "lstm", "gru"))
+    assert set(reasons) == {"lstm", "gru", "norm", "bn", "mha", "mha.out_proj"}
+    assert all(reasons[name] == "not a target yet" for name in ("lstm", "gru"))
     assert "without calling" in reasons["mha.out_proj"]
     assert [member.name for member in survey(model).members] == [
         "fc",
@@ -182,3 +182,56 @@ def test_compressed_layers_are_not_compressed_again() -> None:
 def test_the_matrix_of_a_conv1d_is_transposed() -> None:
     layer = Conv1D(5, 4)
     assert torch.equal(module_matrix(layer), layer.weight.detach().T)
+
+
+def test_convolutions_are_targets_with_their_full_shape() -> None:
+    model = nn.ModuleDict(
+        {
+            "one": nn.Conv1d(6, 4, 3, groups=2, padding="same"),
+            "two": nn.Conv2d(3, 4, (3, 5), stride=2, padding_mode="reflect", padding=1),
+        }
+    )
+    found = survey(model).targets
+    assert [(target.name, target.kind, target.shape) for target in found] == [
+        ("one", "conv", (4, 3, 3)),
+        ("two", "conv", (4, 3, 3, 5)),
+    ]
+    assert "not among targets" in _reasons(model, targets=["linear"])["two"]
+
+
+def test_convolutions_that_are_no_targets_are_named_with_the_reason() -> None:
+    class Special(nn.Conv2d):
+        pass
+
+    hooked = nn.Conv2d(2, 2, 3)
+    hooked.register_forward_pre_hook(lambda module, args: None)
+    model = nn.ModuleDict(
+        {
+            "up": nn.ConvTranspose2d(2, 2, 3),
+            "video": nn.Conv3d(2, 2, 3),
+            "special": Special(2, 2, 3),
+            "hooked": hooked,
+            "norm": torch.nn.utils.parametrizations.weight_norm(nn.Conv1d(2, 2, 3)),
+            "lazy": nn.LazyConv2d(2, 3),
+            "meta": nn.Conv2d(2, 2, 3, device="meta"),
+            "one": nn.Conv2d(2, 2, 3),
+            "tied": nn.Conv2d(2, 2, 3),
+            "plain": nn.Conv2d(2, 2, 3),
+        }
+    )
+    model["tied"].weight = model["one"].weight
+    assert _targets(model) == ["plain"]
+    reasons = _reasons(model)
+    expected = {
+        "up": "transposed",
+        "video": "three-dimensional",
+        "special": "subclass of nn.Conv2d",
+        "hooked": "hooks",
+        "norm": "parametrized",
+        "lazy": "not yet initialised",
+        "meta": "meta device",
+        "one": "tied",
+        "tied": "tied",
+    }
+    assert set(reasons) - set(expected) == {"norm.parametrizations.weight"}
+    assert all(text in reasons[name] for name, text in expected.items())

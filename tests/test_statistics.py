@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from helpers import seeded
 
 from lowrank.errors import CalibrationError
 from lowrank.statistics import InputStatistics, TokenCounts, activation_error
@@ -67,3 +68,19 @@ def test_token_counts() -> None:
     counts.update(torch.tensor([4]))
     assert counts.counts.tolist() == [1, 2, 0, 0, 2]
     assert (counts.count, counts.unseen) == (5, 2)
+
+
+def test_blocks_are_the_diagonal_blocks_of_the_whole_moment() -> None:
+    samples = torch.randn(50, 12, generator=seeded(), dtype=torch.float64) + 0.3
+    whole, blocked = InputStatistics(12), InputStatistics(12, blocks=3)
+    for statistics in (whole, blocked):
+        statistics.update(samples[:20])
+        statistics.update(samples[20:])
+    for index in range(3):
+        wanted = slice(4 * index, 4 * index + 4)
+        for statistics in (whole, blocked):
+            part = statistics.block(index, 3)
+            torch.testing.assert_close(part.gram, whole.gram[wanted, wanted], rtol=1e-14, atol=1e-14)
+            torch.testing.assert_close(part.covariance, whole.covariance[wanted, wanted], rtol=1e-13, atol=1e-13)
+            assert part.count == 50
+    assert blocked.gram.shape == (12, 12) and float(blocked.gram[0, 4:].abs().max()) == 0.0
