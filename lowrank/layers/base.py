@@ -66,6 +66,10 @@ class CompressedLayer(nn.Module):
         """Bytes of the tensors that a file holds for this layer."""
         return sum(tensor.nbytes for tensor in self.state_dict().values())
 
+    def scale_lengths(self) -> dict[str, int]:
+        """How many numbers each scale of this layer has, by its name; empty for float factors."""
+        return {"scale": self.shape[0] if self.rank is None else self.rank} if self._is_integer else {}
+
     def dense_weight(self) -> Tensor:
         """The weight that this layer stands for, (out, in) or (num, dim), in its dtype or float32 for integer codes."""
         raise NotImplementedError
@@ -92,13 +96,15 @@ class CompressedLayer(nn.Module):
         raise NotImplementedError
 
     def _apply(self: _Layer, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Layer:
-        scale = self._buffers.get("scale")
+        before = {name: buffer for name, buffer in self._buffers.items() if name in self.scale_lengths()}
         super()._apply(fn, recurse)
-        moved = self._buffers.get("scale")
-        if scale is not None and moved is not None and moved.dtype != torch.float32:
-            # ``.half()`` and ``.to(torch.bfloat16)`` are meant for the model's numbers; a scale in them would move
-            # every weight.
-            self._buffers["scale"] = scale.to(moved.device)
+        scale = None
+        for name, scale in before.items():
+            moved = self._buffers.get(name)
+            if scale is not None and moved is not None and moved.dtype != torch.float32:
+                # ``.half()`` and ``.to(torch.bfloat16)`` are meant for the model's numbers; a scale in them would move
+                # every weight.
+                self._buffers[name] = scale.to(moved.device)
         # What the function does to a tensor of the layer's dtype is what it asks the layer to be.
         changed = fn(torch.empty(0, dtype=self.dtype, device="cpu" if scale is None else scale.device)).dtype
         if changed.is_floating_point:
@@ -126,23 +132,26 @@ def check_scales(layer: nn.Module, name: str) -> None:
         >>> from lowrank.layers import QuantizedLinear
         >>> check_scales(QuantizedLinear(4, 2), "head")
     """
-    if not isinstance(layer, CompressedLayer) or not layer._is_integer:
-        return
-    scale = getattr(layer, "scale", None)
+    for prefix, module in layer.named_modules(prefix=name):
+        if isinstance(module, CompressedLayer):
+            for leaf, length in module.scale_lengths().items():
+                _check_scale(getattr(module, leaf, None), prefix, leaf, length)
+
+
+def _check_scale(scale: object, name: str, leaf: str, length: int) -> None:
     if not isinstance(scale, Tensor):
         raise CheckpointError(
-            f"layer {name}: has integer codes but no scale; the file is damaged, compress the model again"
+            f"layer {name}: has integer codes but no {leaf}; the file is damaged, compress the model again"
         )
-    length = layer.shape[0] if layer.rank is None else layer.rank
     if scale.shape != (length,) or scale.dtype != torch.float32:
         raise CheckpointError(
-            f"layer {name}: scale must be float32 of shape ({length},), got {scale.dtype} of shape {tuple(scale.shape)}"
+            f"layer {name}: {leaf} must be float32 of shape ({length},), got {scale.dtype} of shape {tuple(scale.shape)}"
         )
     wrong = ~(torch.isfinite(scale) & (scale > 0))
     if bool(wrong.any()):
         index = int(torch.nonzero(wrong)[0])
         raise CheckpointError(
-            f"layer {name}: scale[{index}] is {float(scale[index])}; every scale must be positive and finite"
+            f"layer {name}: {leaf}[{index}] is {float(scale[index])}; every scale must be positive and finite"
         )
 
 
