@@ -19,7 +19,7 @@ __all__ = ["Bench", "choice_of", "weight_error_of"]
 
 def choice_of(entry: PlanEntry | Candidate) -> Choice:
     """The choice that a plan's entry, or a candidate for one, names."""
-    return Choice(entry.format, entry.rank, entry.bits, entry.activations)
+    return Choice(entry.format, entry.rank, entry.bits, entry.activations, entry.scheme)
 
 
 class Bench:
@@ -114,7 +114,7 @@ def weight_error_of(bench: Bench) -> float:
         module = bench.model.get_submodule(shop.name)
         whole += shop.square_sum
         if isinstance(module, CompressedLayer):
-            lost += shop.error_of(module.dense_weight())[0] ** 2 * shop.square_sum
+            lost += shop.errors_of(module)[0] ** 2 * shop.square_sum
     return (lost / whole) ** 0.5 if whole > 0.0 else 0.0
 
 

@@ -54,7 +54,7 @@ def layer_rows(survey: Survey, compressed: nn.Module, workshops: Mapping[str, Wo
             reason=reasons.get(member.name, "not a target"),
         )
         if isinstance(module, CompressedLayer) and shop is not None:
-            weight_error, activation_error = shop.error_of(module.dense_weight())
+            weight_error, activation_error = shop.errors_of(module)
             first = shop.target.members[0].name
             row = replace(
                 row,

@@ -14,9 +14,11 @@ from typing import Any, TypeAlias
 from lowrank.errors import CheckpointError, LowRankError, RankError
 from lowrank.files import parse_json
 
-__all__ = ["FORMATS", "Plan", "PlanEntry"]
+__all__ = ["FORMATS", "SCHEMES", "Plan", "PlanEntry"]
 
 FORMATS = ("dense", "lowrank", "lowrank-int8", "int8")
+# How a convolution is cut in two: k×k and 1×1, or k×1 and 1×k.
+SCHEMES = ("channel", "spatial")
 PLAN_VERSION = 1
 
 _FACTORED = ("lowrank", "lowrank-int8")
@@ -33,11 +35,12 @@ class PlanEntry:
     Attributes:
         name, kind, shape: of the module and its weight, (out, in, …).
         format: one of ``FORMATS``.
-        rank: for the factored formats, from 1 to the smaller side of the weight; else ``None``.
+        rank: for the factored formats, from 1 to the smaller side of the matrix that is factored; else ``None``. With groups, of each.
         bits: for the rounded formats, 2 to 8; else ``None``.
         activations: "int8", "float" or ``None`` for the rounded formats, else ``None``.
         bytes: predicted size of the layer's tensors.
         error: predicted additive share of the model's error.
+        scheme: for factored convolutions "channel" (also where it is not given) or "spatial"; else ``None``.
 
     Raises:
         RankError: a rank or number of bits that the format or the shape does not allow.
@@ -57,6 +60,7 @@ class PlanEntry:
     activations: str | None
     bytes: int
     error: float
+    scheme: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
@@ -72,8 +76,11 @@ class PlanEntry:
                 f"{where}: format must be one of {', '.join(FORMATS)}, got {_show(self.format)}; "
                 "another one was written by a newer lowrank: update lowrank"
             )
+        self._check_scheme(where)
         if self.format in _FACTORED:
             limit = min(self.shape[0], math.prod(self.shape[1:]))
+            if self.scheme == "spatial":
+                limit = min(self.shape[1] * self.shape[2], self.shape[0] * self.shape[3])
             if not _whole(self.rank, 1, limit):
                 raise RankError(
                     f"{where}: rank of format {self.format} must be an integer from 1 to {limit} "
@@ -99,6 +106,19 @@ class PlanEntry:
         if isinstance(self.error, bool) or not isinstance(self.error, (int, float)) or not 0 <= self.error < math.inf:
             raise LowRankError(f"{where}: error must be a finite number from 0, got {_show(self.error)}")
         object.__setattr__(self, "error", float(self.error))
+
+    def _check_scheme(self, where: str) -> None:
+        allowed: tuple[str | None, ...] = (None,)
+        if self.format in _FACTORED and self.kind == "conv":
+            allowed = SCHEMES if len(self.shape) == 4 else SCHEMES[:1]
+            if self.scheme is None:
+                object.__setattr__(self, "scheme", "channel")
+        if self.scheme not in allowed:
+            names = " or ".join("null" if a is None else json.dumps(a) for a in allowed)
+            raise LowRankError(
+                f"{where}: scheme of a {self.kind} layer of shape {list(self.shape)} in format {self.format} must be {names}, "
+                f"got {_show(self.scheme)}"
+            )
 
 
 @dataclass(frozen=True)
@@ -193,7 +213,7 @@ class Plan:
         new_format = changes.get("format", old.format)
         if new_format != old.format:
             if new_format not in _FACTORED:
-                changes.setdefault("rank", None)
+                changes = {"rank": None, "scheme": None, **changes}
             if new_format in _ROUNDED:
                 changes.setdefault("bits", old.bits or 8)
             else:
@@ -227,7 +247,7 @@ class Plan:
         """Deterministic text: sorted keys, entries in their order, one newline at the end."""
         content = {
             "format_version": PLAN_VERSION,
-            "entries": [asdict(entry) for entry in self.entries],
+            "entries": [_as_json(entry) for entry in self.entries],
             "objective": self.objective,
             "objective_value": self.objective_value,
             "duality_gap": self.duality_gap,
@@ -269,9 +289,8 @@ class Plan:
         entries = []
         for index, raw in enumerate(content["entries"]):
             name = raw.get("name") if isinstance(raw, dict) else None
-            _check_keys(
-                raw, names, set(), f"{source}: entry {index}" + (f" ({name!r})" if isinstance(name, str) else "")
-            )
+            where = f"{source}: entry {index}" + (f" ({name!r})" if isinstance(name, str) else "")
+            _check_keys(raw, names - {"scheme"}, {"scheme"}, where)
             entries.append(PlanEntry(**raw))
         plan = cls(
             tuple(entries),
@@ -283,6 +302,11 @@ class Plan:
         totals = content.get("total_bytes", plan.bytes), content.get("total_error", plan.error)
         # Other totals than the text states: entries were edited, so what it says about the optimum no longer holds.
         return plan if totals == (plan.bytes, plan.error) else cls(plan.entries, metadata=metadata)
+
+
+def _as_json(entry: PlanEntry) -> dict[str, Any]:
+    """A map of the fields; no scheme where there is none."""
+    return {key: value for key, value in asdict(entry).items() if key != "scheme" or value is not None}
 
 
 def _whole(value: object, low: int, high: int = _LARGEST) -> bool:

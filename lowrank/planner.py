@@ -39,6 +39,7 @@ class Candidate:
         error: the layer's additive share of the model's error (squared relative error, or nats); ``inf`` where it is
             impossible.
         cost: what the planner minimises; ``None`` means ``bytes``.
+        scheme: of a factored convolution, else ``None``.
 
     Example:
         >>> Candidate("int8", None, 8, "int8", 1040, 1e-5).price
@@ -52,6 +53,7 @@ class Candidate:
     bytes: int
     error: float
     cost: float | None = None
+    scheme: str | None = None
 
     @property
     def price(self) -> float:
@@ -205,6 +207,7 @@ class _Table:
                     activations=best.activations,
                     bytes=best.bytes,
                     error=best.error,
+                    scheme=best.scheme,
                 )
             )
         # Rounding of the bound may leave a gap of -1e-16.

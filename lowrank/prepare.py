@@ -22,6 +22,7 @@ from lowrank.planner import LayerChoices
 from lowrank.probes import Sensitivity, exact_sensitivities, layer_choices, probe_layers
 from lowrank.statistics import InputStatistics, TokenCounts
 from lowrank.workshop import Choice, Workshop
+from lowrank.workshops import open_workshop
 
 __all__ = ["Job", "find_work", "forced_choices", "gather", "split_again", "split_samples", "weigh"]
 
@@ -79,7 +80,8 @@ def find_work(model: nn.Module, options: Options) -> Survey:
         reasons = sorted({f"{item.member.name} ({item.reason})" for item in skipped})[:MAX_ROWS_IN_NOTE]
         held = "; ".join(reasons) or "none at all"
         raise UsageError(
-            f"model: has no layer that can be compressed (nn.Linear, transformers' Conv1D, nn.Embedding); modules with weights: {held}"
+            "model: has no layer that can be compressed (nn.Linear, transformers' Conv1D, nn.Conv1d, nn.Conv2d, nn.Embedding); "
+            f"modules with weights: {held}"
         )
     return Survey(tuple(sound), tuple(skipped), found.members)
 
@@ -113,7 +115,7 @@ def gather(model: nn.Module, found: Survey, split: Split | None, options: Option
         gathered = [statistics[member.name] for member in target.members if member.name in statistics]
         inputs = next((item for item in gathered if isinstance(item, InputStatistics)), None)
         lookups = next((item for item in gathered if isinstance(item, TokenCounts)), None)
-        shops.append(Workshop(target, inputs, lookups, data_aware=data_aware))
+        shops.append(open_workshop(target, inputs, lookups, data_aware=data_aware))
     return shops
 
 

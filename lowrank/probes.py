@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tqdm import tqdm
 
@@ -91,9 +91,9 @@ def _probe(
         measured = evaluator.measure(bench.model)
         return max(float(measured.numerators.sum()), 0.0) / max(float(measured.denominators.sum()), 1e-300)
 
-    def truncation_at(rank: int) -> tuple[float, float]:
-        lost = float(shop.curve.errors[rank]) ** 2
-        measured = measure(Choice("lowrank", rank))
+    def truncation_at(choice: Choice) -> tuple[float, float]:
+        lost = shop.truncation(choice)
+        measured = measure(choice)
         return measured, measured / lost if lost > 0.0 else 0.0
 
     multiplies = bool(shop.target.linears)
@@ -103,32 +103,31 @@ def _probe(
     if multiplies and activations != "float":
         integer = max(measure(Choice("int8", None, 8, "int8")) - rounding, 0.0)
     careful = rounding == 0.0 or not shop.reached or shop.unseen_rows > 0
-    ranks = (
-        []
-        if careful or not {"lowrank", "lowrank-int8"} & set(formats)
-        else shop.ranks("lowrank-int8") or shop.ranks("lowrank")
-    )
-    if not ranks:
+    factored: list[Choice] = []
+    if not careful and {"lowrank", "lowrank-int8"} & set(formats):
+        factored = shop.by_size("lowrank-int8") or shop.by_size("lowrank")
+    if not factored:
         return Sensitivity(rounding, integer, 0.0, integer, silent=rounding == 0.0, careful=careful)
-    rank = ranks[len(ranks) // 2]
-    truncated, truncation = truncation_at(rank)
+    factored = [replace(choice, format="lowrank") for choice in factored]
+    choice = factored[len(factored) // 2]
+    truncated, truncation = truncation_at(choice)
     # The cost of truncation is not quite proportional to the layer's own error, so it is measured again at the rank that would take
     # an even share of the budget.
-    fitting = [each for each in ranks if truncation * float(shop.curve.errors[each]) ** 2 <= share]
-    if fitting and fitting[0] != rank:
-        rank = fitting[0]
-        truncated, truncation = truncation_at(rank)
+    fitting = [each for each in factored if truncation * shop.truncation(each) <= share]
+    if fitting and fitting[0] != choice:
+        choice = fitting[0]
+        truncated, truncation = truncation_at(choice)
     integer_factors = integer
     if multiplies and activations != "float" and "lowrank-int8" in formats:
-        both = measure(Choice("lowrank-int8", rank, 8, "int8"))
-        expected = truncated + _factor_rounding(shop, rounding, truncation, rank)
+        both = measure(replace(choice, format="lowrank-int8", bits=8, activations="int8"))
+        expected = truncated + _factor_rounding(shop, rounding, truncation, choice)
         integer_factors = max(both - expected, integer)
     return Sensitivity(rounding, integer, truncation, integer_factors)
 
 
-def _factor_rounding(shop: Workshop, rounding: float, truncation: float, rank: int) -> float:
+def _factor_rounding(shop: Workshop, rounding: float, truncation: float, choice: Choice) -> float:
     """What 8-bit rounding of the factors costs the model: the dense rounding's measured cost, scaled by the local errors."""
-    own = float(shop.factor_rounding[rank])
+    own = shop.rounding_of_factors(choice)
     dense = shop.rounding
     return rounding * own / dense if dense > 0.0 else truncation * own
 
@@ -164,6 +163,7 @@ def layer_choices(
                 rank=choice.rank,
                 bits=choice.bits,
                 activations=choice.activations,
+                scheme=choice.scheme,
                 bytes=stored,
                 error=scale * _predicted(shop, sensitivity, choice),
                 cost=stored * WEIGHT_ONLY_CHARGE
@@ -183,10 +183,9 @@ def _predicted(shop: Workshop, sensitivity: Sensitivity, choice: Choice) -> floa
     coarser = 4.0 ** (8 - (choice.bits or 8))
     if choice.format == "int8":
         return sensitivity.rounding * coarser + (sensitivity.integer if choice.activations == "int8" else 0.0)
-    assert choice.rank is not None
-    error = sensitivity.truncation * float(shop.curve.errors[choice.rank]) ** 2
+    error = sensitivity.truncation * shop.truncation(choice)
     if choice.format == "lowrank-int8":
-        error += _factor_rounding(shop, sensitivity.rounding, sensitivity.truncation, choice.rank) * coarser
+        error += _factor_rounding(shop, sensitivity.rounding, sensitivity.truncation, choice) * coarser
         error += sensitivity.integer_factors if choice.activations == "int8" else 0.0
     return error
 

@@ -297,6 +297,9 @@ def _distinct(plans: Iterable[tuple[str, Plan]]) -> list[tuple[str, Plan]]:
 
 def _same(one: Plan, other: Plan) -> bool:
     def key(plan: Plan) -> list[tuple[object, ...]]:
-        return [(entry.name, entry.format, entry.rank, entry.bits, entry.activations) for entry in plan.entries]
+        return [
+            (entry.name, entry.format, entry.rank, entry.bits, entry.activations, entry.scheme)
+            for entry in plan.entries
+        ]
 
     return key(one) == key(other)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -42,16 +42,35 @@ class Choice:
     rank: int | None = None
     bits: int | None = None
     activations: str | None = None
+    scheme: str | None = None
+
+    @property
+    def factored(self) -> bool:
+        """Whether there are two factors."""
+        return "lowrank" in self.format
+
+    @property
+    def rounded(self) -> bool:
+        """Whether there are integer codes."""
+        return "int8" in self.format
 
 
 class Workshop:
     """A target, the statistics of its inputs, its rank-error curve, and the layers built from it.
+
+    This class is for matrices: linear layers and embedding tables. What differs for other modules is overridden:
+    ``lowrank.workshop_conv``; :func:`lowrank.workshops.open_workshop` picks the class.
 
     Args:
         target: modules that share one weight.
         inputs: moments of what flows into the (first) linear member, if any was reached.
         lookups: counts of the rows looked up in the embedding member, if any was reached.
         data_aware: use them; off for the "weight" metric, whose optimum is the plain SVD.
+
+    Attributes:
+        formats: what the target can become besides dense.
+        schemes: the ways to cut the weight in two; ``None`` is the only one of a matrix.
+        rows, columns: of the weight as a matrix.
 
     Example:
         >>> from lowrank.modules import survey
@@ -60,6 +79,9 @@ class Workshop:
         >>> shop.bytes(Choice("dense")), shop.bytes(Choice("int8", bits=8, activations="int8"))
         (144, 64)
     """
+
+    formats: tuple[str, ...] = FORMATS
+    schemes: tuple[str | None, ...] = (None,)
 
     def __init__(
         self, target: Target, inputs: InputStatistics | None, lookups: TokenCounts | None, *, data_aware: bool = True
@@ -132,6 +154,10 @@ class Workshop:
         weight_error = (float(difference.square().sum()) / self.square_sum) ** 0.5 if self.square_sum else 0.0
         return weight_error, (max(self._norm(difference), 0.0) / self.energy) ** 0.5 if self.energy > 0.0 else 0.0
 
+    def errors_of(self, layer: CompressedLayer) -> tuple[float, float]:
+        """(weight_error, activation_error) of a layer built here, of its weights alone."""
+        return self.error_of(layer.dense_weight())
+
     @cached_property
     def rounding(self) -> float:
         """Squared relative error of rounding the dense weight to 8 bits, in the metric of the inputs."""
@@ -163,59 +189,83 @@ class Workshop:
         total = torch.cumsum(per_component, 0) / self.energy if self.energy > 0.0 else torch.zeros_like(per_component)
         return torch.cat([total.new_zeros(1), total]).cpu()
 
+    def truncation(self, choice: Choice) -> float:
+        """Squared relative error of the factors of a choice, before rounding, in the metric of the inputs."""
+        assert choice.rank is not None
+        return float(self.errors(choice.scheme)[choice.rank]) ** 2
+
+    def rounding_of_factors(self, choice: Choice) -> float:
+        """Squared relative error that 8-bit rounding adds to the factors of a choice."""
+        assert choice.rank is not None
+        return float(self.factor_rounding[choice.rank])
+
+    def errors(self, scheme: str | None) -> Tensor:
+        """(max_rank + 1,) relative error of the best factors of each rank."""
+        return self.curve.errors
+
+    def max_rank(self, scheme: str | None) -> int:
+        """The largest rank that means anything."""
+        return min(self.rows, self.columns)
+
     @cached_property
     def _bias_bytes(self) -> int:
         biases = [getattr(member.module, "bias", None) for member in self.target.linears]
         return sum(bias.nbytes for bias in biases if isinstance(bias, Tensor))
 
+    def _elements(self, choice: Choice) -> tuple[int, int]:
+        """How many numbers the choice's weight or factors hold, and how many scales go with them."""
+        if choice.rank is None:
+            return self.weight.numel(), self.rows
+        return choice.rank * (self.rows + self.columns), choice.rank
+
     def bytes(self, choice: Choice) -> int:
         """Bytes of the tensors that the file will hold for this choice (codes, scales, factors, biases)."""
-        rank = choice.rank or 0
-        body = {
-            "dense": self.weight.nbytes,
-            "int8": self.rows * self.columns + 4 * self.rows,
-            "lowrank": rank * (self.rows + self.columns) * self.weight.element_size(),
-            "lowrank-int8": rank * (self.rows + self.columns + 4),
-        }[choice.format]
+        numbers, scales = self._elements(choice)
+        body = numbers + 4 * scales if choice.rounded else numbers * self.weight.element_size()
         return body + self._bias_bytes
 
-    def ranks(self, format: str) -> list[int]:
+    def ranks(self, format: str, scheme: str | None = None) -> list[int]:
         """The ranks worth offering, below the one at which the format stops being the smallest.
 
         Half of them evenly spread, half at evenly spread logarithms of the error: where a spectrum falls fast, that is where plans differ.
         """
-        limit = min(self.rows, self.columns)
-        ceiling = (
-            self.bytes(Choice("dense"))
-            if format == "lowrank"
-            else min(self.bytes(Choice("int8")), self.bytes(Choice("dense")))
-        )
-        per_rank = self.bytes(Choice(format, rank=1)) - self._bias_bytes
-        largest = min((ceiling - self._bias_bytes - 1) // per_rank, limit)
+        ceiling = self.bytes(Choice("dense"))
+        if format == "lowrank-int8":
+            ceiling = min(self.bytes(Choice("int8")), ceiling)
+        per_rank = self.bytes(Choice(format, 1, scheme=scheme)) - self._bias_bytes
+        largest = min((ceiling - self._bias_bytes - 1) // per_rank, self.max_rank(scheme))
         if largest <= RANKS_PER_FORMAT:
             return list(range(1, largest + 1))
         # Multiples of 8 are what integer kernels are laid out for; on small layers that grid would be too coarse.
         step = 8 if largest >= 256 else 4 if largest >= 128 else 1
         half = RANKS_PER_FORMAT // 2
         wanted = {largest * index // half for index in range(1, half + 1)}
-        errors = self.curve.errors[1 : largest + 1].clamp_min(torch.finfo(torch.float32).tiny).log()
+        errors = self.errors(scheme)[1 : largest + 1].clamp_min(torch.finfo(torch.float32).tiny).log()
         levels = torch.linspace(float(errors[0]), float(errors[-1]), half, dtype=errors.dtype)
         wanted |= {int((errors <= level).nonzero()[0]) + 1 for level in levels}
         return sorted({max(rank // step * step, step) for rank in wanted})
+
+    def by_size(self, format: str) -> list[Choice]:
+        """The factored choices of a format, growing in bytes, without those that a smaller one beats in error."""
+        every = [Choice(format, rank, scheme=scheme) for scheme in self.schemes for rank in self.ranks(format, scheme)]
+        kept: list[Choice] = []
+        for choice in sorted(every, key=lambda choice: (self.bytes(choice), self.truncation(choice))):
+            if not kept or self.truncation(choice) < self.truncation(kept[-1]):
+                kept.append(choice)
+        return kept
 
     def choices(self, formats: Sequence[str], activations: str, *, never_below_int8: bool = False) -> list[Choice]:
         """Every choice smaller than the dense layer."""
         modes: tuple[str | None, ...] = ("int8", "float") if activations == "auto" else (activations,)
         if not self.target.linears:
             modes = (None,)
+        formats = [name for name in formats if name in self.formats]
         found = [Choice("int8", None, 8, mode) for mode in modes] if "int8" in formats else []
-        if not never_below_int8:
-            found += [Choice("lowrank", rank) for rank in self.ranks("lowrank") if "lowrank" in formats]
+        if not never_below_int8 and "lowrank" in formats:
+            found += self.by_size("lowrank")
+        if not never_below_int8 and "lowrank-int8" in formats:
             found += [
-                Choice("lowrank-int8", rank, 8, mode)
-                for rank in self.ranks("lowrank-int8")
-                for mode in modes
-                if "lowrank-int8" in formats
+                replace(choice, bits=8, activations=mode) for choice in self.by_size("lowrank-int8") for mode in modes
             ]
         dense = self.bytes(Choice("dense"))
         return [choice for choice in found if self.bytes(choice) < dense]

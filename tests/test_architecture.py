@@ -42,6 +42,8 @@ FLOORS: dict[str, int] = {
     "calibration": 40,
     "checkpoint": 50,
     "workshop": 50,
+    "workshop_conv": 52,
+    "workshops": 55,
     "analysis_sources": 50,
     "analysis": 60,
     "bench": 60,

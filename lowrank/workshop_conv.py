@@ -1,0 +1,176 @@
+"""The workshop of convolutions: two ways to cut a kernel in two, compared in the metric of the patches."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from lowrank.conv_factors import ConvFactors, factorize_conv
+from lowrank.layers import (
+    CompressedLayer,
+    QuantizedConv1d,
+    QuantizedConv2d,
+    QuantizedLowRankConv1d,
+    QuantizedLowRankConv2d,
+    SVDCompressedConv1d,
+    SVDCompressedConv2d,
+)
+from lowrank.modules import Target
+from lowrank.quantization import dequantize_rows, quantize_rows
+from lowrank.statistics import InputStatistics, TokenCounts
+from lowrank.workshop import RIDGE, Choice, Workshop
+
+__all__ = ["ConvWorkshop"]
+
+
+class ConvWorkshop(Workshop):
+    """As :class:`lowrank.workshop.Workshop`, of an ``nn.Conv1d`` or ``nn.Conv2d``.
+
+    Args:
+        inputs: moments of the patches, (in · kernel) features, in blocks where the convolution has groups.
+
+    Example:
+        >>> from lowrank.modules import survey
+        >>> target = survey(nn.Sequential(nn.Conv2d(8, 4, 3))).targets[0]
+        >>> shop = ConvWorkshop(target, None, None)
+        >>> [shop.bytes(Choice("lowrank", 2, scheme=scheme)) for scheme in shop.schemes]
+        [624, 304]
+    """
+
+    def __init__(
+        self, target: Target, inputs: InputStatistics | None, lookups: TokenCounts | None, *, data_aware: bool = True
+    ) -> None:
+        super().__init__(target, inputs, lookups, data_aware=data_aware)
+        conv = target.owner
+        assert isinstance(conv, (nn.Conv1d, nn.Conv2d))
+        self.conv: nn.Conv1d | nn.Conv2d = conv
+        self.groups = conv.groups
+        self.kernel = conv.weight.detach()
+        # A kernel one wide or high has nothing to cut in two along that side.
+        cuttable = self.kernel.ndim == 4 and min(self.kernel.shape[2:]) > 1
+        self.schemes = ("channel", "spatial") if cuttable else ("channel",)
+        self._curves: dict[str | None, object] = {}
+
+    def curve_of(self, scheme: str | None):  # type: ignore[no-untyped-def]
+        """One decomposition for every rank of one scheme."""
+        if scheme not in self._curves:
+            self._curves[scheme] = factorize_conv(
+                self.kernel,
+                self.inputs,
+                scheme=scheme or "channel",
+                groups=self.groups,
+                ridge=RIDGE if self.inputs is not None else 0.0,
+                shift_bias=self.centred,
+                name=f"layer {self.name}",
+            )
+        return self._curves[scheme]
+
+    def errors(self, scheme: str | None) -> Tensor:
+        """(max_rank + 1,) relative error of the factors of each rank, in the metric of the patches."""
+        errors: Tensor = self.curve_of(scheme).errors
+        return errors
+
+    def max_rank(self, scheme: str | None) -> int:
+        """The smaller side of the matrix that is factored, in each group."""
+        outputs, inputs, *kernel = self.kernel.shape
+        outputs //= self.groups
+        if scheme == "spatial":
+            return min(inputs * kernel[0], outputs * kernel[1])
+        return min(outputs, self.columns)
+
+    def _elements(self, choice: Choice) -> tuple[int, int]:
+        if choice.rank is None:
+            return self.kernel.numel(), self.rows
+        first, second = self.columns, 1
+        if choice.scheme == "spatial":
+            second = int(self.kernel.shape[3])
+            first //= second
+        return choice.rank * (self.groups * first + self.rows * second), choice.rank * self.groups
+
+    @cached_property
+    def _moments(self) -> Tensor | None:
+        """(groups, features of a group, the same) float64."""
+        if self.inputs is None:
+            return None
+        blocks = [self.inputs.block(index, self.groups) for index in range(self.groups)]
+        return torch.stack([block.moment(centred=self.centred) for block in blocks]).to(self.kernel.device)
+
+    def _norm(self, matrix: Tensor) -> float:
+        """‖matrix‖² of (out, in / groups · kernel) in the metric of the patches."""
+        parts = matrix.to(torch.float64).reshape(self.groups, -1, self.columns)
+        weighted = parts if self._moments is None else parts @ self._moments
+        return float((weighted * parts).sum())
+
+    def error_of(self, approximation: Tensor) -> tuple[float, float]:
+        """(weight_error, activation_error) of a kernel in the weight's place."""
+        return super().error_of(approximation.flatten(1))
+
+    def rounding_of_factors(self, choice: Choice) -> float:
+        """Squared relative error that 8-bit rounding adds to the factors of a choice."""
+        assert choice.rank is not None
+        return float(self._rounding_by_rank(choice.scheme)[choice.rank])
+
+    def _rounding_by_rank(self, scheme: str | None) -> Tensor:
+        """(largest offered rank + 1,) what rounding adds, summed over rank components, whose errors are independent."""
+        known = self.__dict__.setdefault("_roundings", {})
+        if scheme not in known:
+            factors: ConvFactors = self.curve_of(scheme).factors(self.max_rank(scheme))
+            known[scheme] = self._component_rounding(factors)
+        found: Tensor = known[scheme]
+        return found
+
+    def _component_rounding(self, factors: ConvFactors) -> Tensor:
+        groups = self.groups
+        rank = factors.first.shape[0] // groups
+        wide = factors.second.shape[-1] if factors.second.ndim == 4 else 1
+        # first (groups, rank, in·height) and second (groups, rank, out, wide): one component is an outer product.
+        first = factors.first.to(torch.float64).reshape(groups * rank, -1)
+        second = factors.second.to(torch.float64).reshape(groups, -1, rank, wide).permute(0, 2, 1, 3)
+        second = second.reshape(groups * rank, -1)
+        first_error, second_error = (_rounding_error(part) for part in (first, second))
+        lost = self._outer_norms(first, second_error, rank, wide) + self._outer_norms(first_error, second, rank, wide)
+        total = torch.cumsum(lost, 0) / self.energy if self.energy > 0.0 else torch.zeros_like(lost)
+        return torch.cat([total.new_zeros(1), total]).cpu()
+
+    def _outer_norms(self, first: Tensor, second: Tensor, rank: int, wide: int) -> Tensor:
+        """(rank,) ‖second ⊗ first‖² of each component in the metric of the patches, summed over the groups."""
+        groups = self.groups
+        first = first.reshape(groups, rank, -1)
+        second = second.reshape(groups, rank, -1, wide)
+        gram = torch.einsum("grow,grov->grwv", second, second)
+        if self._moments is None:
+            own = first.square().sum(dim=2)
+            return (gram.diagonal(dim1=2, dim2=3).sum(dim=2) * own).sum(dim=0)
+        tall = first.shape[2]
+        moments = self._moments.reshape(groups, tall, wide, tall, wide)
+        total = first.new_zeros(groups, rank)
+        for one in range(wide):
+            for other in range(wide):
+                total += gram[:, :, one, other] * ((first @ moments[:, :, one, :, other]) * first).sum(dim=2)
+        return total.sum(dim=0).clamp_min(0.0)
+
+    def _build(self, choice: Choice) -> dict[str, nn.Module]:
+        (member,) = self.target.members
+        return {member.name: self._layer(choice)}
+
+    def _layer(self, choice: Choice) -> CompressedLayer:
+        bits, activations = choice.bits or 8, choice.activations or "int8"
+        flat = isinstance(self.conv, nn.Conv1d)
+        if choice.rank is None:
+            if flat:
+                return QuantizedConv1d.from_conv1d(self.conv, bits=bits, activations=activations)
+            return QuantizedConv2d.from_conv2d(self.conv, bits=bits, activations=activations)
+        factors = self.curve_of(choice.scheme).factors(choice.rank)
+        thin = SVDCompressedConv1d if flat else SVDCompressedConv2d
+        layer = thin.from_factors(factors, self.conv, choice.scheme or "channel")
+        if not choice.rounded:
+            return layer
+        rounded = QuantizedLowRankConv1d if flat else QuantizedLowRankConv2d
+        return rounded.from_factors(layer, bits=bits, activations=activations)
+
+
+def _rounding_error(components: Tensor) -> Tensor:
+    codes, scale = quantize_rows(components, 8)
+    return components - dequantize_rows(codes, scale).to(torch.float64)

@@ -1,0 +1,29 @@
+"""Which workshop a target is worked on in."""
+
+from __future__ import annotations
+
+from lowrank.modules import Target
+from lowrank.statistics import InputStatistics, TokenCounts
+from lowrank.workshop import Workshop
+
+__all__ = ["open_workshop"]
+
+_OF_KIND: dict[str, type[Workshop]] = {"linear": Workshop, "embedding": Workshop}
+
+
+def open_workshop(
+    target: Target, inputs: InputStatistics | None, lookups: TokenCounts | None, *, data_aware: bool = True
+) -> Workshop:
+    """The workshop for a target's kind; the arguments are those of :class:`lowrank.workshop.Workshop`.
+
+    Example:
+        >>> from torch import nn
+        >>> from lowrank.modules import survey
+        >>> type(open_workshop(survey(nn.Sequential(nn.Conv1d(4, 4, 3))).targets[0], None, None)).__name__
+        'ConvWorkshop'
+    """
+    if target.kind == "conv":
+        from lowrank.workshop_conv import ConvWorkshop
+
+        return ConvWorkshop(target, inputs, lookups, data_aware=data_aware)
+    return _OF_KIND[target.kind](target, inputs, lookups, data_aware=data_aware)
