@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import math
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -10,11 +12,22 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lowrank.batches import Batch, evaluating, prepare_batches
+from lowrank.batches import Batch, evaluating, prepare_batches, sample_count
 from lowrank.errors import NumericsError
 from lowrank.statistics import InputStatistics, TokenCounts
 
-__all__ = ["collect_statistics", "first_nonfinite"]
+__all__ = ["PATCHES_PER_LAYER", "collect_statistics", "first_nonfinite"]
+
+# Patches of a convolution that go into its moments. Neighbouring patches overlap, so more add little; at least so many for each
+# feature keep the moment of a wide layer well above its noise. Heuristics both.
+PATCHES_PER_LAYER = 2**15
+PATCHES_PER_FEATURE = 8
+
+
+def geometry_of(module):
+    from lowrank.convolutions import ConvGeometry
+
+    return ConvGeometry.of(module)
 
 
 class _SharingChanged(Exception):
@@ -28,16 +41,24 @@ class _NonFinite(Exception):
 class _Collector:
     """Hooks that accumulate what flows into modules; modules that are handed the same tensor share one statistic."""
 
-    def __init__(self, modules: Mapping[str, nn.Module], share: bool) -> None:
+    def __init__(self, modules: Mapping[str, nn.Module], share: bool, samples: int, seed: int) -> None:
         self.modules = modules
         self.share = share
+        self.samples = samples
+        # A generator for each layer, so that what one draws does not depend on which others there are.
+        self.generators = {
+            name: torch.Generator().manual_seed((seed ^ zlib.crc32(name.encode())) & (2**63 - 1))
+            for name, module in modules.items()
+            if isinstance(module, (nn.Conv1d, nn.Conv2d))
+        }
         self.statistics: dict[str, InputStatistics | TokenCounts] = {}
         self.leaders: dict[str, str] = {}
         self.mask: Tensor | None = None
-        self._seen: dict[tuple[int, int], tuple[str, Tensor]] = {}
+        self.batch_size = 1
+        self._seen: dict[tuple[object, ...], tuple[str, Tensor]] = {}
 
-    def new_batch(self, mask: Tensor | None) -> None:
-        self.mask = mask
+    def new_batch(self, batch: Batch) -> None:
+        self.mask, self.batch_size = batch.mask, batch.size
         self._seen = {}
 
     def hook(self, name: str) -> Any:
@@ -48,7 +69,8 @@ class _Collector:
                 counts.update(self._kept(value[..., None]))
                 return
             # The version tells apart two uses of one tensor with an in-place change between them.
-            key = (id(value), value._version)
+            geometry = geometry_of(module) if name in self.generators else None
+            key = (id(value), value._version, geometry)
             leader = self._seen.setdefault(key, (name, value))[0] if self.share else name
             known = self.leaders.setdefault(name, leader)
             if known != leader:
@@ -57,11 +79,38 @@ class _Collector:
                 return
             if not bool(torch.isfinite(value).all()):
                 raise _NonFinite(name)
+            if geometry is not None:
+                self._add_patches(leader, value, geometry, module.weight[0].numel())
+                return
             if leader not in self.statistics:
                 self.statistics[leader] = InputStatistics(value.shape[-1], device=value.device)
             self.statistics[leader].update(self._kept(value))
 
         return record
+
+    def _add_patches(self, name: str, value: Tensor, geometry: ConvGeometry, in_group: int) -> None:
+        """Add the patches under the kernel, or an even share of those the layer is allowed, drawn at random."""
+        from lowrank.convolutions import patches, sample_patches
+
+        features, generator = in_group * geometry.groups, self.generators[name]
+        if name not in self.statistics:
+            self.statistics[name] = InputStatistics(features, device=value.device, blocks=geometry.groups)
+        allowed = max(PATCHES_PER_LAYER, PATCHES_PER_FEATURE * in_group)
+        limit = max(allowed * self.batch_size // self.samples, 1)
+        spatial = value.shape[-len(geometry.kernel_size) :]
+        positions = geometry.output_size(spatial)
+        images = value.numel() // (value.shape[-len(spatial) - 1] * spatial.numel())
+        offered = images * math.prod(positions)
+        mask = self.mask
+        if mask is not None and value.ndim == 3 and (images, *positions) == mask.shape:
+            # A convolution along a text: what lies on padding is left out.
+            rows = patches(value, geometry)[mask.to(value.device)]
+            offered = rows.shape[0]
+            if offered > limit:
+                rows = rows[torch.randperm(offered, generator=generator)[:limit].to(rows.device)]
+        else:
+            rows = sample_patches(value, geometry, limit, generator) if offered > limit else patches(value, geometry)
+        self.statistics[name].update(rows, offered)
 
     def _kept(self, value: Tensor) -> Tensor:
         """The tokens that are not padding."""
@@ -77,10 +126,12 @@ def collect_statistics(
     targets: Mapping[str, nn.Module],
     *,
     progress: bool = False,
+    seed: int = 0,
 ) -> dict[str, InputStatistics | TokenCounts]:
     """Run the batches and gather, for each module named, the moments of its inputs (or the look-ups of an embedding).
 
-    Padding (by ``attention_mask``) is left out. Modules that share an input share one object. Hooks and modes are restored whatever
+    For a convolution the moments are those of the patches under its kernel, of at most ``PATCHES_PER_LAYER`` (or 8 a feature) patches
+    drawn with the seed. Padding (by ``attention_mask``) is left out. Modules that share an input share one object. Hooks and modes are restored whatever
     happens. A module that no input reached is absent from the result.
 
     Raises:
@@ -95,15 +146,21 @@ def collect_statistics(
     if not all(isinstance(batch, Batch) for batch in listed):
         listed = prepare_batches(model, listed)
     try:
-        return _collect(model, listed, targets, share=True, progress=progress)
+        return _collect(model, listed, targets, share=True, progress=progress, seed=seed)
     except _SharingChanged:
-        return _collect(model, listed, targets, share=False, progress=progress)
+        return _collect(model, listed, targets, share=False, progress=progress, seed=seed)
 
 
 def _collect(
-    model: nn.Module, batches: Sequence[Batch], targets: Mapping[str, nn.Module], *, share: bool, progress: bool
+    model: nn.Module,
+    batches: Sequence[Batch],
+    targets: Mapping[str, nn.Module],
+    *,
+    share: bool,
+    progress: bool,
+    seed: int,
 ) -> dict[str, InputStatistics | TokenCounts]:
-    collector = _Collector(targets, share)
+    collector = _Collector(targets, share, max(sample_count(batches), 1), seed)
     culprit: Batch | None = None
     seen_by = ""
     with contextlib.ExitStack() as stack:
@@ -112,7 +169,7 @@ def _collect(
             handle = module.register_forward_pre_hook(collector.hook(name), with_kwargs=True)
             stack.callback(handle.remove)
         for batch in tqdm(batches, desc="statistics", delay=2, disable=not progress):
-            collector.new_batch(batch.mask)
+            collector.new_batch(batch)
             try:
                 batch.run(model)
             except _NonFinite as error:

@@ -109,7 +109,7 @@ def gather(model: nn.Module, found: Survey, split: Split | None, options: Option
     data_aware = split is not None and options.metric != "weight"
     if split is not None and data_aware:
         modules = {member.name: member.module for target in found.targets for member in target.members}
-        statistics = collect_statistics(model, split.statistics, modules, progress=options.progress)
+        statistics = collect_statistics(model, split.statistics, modules, progress=options.progress, seed=options.seed)
     shops = []
     for target in found.targets:
         gathered = [statistics[member.name] for member in target.members if member.name in statistics]
@@ -239,6 +239,12 @@ def _notes(
             f"calibration: {sample_count(split.statistics)} samples for statistics ({tokens:,} tokens), "
             f"{sample_count(split.search)} for the search, {sample_count(split.verification)} for verification"
         )
+        drawn = [shop.inputs for shop in shops if shop.inputs is not None and shop.inputs.offered > shop.inputs.count]
+        if drawn:
+            notes.append(
+                f"statistics of {len(drawn)} convolutions from patches drawn at random: at most "
+                f"{max(inputs.count for inputs in drawn):,} of {max(inputs.offered for inputs in drawn):,} in one layer"
+            )
         few = [shop.name for shop in shops if shop.inputs is not None and shop.inputs.count < shop.columns]
         if few:
             notes.append(f"fewer tokens than input channels in {_named(few)}: their statistics are thin")

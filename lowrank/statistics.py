@@ -24,6 +24,10 @@ class InputStatistics:
         blocks: of a grouped convolution, whose groups never meet: only the moments within each of so many equal runs of features
             are kept, all others count as 0.
 
+    Attributes:
+        count: tokens summed.
+        offered: tokens that came by; more than ``count`` where only some of a convolution's patches were drawn.
+
     Example:
         >>> statistics = InputStatistics.from_samples(torch.tensor([[1.0, 0.0], [3.0, 0.0]]))
         >>> statistics.count, statistics.mean.tolist(), statistics.gram[0, 0].item(), statistics.covariance[0, 0].item()
@@ -33,7 +37,7 @@ class InputStatistics:
     def __init__(self, n_features: int, device: torch.device | str | None = None, blocks: int = 1) -> None:
         self.n_features = n_features
         self.blocks = blocks
-        self.count = 0
+        self.count = self.offered = 0
         width = n_features // blocks
         self._sum = torch.zeros(n_features, dtype=torch.float64, device=device)
         self._outer = torch.zeros(blocks, width, width, dtype=torch.float64, device=device)
@@ -45,8 +49,11 @@ class InputStatistics:
         statistics.update(samples)
         return statistics
 
-    def update(self, samples: Tensor) -> None:
+    def update(self, samples: Tensor, offered: int | None = None) -> None:
         """Add tokens of shape (..., n_features), any floating dtype.
+
+        Args:
+            offered: out of how many these were drawn, where not all are given.
 
         Raises:
             CalibrationError: the last dimension is not ``n_features``.
@@ -58,6 +65,7 @@ class InputStatistics:
             )
         rows = samples.detach().reshape(-1, self.n_features).to(self._sum.device, torch.float64)
         self.count += rows.shape[0]
+        self.offered += rows.shape[0] if offered is None else offered
         self._sum += rows.sum(dim=0)
         parts = rows.view(rows.shape[0], self.blocks, self._outer.shape[-1]).transpose(0, 1)
         self._outer.baddbmm_(parts.transpose(1, 2), parts)
@@ -72,7 +80,7 @@ class InputStatistics:
         width = self.n_features // of
         wanted = slice(index * width, (index + 1) * width)
         found = InputStatistics(width, device=self._sum.device)
-        found.count, found._sum = self.count, self._sum[wanted]
+        found.count, found.offered, found._sum = self.count, self.offered, self._sum[wanted]
         found._outer = self._outer[index, None] if self.blocks == of else self._full()[None, wanted, wanted]
         return found
 
