@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lowrank.layers import operators as _operators  # noqa: F401  (registers torch.ops.lowrank)
 from lowrank.layers.base import CompressedLayer, check_scales
 from lowrank.layers.embedding import LowRankEmbedding
 from lowrank.layers.linear import SVDCompressedLinear

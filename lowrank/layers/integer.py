@@ -52,6 +52,10 @@ class IntegerLinear(CompressedLayer):
         """``x`` (M, in) float32 or float64 to (M, out) of its dtype, only the weight rounded."""
         raise NotImplementedError
 
+    def in_graph(self, x: Tensor) -> Tensor:
+        """:meth:`forward` as one operator, for a graph of torch.compile or torch.export (:mod:`.operators`)."""
+        raise NotImplementedError
+
     @staticmethod
     def input_gradient(gradient: Tensor, *tensors: Tensor) -> Tensor:
         """``gradient @ W'`` for (M, out), in its dtype."""
@@ -65,8 +69,7 @@ class IntegerLinear(CompressedLayer):
         """
         bias = self.bias
         if torch.compiler.is_compiling():
-            outside: Tensor = _outside_the_graph(self, x)
-            return outside
+            return self.in_graph(x)
         if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
             result: Tensor = _StraightThrough.apply(x, bias, self, *self.codes_and_scale())
             return result
@@ -136,12 +139,6 @@ class IntegerLinear(CompressedLayer):
 
     activations: str
     error_bound_value: float | None
-
-
-@torch.compiler.disable
-def _outside_the_graph(layer: IntegerLinear, x: Tensor) -> Tensor:
-    """The layer as it is: its kernels pick their route by a self-test, which no graph can hold."""
-    return layer.forward(x)
 
 
 class _StraightThrough(torch.autograd.Function):

@@ -151,6 +151,11 @@ class QuantizedLinear(IntegerLinear):
         sums.mul_(self.scale)
         return sums.mul_(step) if bias is None else torch.addcmul(bias, sums, step, out=sums)
 
+    def in_graph(self, x: Tensor) -> Tensor:
+        """See :meth:`IntegerLinear.in_graph`."""
+        result: Tensor = torch.ops.lowrank.int8_linear(x, self.codes, self.scale, self.bias, self.activations)
+        return result
+
     @staticmethod
     def input_gradient(gradient: Tensor, *tensors: Tensor) -> Tensor:
         """``(gradient · scale) @ codes``."""

@@ -233,10 +233,19 @@ class QuantizedLowRankEmbedding(CompressedEmbedding):
 
     def forward(self, ids: Tensor) -> Tensor:
         """(...) integers to (..., embedding_dim) in the layer's dtype."""
-        working = torch.float64 if self.dtype is torch.float64 else torch.float32
+        if torch.compiler.is_compiling():
+            result: Tensor = torch.ops.lowrank.lowrank_int8_embedding(
+                ids, self.left_codes, self.right_codes, self.scale, self.dtype
+            )
+            return result
+        return self.looked_up(ids, self.dtype)
+
+    def looked_up(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """The rows of these ids in this dtype, (..., embedding_dim)."""
+        working = torch.float64 if dtype is torch.float64 else torch.float32
         components = F.embedding(ids, self.left_codes).to(working).mul_(self.scale).view(ids.numel(), self.rank)
-        sums, unit = wide_matmul(components, self.right_codes.t(), pieces_for(self.dtype))
-        return sums.mul_(unit).to(self.dtype).view(*ids.shape, self.embedding_dim)
+        sums, unit = wide_matmul(components, self.right_codes.t(), pieces_for(dtype))
+        return sums.mul_(unit).to(dtype).view(*ids.shape, self.embedding_dim)
 
     def dense_weight(self) -> Tensor:
         """``left_codes · diag(scale) · right_codes``, (num, dim) float32, multiplied in float64."""

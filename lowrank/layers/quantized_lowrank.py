@@ -273,6 +273,13 @@ class QuantizedLowRankLayer(IntegerLinear):
         sums.mul_(component_unit)
         return sums.mul_(unit) if bias is None else torch.addcmul(bias, sums, unit, out=sums)
 
+    def in_graph(self, x: Tensor) -> Tensor:
+        """See :meth:`IntegerLinear.in_graph`."""
+        result: Tensor = torch.ops.lowrank.lowrank_int8_linear(
+            x, self.left_codes, self.right_codes, self.scale, self.bias, self.activations
+        )
+        return result
+
     @staticmethod
     def input_gradient(gradient: Tensor, *tensors: Tensor) -> Tensor:
         """``((gradient @ left_codes) · scale) @ right_codes``."""

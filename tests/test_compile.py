@@ -1,0 +1,212 @@
+"""Compressed models in graphs: torch.compile without breaks, torch.export, both with eager's outputs and gradients."""
+
+from __future__ import annotations
+
+import io
+import shutil
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from compressed_models import TOKENS, compressed
+from helpers import seeded
+from torch import Tensor, nn
+
+from lowrank.layers import (
+    LowRankEmbedding,
+    QuantizedEmbedding,
+    QuantizedLinear,
+    QuantizedLowRankEmbedding,
+    QuantizedLowRankLayer,
+    SVDCompressedLinear,
+)
+
+LINEAR_KINDS = ["QuantizedLinear", "QuantizedLinear float", "QuantizedLowRankLayer", "QuantizedLowRankLayer float"]
+
+
+@pytest.fixture(autouse=True)
+def _fresh_graphs() -> Iterator[None]:
+    torch._dynamo.reset()
+    with warnings.catch_warnings():
+        # torch's own tracing warns of its own deprecated calls.
+        warnings.simplefilter("ignore")
+        yield
+    torch._dynamo.reset()
+
+
+def linear_layer(kind: str, *, bias: bool = True, dtype: torch.dtype = torch.float32) -> nn.Module:
+    name, _, mode = kind.partition(" ")
+    torch.manual_seed(3)
+    dense = nn.Linear(24, 16, bias=bias, dtype=dtype)
+    activations = mode or "int8"
+    if name == "QuantizedLinear":
+        return QuantizedLinear.from_linear(dense, activations=activations)
+    if name == "QuantizedLowRankLayer":
+        return QuantizedLowRankLayer.from_linear(dense, rank=5, activations=activations)
+    return SVDCompressedLinear.from_linear(dense, rank=5)
+
+
+def embedding_layer(kind: str) -> nn.Module:
+    torch.manual_seed(4)
+    table = nn.Embedding(20, 12)
+    if kind == "QuantizedEmbedding":
+        return QuantizedEmbedding.from_embedding(table)
+    if kind == "LowRankEmbedding":
+        return LowRankEmbedding.from_embedding(table, rank=4)
+    return QuantizedLowRankEmbedding.from_embedding(table, rank=4)
+
+
+def graph_of(model: nn.Module, **options: Any) -> Any:
+    return torch.compile(model, fullgraph=True, **{"backend": "aot_eager", **options})
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("kind", [*LINEAR_KINDS, "SVDCompressedLinear"])
+def test_linear_layers_compile_to_the_bits_of_eager(kind: str, dtype: torch.dtype, bias: bool) -> None:
+    model = nn.Sequential(linear_layer(kind, bias=bias, dtype=dtype), nn.ReLU())
+    x = torch.randn(2, 3, 24, generator=seeded(5)).to(dtype)
+    with torch.no_grad():
+        expected = model(x)
+        actual = graph_of(model)(x)
+    assert actual.dtype == dtype
+    assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("kind", ["QuantizedEmbedding", "LowRankEmbedding", "QuantizedLowRankEmbedding"])
+def test_embeddings_compile_to_the_bits_of_eager(kind: str) -> None:
+    model = nn.Sequential(embedding_layer(kind))
+    ids = torch.tensor([[0, 3, 19], [7, 7, 1]])
+    with torch.no_grad():
+        assert torch.equal(graph_of(model)(ids), model(ids))
+
+
+@pytest.mark.parametrize("kind", LINEAR_KINDS)
+def test_gradients_in_a_graph_are_those_of_eager(kind: str) -> None:
+    layer = linear_layer(kind)
+    model = nn.Sequential(layer, nn.Tanh())
+    x = torch.randn(5, 24, generator=seeded(6)).requires_grad_()
+    model(x).square().sum().backward()
+    wanted = x.grad, layer.bias.grad  # type: ignore[union-attr]
+    x.grad = layer.bias.grad = None  # type: ignore[union-attr]
+    graph_of(model)(x).square().sum().backward()
+    assert wanted[0] is not None and bool(wanted[0].abs().max() > 0.0)
+    assert torch.equal(x.grad, wanted[0])  # type: ignore[arg-type]
+    assert torch.equal(layer.bias.grad, wanted[1])  # type: ignore[union-attr, arg-type]
+
+
+@pytest.mark.parametrize("name", ["int8_linear", "lowrank_int8_linear", "lowrank_int8_embedding"])
+def test_operators_pass_torchs_own_checks(name: str) -> None:
+    layer = linear_layer("QuantizedLinear" if name == "int8_linear" else "QuantizedLowRankLayer")
+    args: tuple[Any, ...]
+    if name == "lowrank_int8_embedding":
+        table = embedding_layer("QuantizedLowRankEmbedding")
+        args = torch.tensor([[1, 2]]), table.left_codes, table.right_codes, table.scale, torch.float32
+    else:
+        x = torch.randn(3, 24, generator=seeded(7)).requires_grad_()
+        args = (x, *layer.codes_and_scale(), layer.bias, "int8")  # type: ignore[operator]
+    # Without the numerical check of the derivative: rounding makes the layer a staircase, and its derivative is that of the ramp.
+    checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    if name != "lowrank_int8_embedding":
+        checks = (*checks, "test_autograd_registration")
+    found = torch.library.opcheck(getattr(torch.ops.lowrank, name).default, args, test_utils=checks)
+    assert set(found.values()) == {"SUCCESS"}
+
+
+def test_a_whole_model_with_tied_and_shared_layers_compiles() -> None:
+    model = compressed()
+    with torch.no_grad():
+        assert torch.equal(graph_of(model)(TOKENS), model(TOKENS))
+
+
+def test_a_change_of_mode_or_codes_reaches_the_graph() -> None:
+    layer = linear_layer("QuantizedLinear")
+    model = nn.Sequential(layer)
+    graph = graph_of(model)
+    x = torch.randn(4, 24, generator=seeded(8))
+    with torch.no_grad():
+        first = graph(x)
+        layer.activations = "float"  # type: ignore[assignment]
+        second = graph(x)
+        assert not torch.equal(first, second)
+        assert torch.equal(second, model(x))
+        layer.codes.neg_()  # type: ignore[operator]
+        assert torch.equal(graph(x), model(x))
+        assert not torch.equal(graph(x), second)
+
+
+def test_a_graph_takes_any_batch() -> None:
+    model = nn.Sequential(linear_layer("QuantizedLowRankLayer"), nn.ReLU())
+    graph = graph_of(model, dynamic=True)
+    with torch.no_grad():
+        for rows in (2, 5, 33):
+            x = torch.randn(rows, 24, generator=seeded(rows))
+            assert torch.equal(graph(x), model(x))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_round_trips_through_a_file(strict: bool) -> None:
+    model = compressed()
+    rows = torch.export.Dim("rows", min=2, max=64)
+    program = torch.export.export(model, (TOKENS,), dynamic_shapes=({0: rows},), strict=strict)
+    called = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert {"lowrank.int8_linear.default", "lowrank.lowrank_int8_linear.default"} <= called
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    loaded = torch.export.load(file).module()
+    for tokens in (TOKENS, TOKENS[:2], TOKENS.repeat(4, 1)):
+        with torch.no_grad():
+            assert torch.equal(loaded(tokens), model(tokens))
+
+
+def test_layers_made_for_a_graph_go_with_its_tensors() -> None:
+    from lowrank.layers import operators
+
+    layer = linear_layer("QuantizedLinear")
+    before = len(operators._layers)
+    with torch.no_grad():
+        graph_of(nn.Sequential(layer))(torch.zeros(1, 24))
+    assert len(operators._layers) == before + 1
+    del layer
+    torch._dynamo.reset()
+    import gc
+
+    gc.collect()
+    assert len(operators._layers) == before
+
+
+@pytest.mark.slow
+def test_inductor_keeps_the_integer_layers() -> None:
+    if shutil.which("g++") is None and shutil.which("clang++") is None:
+        pytest.skip("inductor needs a C++ compiler, and there is none")
+    model = nn.Sequential(linear_layer("QuantizedLinear"), linear_layer("QuantizedLowRankLayer") and nn.ReLU())
+    x = torch.randn(4, 24, generator=seeded(9))
+    with torch.no_grad():
+        assert torch.equal(graph_of(model, backend="inductor")(x), model(x))
+
+
+@pytest.mark.slow
+def test_a_compressed_bert_compiles_and_exports() -> None:
+    transformers = pytest.importorskip("transformers")
+    from lowrank import compress_model
+
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=100, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64
+    )
+    model = transformers.BertModel(config).eval()
+    ids = torch.randint(0, 100, (64, 12), generator=seeded(10))
+    batches = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}]
+    small = compress_model(model, error_budget=0.3, calibration=batches, progress=False).model
+    inputs = {name: tensor[:3] for name, tensor in batches[0].items()}
+    with torch.no_grad():
+        expected = small(**inputs).last_hidden_state
+        assert torch.equal(graph_of(small)(**inputs).last_hidden_state, expected)
+        rows = torch.export.Dim("rows", min=2, max=64)
+        program = torch.export.export(small, (), inputs, dynamic_shapes={name: {0: rows} for name in inputs})
+        assert torch.equal(program.module()(**inputs).last_hidden_state, expected)
+        more: dict[str, Tensor] = {name: tensor[:9] for name, tensor in batches[0].items()}
+        assert torch.equal(program.module()(**more).last_hidden_state, small(**more).last_hidden_state)
