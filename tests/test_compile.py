@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import shutil
 import warnings
@@ -21,6 +22,7 @@ from lowrank.layers import (
     QuantizedLowRankEmbedding,
     QuantizedLowRankLayer,
     SVDCompressedLinear,
+    operators,
 )
 
 LINEAR_KINDS = ["QuantizedLinear", "QuantizedLinear float", "QuantizedLowRankLayer", "QuantizedLowRankLayer float"]
@@ -163,17 +165,14 @@ def test_export_round_trips_through_a_file(strict: bool) -> None:
 
 
 def test_layers_made_for_a_graph_go_with_its_tensors() -> None:
-    from lowrank.layers import operators
-
     layer = linear_layer("QuantizedLinear")
+    gc.collect()
     before = len(operators._layers)
     with torch.no_grad():
         graph_of(nn.Sequential(layer))(torch.zeros(1, 24))
     assert len(operators._layers) == before + 1
     del layer
     torch._dynamo.reset()
-    import gc
-
     gc.collect()
     assert len(operators._layers) == before
 
@@ -182,7 +181,7 @@ def test_layers_made_for_a_graph_go_with_its_tensors() -> None:
 def test_inductor_keeps_the_integer_layers() -> None:
     if shutil.which("g++") is None and shutil.which("clang++") is None:
         pytest.skip("inductor needs a C++ compiler, and there is none")
-    model = nn.Sequential(linear_layer("QuantizedLinear"), linear_layer("QuantizedLowRankLayer") and nn.ReLU())
+    model = nn.Sequential(linear_layer("QuantizedLinear"), nn.ReLU())
     x = torch.randn(4, 24, generator=seeded(9))
     with torch.no_grad():
         assert torch.equal(graph_of(model, backend="inductor")(x), model(x))

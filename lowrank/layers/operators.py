@@ -37,12 +37,19 @@ def _layer(build: Callable[..., Any], *tensors: Tensor) -> Any:
     return layer
 
 
-def _linear(build: Callable[..., Any], x: Tensor, tensors: tuple[Tensor, ...], bias: Tensor | None, mode: str) -> Tensor:
+def _linear(
+    build: Callable[..., Any], x: Tensor, tensors: tuple[Tensor, ...], bias: Tensor | None, mode: str
+) -> Tensor:
     layer: IntegerLinear = _layer(build, *tensors)
     if layer.activations != mode:
         layer.activations = mode
     with torch.no_grad():
-        return layer._product(x, bias)
+        return _own(layer._product(x, bias))
+
+
+def _own(result: Tensor) -> Tensor:
+    """Not a view into something larger, as an operator's result has to be."""
+    return result if result.storage_offset() == 0 else result.clone()
 
 
 @torch.library.custom_op("lowrank::int8_linear", mutates_args=())
@@ -64,10 +71,8 @@ def lowrank_int8_embedding(
     ids: Tensor, left_codes: Tensor, right_codes: Tensor, scale: Tensor, dtype: torch.dtype
 ) -> Tensor:
     """:class:`QuantizedLowRankEmbedding`: (...) to (..., embedding_dim) of this dtype."""
-    layer: QuantizedLowRankEmbedding = _layer(
-        QuantizedLowRankEmbedding.from_tensors, left_codes, right_codes, scale
-    )
-    return layer.looked_up(ids, dtype)
+    layer: QuantizedLowRankEmbedding = _layer(QuantizedLowRankEmbedding.from_tensors, left_codes, right_codes, scale)
+    return _own(layer.looked_up(ids, dtype))
 
 
 @int8_linear.register_fake
