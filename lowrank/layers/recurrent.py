@@ -174,7 +174,7 @@ class QuantizedRecurrent(CompressedLayer):
 def _dense(kind: type[nn.Module], options: Mapping[str, Any], device: str, dtype: torch.dtype) -> nn.Module:
     """A dense module of these options; no word about a dropout that a single layer does not use."""
     dropout = options.get("dropout", 0.0)
-    alone = "dropout" in options and options.get("num_layers", 1) == 1 and isinstance(dropout, float) and dropout <= 1
+    alone = options.get("num_layers", 1) == 1 and isinstance(dropout, float) and 0.0 < dropout <= 1.0
     module = kind(**{**options, "dropout": 0.0} if alone else options, device=device, dtype=dtype)
     if alone:
         module.dropout = dropout
