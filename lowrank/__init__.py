@@ -23,9 +23,16 @@ from lowrank.factors import Factors, RankCurve, factorize
 from lowrank.layers import (
     LowRankEmbedding,
     QuantizedEmbedding,
+    QuantizedGRU,
+    QuantizedGRUCell,
     QuantizedLinear,
     QuantizedLowRankEmbedding,
     QuantizedLowRankLayer,
+    QuantizedLSTM,
+    QuantizedLSTMCell,
+    QuantizedMultiheadAttention,
+    QuantizedRNN,
+    QuantizedRNNCell,
     SVDCompressedLinear,
 )
 from lowrank.planner import Candidate, LayerChoices, Plan, PlanEntry, plan_formats
@@ -49,9 +56,16 @@ __all__ = [
     # Layers
     "LowRankEmbedding",
     "QuantizedEmbedding",
+    "QuantizedGRU",
+    "QuantizedGRUCell",
+    "QuantizedLSTM",
+    "QuantizedLSTMCell",
     "QuantizedLinear",
     "QuantizedLowRankEmbedding",
     "QuantizedLowRankLayer",
+    "QuantizedMultiheadAttention",
+    "QuantizedRNN",
+    "QuantizedRNNCell",
     "SVDCompressedLinear",
     # Planning and compression
     "Candidate",

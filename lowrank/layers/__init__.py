@@ -1,14 +1,25 @@
-"""The modules that take the place of ``nn.Linear`` and ``nn.Embedding``."""
+"""The modules that take the place of dense ones: linear, embedding, convolution, recurrent and attention layers."""
 
 from __future__ import annotations
 
 from lowrank.layers import operators as _operators  # noqa: F401  (registers torch.ops.lowrank)
+from lowrank.layers.attention import QuantizedMultiheadAttention, call_every_layer
 from lowrank.layers.base import CompressedLayer, check_scales
 from lowrank.layers.embedding import LowRankEmbedding
 from lowrank.layers.linear import SVDCompressedLinear
 from lowrank.layers.quantized import QuantizedLinear
 from lowrank.layers.quantized_embedding import QuantizedEmbedding, QuantizedLowRankEmbedding
 from lowrank.layers.quantized_lowrank import QuantizedLowRankLayer
+from lowrank.layers.recurrent import (
+    RECURRENT,
+    QuantizedGRU,
+    QuantizedGRUCell,
+    QuantizedLSTM,
+    QuantizedLSTMCell,
+    QuantizedRecurrent,
+    QuantizedRNN,
+    QuantizedRNNCell,
+)
 
 __all__ = [
     # what all of them are
@@ -23,6 +34,17 @@ __all__ = [
     "LowRankEmbedding",
     "QuantizedEmbedding",
     "QuantizedLowRankEmbedding",
+    # in place of recurrent layers and nn.MultiheadAttention
+    "QuantizedGRU",
+    "QuantizedGRUCell",
+    "QuantizedLSTM",
+    "QuantizedLSTMCell",
+    "QuantizedMultiheadAttention",
+    "QuantizedRNN",
+    "QuantizedRNNCell",
+    "QuantizedRecurrent",
+    "RECURRENT",
+    "call_every_layer",
 ]
 
 LAYER_KINDS: dict[str, type[CompressedLayer]] = {
@@ -34,5 +56,7 @@ LAYER_KINDS: dict[str, type[CompressedLayer]] = {
         LowRankEmbedding,
         QuantizedEmbedding,
         QuantizedLowRankEmbedding,
+        *RECURRENT.values(),
+        QuantizedMultiheadAttention,
     )
 }
