@@ -28,6 +28,9 @@ __all__ = [
     "singular_values",
 ]
 
+# Rows that are turned into float64 at a time.
+GRAM_ROWS = 4096
+
 _fallbacks: Counter[str] = Counter()
 
 
@@ -70,9 +73,12 @@ def check_finite(tensor: Tensor, name: str = "matrix") -> None:
         raise LowRankError(f"{name}: is on the meta device and holds no values; load the weights first")
     if tensor.is_complex():
         raise LowRankError(f"{name}: must be real, got {tensor.dtype}; split it into real and imaginary parts first")
-    finite = torch.isfinite(tensor)
-    if bool(finite.all()):
+    if not tensor.is_floating_point() or not tensor.numel():
         return
+    # One pass without a mask as large as a vocabulary's embedding; both ends are NaN where any entry is.
+    if bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all()):
+        return
+    finite = torch.isfinite(tensor)
     # argmin of 0/1 finds the first 0 without listing every non-finite entry of a large weight.
     flat = int(torch.argmin(finite.reshape(-1).to(torch.uint8)))
     index = []
@@ -147,7 +153,12 @@ def safe_svd(matrix: Tensor, *, strict: bool = False, name: str = "matrix") -> t
 
 
 def singular_values(matrix: Tensor, *, strict: bool = False, name: str = "matrix") -> Tensor:
-    """The singular values alone, by the same chain as :func:`safe_svd`: (min(m, n),) float64, descending.
+    """The singular values alone: (min(m, n),) float64, descending.
+
+    Of float32, bfloat16 and float16 they are roots of the eigenvalues of the gram on the smaller side, formed in float64: several
+    times faster than an SVD, and good to ``2^-50 · max(m, n) · σ₁² / σ``, a 1e-4 of the smallest σ that such a dtype can tell
+    from 0 (:attr:`lowrank.Spectrum.numerical_rank`). Values below ``2^-25 · √max(m, n) · σ₁`` are rounding of the gram and given
+    as 0. float64 takes the chain of :func:`safe_svd`, as do these dtypes where the eigenvalues do not converge.
 
     Raises:
         NumericsError: as :func:`safe_svd`.
@@ -156,12 +167,24 @@ def singular_values(matrix: Tensor, *, strict: bool = False, name: str = "matrix
         >>> singular_values(torch.diag(torch.tensor([1.0, -3.0]))).tolist()
         [3.0, 1.0]
     """
+    drivers: list[tuple[str, Callable[[Tensor], tuple[Tensor, ...]]]] = []
+    if matrix.dtype in (torch.float32, torch.float16, torch.bfloat16) and matrix.ndim == 2 and matrix.numel():
+        check_finite(matrix, name)
+        try:
+            values = _gram_values(matrix.detach())
+        except RuntimeError:
+            # LinAlgError: it did not converge. The chain below counts as the fallback that it is.
+            values = matrix.new_full((1,), math.nan, dtype=torch.float64)
+        if bool(torch.isfinite(values).all()):
+            return values
+        drivers.append(("eigvalsh", _not_converged))
     scaled, exponent = _prepare(matrix, name)
     if scaled.numel() == 0:
         return scaled.new_zeros(0)
     (s,) = _first_that_works(
         "svd",
         (
+            *drivers,
             ("default", lambda a: (torch.linalg.svdvals(a),)),
             ("gesvd", lambda a: (_gesvd(a)[1],)),
             ("gram", lambda a: (_gram_svd(a)[1],)),
@@ -171,6 +194,23 @@ def singular_values(matrix: Tensor, *, strict: bool = False, name: str = "matrix
         name=name,
     )
     return _unscale(s.clamp_min(0.0), exponent, name)
+
+
+def _gram_values(matrix: Tensor) -> Tensor:
+    """Roots of the eigenvalues of the gram on the smaller side, descending. No float32 is too large or small for float64 squares."""
+    tall = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T
+    gram = matrix.new_zeros(tall.shape[1], tall.shape[1], dtype=torch.float64)
+    for rows in tall.split(GRAM_ROWS):
+        block = rows.to(torch.float64)
+        gram.addmm_(block.T, block)
+    squares = torch.flip(torch.linalg.eigvalsh(gram), [0])
+    floor = 4.0 * torch.finfo(torch.float64).eps * tall.shape[0] * squares[0]
+    # NaN compares false and stays, for the caller to see.
+    return torch.where(squares <= floor, 0.0, squares).sqrt()
+
+
+def _not_converged(matrix: Tensor) -> tuple[Tensor, ...]:
+    raise NumericsError("eigenvalues of the gram did not converge")
 
 
 def safe_eigh(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from unittest import mock
 
 import numpy as np
@@ -252,3 +253,56 @@ def test_the_input_is_left_alone():
     assert torch.equal(matrix.detach(), before)
     assert not u.requires_grad
     assert not s.requires_grad
+
+
+# ---- values alone, of the dtypes whose gram in float64 tells everything that they can
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("m", "n"), [(300, 40), (40, 300), (64, 64), (3, 2), (1, 9), (9, 1), (1, 1), (9000, 5)])
+def test_values_from_the_gram_are_those_of_the_svd(dtype, m, n):
+    # Down to below the dtype's own resolution.
+    k = min(m, n)
+    sigma = torch.logspace(0, math.log10(eps(dtype)) - 1, k, dtype=F64) if k > 1 else torch.ones(1, dtype=F64)
+    generator = seeded(11)
+    left = torch.linalg.qr(torch.randn(m, k, dtype=F64, generator=generator))[0]
+    right = torch.linalg.qr(torch.randn(n, k, dtype=F64, generator=generator))[0]
+    matrix = ((left * sigma) @ right.T).to(dtype)
+    exact = torch.linalg.svdvals(matrix.double())
+    found = singular_values(matrix)
+    largest, size = float(exact[0]), max(m, n)
+    threshold = eps(dtype) * size * largest
+    told = exact > threshold
+    assert int((found > threshold).sum()) == int(told.sum()), "the numerical rank"
+    assert bool(((found - exact).abs()[told] <= 1e-4 * exact[told]).all())
+    assert float((found - exact).abs().max()) <= 2.0**-25 * math.sqrt(size) * largest * 2
+    assert bool((found.diff() <= 0).all())
+    assert found.dtype == F64
+
+
+@pytest.mark.parametrize("scale", [1e-42, 1e-20, 1e19, 3e37])
+def test_values_of_very_small_and_large_float32(scale):
+    matrix = torch.tensor([[3.0, 0.0], [0.0, 1.0], [0.0, 0.0]]) * scale
+    assert torch.allclose(singular_values(matrix), torch.linalg.svdvals(matrix.double()), rtol=1e-12, atol=0)
+
+
+def test_an_exact_rank_leaves_exact_zeros():
+    matrix = matrix_with_spectrum(200, 60, [5.0, 2.0, 1.0], seeded(3)).float()
+    assert singular_values(matrix)[3:].tolist() == [0.0] * 57
+
+
+def test_a_gram_that_does_not_converge_is_a_counted_fallback():
+    matrix = matrix_with_spectrum(6, 4, [2.0, 1.0], seeded(4)).float()
+    expected = torch.linalg.svdvals(matrix.double())
+    for failure in (broken, lambda gram: torch.full((gram.shape[0],), math.nan, dtype=F64)):
+        reset_fallback_counts()
+        with mock.patch("torch.linalg.eigvalsh", failure):
+            assert torch.allclose(singular_values(matrix), expected)
+            assert fallback_counts() == {"svd:default": 1}
+            with pytest.raises(NumericsError, match="gram did not converge"):
+                singular_values(matrix, strict=True)
+
+
+def test_the_fast_way_needs_no_svd():
+    with mock.patch("torch.linalg.svdvals", side_effect=AssertionError), mock.patch("torch.linalg.svd", broken):
+        assert float(singular_values(torch.eye(3))[2]) == pytest.approx(1.0, rel=1e-14)

@@ -270,10 +270,10 @@ def test_a_failing_decomposition_is_counted_or_refused():
     reset_fallback_counts()
     error = torch.linalg.LinAlgError("failed to converge")
     with mock.patch("torch.linalg.svdvals", side_effect=error):
-        assert analyze_weight(torch.eye(3)).numerical_rank == 3
+        assert analyze_weight(torch.eye(3, dtype=torch.float64)).numerical_rank == 3
         assert fallback_counts() == {"svd:gesvd": 1}
         with pytest.raises(NumericsError, match=r"^fc: svd did not converge"):
-            analyze_weight(torch.eye(3), strict=True, name="fc")
+            analyze_weight(torch.eye(3, dtype=torch.float64), strict=True, name="fc")
     reset_fallback_counts()
 
 
