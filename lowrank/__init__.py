@@ -4,6 +4,7 @@ Start at :func:`compress_model`; the rooms below it are described in the README 
 """
 
 from lowrank.analysis import AnalysisReport, analyze_model
+from lowrank.batchnorm import fold_batchnorm
 from lowrank.calibration import collect_statistics
 from lowrank.checkpoint import load_model
 from lowrank.compress import CompressionResult, apply_plan, compress_model
@@ -78,6 +79,7 @@ __all__ = [
     "apply_plan",
     "compare_models",
     "compress_model",
+    "fold_batchnorm",
     "load_model",
     "plan_formats",
     # Errors

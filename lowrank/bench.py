@@ -9,6 +9,7 @@ from itertools import chain
 from torch import Tensor, nn
 
 from lowrank.errors import CheckpointError, UsageError
+from lowrank.factors import check_rank
 from lowrank.layers import CompressedLayer
 from lowrank.modules import replace_module
 from lowrank.planner import Candidate, Plan, PlanEntry
@@ -28,10 +29,12 @@ class Bench:
     Args:
         model: the original. The copy shares its parameters until :meth:`release` gives it its own.
         workshops: the targets, found in ``model``.
+        reference: what errors are measured against and ``inplace`` changes; not ``model`` where its BatchNorm was folded.
     """
 
-    def __init__(self, model: nn.Module, workshops: Sequence[Workshop]) -> None:
+    def __init__(self, model: nn.Module, workshops: Sequence[Workshop], reference: nn.Module | None = None) -> None:
         self.original = model
+        self.reference = model if reference is None else reference
         self.workshops: Mapping[str, Workshop] = {shop.name: shop for shop in workshops}
         memo: dict[int, object] = {id(tensor): tensor for tensor in _tensors(model)}
         try:
@@ -86,13 +89,23 @@ class Bench:
         return self.model
 
     def write_back(self) -> nn.Module:
-        """Put the installed layers into the original model itself (``inplace=True``)."""
+        """Put the installed layers into the caller's model itself (``inplace=True``)."""
+        if self.reference is not self.original:
+            aliases: dict[int, list[str]] = {}
+            for name, module in self.reference.named_modules(remove_duplicate=False):
+                aliases.setdefault(id(module), []).append(name)
+            for name, module in self.reference.named_modules():
+                folded = self.original.get_submodule(name)
+                if type(folded) is not type(module) or getattr(folded, "bias", None) is not getattr(
+                    module, "bias", None
+                ):
+                    replace_module(self.reference, aliases[id(module)], folded)
         for shop in self.workshops.values():
             choice = self._installed[shop.name]
             if choice.format != "dense":
                 for member in shop.target.members:
-                    replace_module(self.original, member.names, shop.build(choice)[member.name])
-        return self.original
+                    replace_module(self.reference, member.names, shop.build(choice)[member.name])
+        return self.reference
 
 
 def check_plan(plan: Plan, workshops: Mapping[str, Workshop]) -> None:
@@ -100,11 +113,33 @@ def check_plan(plan: Plan, workshops: Mapping[str, Workshop]) -> None:
     plan.check_model({name: shop.target.shape for name, shop in workshops.items()})
     for entry in plan.entries:
         shop = workshops[entry.name]
+        check_choice(shop, choice_of(entry))
         if choice_of(entry).format != "dense" and shop.bytes(choice_of(entry)) >= shop.bytes(Choice("dense")):
             raise CheckpointError(
                 f"plan: layer {entry.name} as {entry.format} of rank {entry.rank} takes {shop.bytes(choice_of(entry)):,} bytes, "
                 f'not fewer than the {shop.bytes(Choice("dense")):,} of the dense layer; lower the rank or write "dense"'
             )
+
+
+def check_choice(shop: Workshop, choice: Choice) -> None:
+    """Refuse a choice that the target cannot become.
+
+    Raises:
+        CheckpointError: a format or scheme that it does not have.
+        RankError: a rank beyond what its groups and kernel allow.
+    """
+    if choice.format != "dense" and choice.format not in shop.formats:
+        raise CheckpointError(
+            f"plan: layer {shop.name} can be dense or {', '.join(shop.formats)}, got {choice.format!r}; correct the plan"
+        )
+    if not choice.factored:
+        return
+    if choice.scheme not in shop.schemes:
+        possible = " or ".join(str(scheme) for scheme in shop.schemes)
+        raise CheckpointError(
+            f"plan: layer {shop.name} of shape {list(shop.target.shape)}: scheme must be {possible}, got {choice.scheme!r}"
+        )
+    check_rank(choice.rank, shop.max_rank(choice.scheme), f"plan: layer {shop.name}, rank")
 
 
 def weight_error_of(bench: Bench) -> float:

@@ -52,14 +52,17 @@ def _without_dense(layer: LayerChoices) -> LayerChoices:
 def _target_bytes(job: Job, options: Options) -> int:
     """What the size budget leaves for the targets once everything else is stored as it is."""
     assert options.size_budget is not None
-    before = sum(row.bytes_before for row in layer_rows(job.survey, job.bench.original, job.bench.workshops))
-    dense = sum(shop.bytes(Choice("dense")) for shop in job.bench.workshops.values())
-    allowed = int(before * options.size_budget) - (before - dense)
+    rows = layer_rows(job.survey, job.bench.original, job.bench.workshops)
+    before = sum(row.bytes_before for row in rows)
+    rest = sum(row.bytes_after for row in rows) - sum(
+        shop.bytes(Choice("dense")) for shop in job.bench.workshops.values()
+    )
+    allowed = int(before * options.size_budget) - rest
     least = sum(min(candidate.bytes for candidate in layer.candidates) for layer in job.layers)
     if allowed < least:
         raise BudgetError(
             f"size budget {options.size_budget:g}: cannot be met; the smallest these formats can make of the model is "
-            f"{(least + before - dense) / before:.4g} of its bytes"
+            f"{(least + rest) / before:.4g} of its bytes"
         )
     return allowed
 
@@ -84,15 +87,15 @@ def _uniform(job: Job, options: Options) -> list[tuple[str, Plan]]:
 def _gauges(job: Job, verification: Sequence[Batch], options: Options) -> tuple[Gauge, Gauge]:
     """What measures a plan while searching, and what tests it at the end."""
     if callable(options.metric):
-        gauge = ValueGauge(_relative_loss(job.bench.original, options.metric, options.higher_is_better))
+        gauge = ValueGauge(_relative_loss(job.bench.reference, options.metric, options.higher_is_better))
         return gauge, gauge
     if options.metric == "weight" or job.split is None:
         weight = ValueGauge(lambda model: weight_error_of(job.bench))
         return weight, weight
     bench = job.bench
     desc = "measuring" if options.progress else None
-    search = Evaluator(bench.original, job.split.search, options.metric, options.output_fn)
-    verify = Evaluator(bench.original, verification, options.metric, options.output_fn)
+    search = Evaluator(bench.reference, job.split.search, options.metric, options.output_fn)
+    verify = Evaluator(bench.reference, verification, options.metric, options.output_fn)
     return SampledGauge(search, desc), SampledGauge(verify, desc)
 
 

@@ -158,6 +158,7 @@ def analyze(
     show_default=True,
     help="What to do with a layer that holds NaN or Inf.",
 )
+@click.option("--fold-batchnorm", is_flag=True, help="Take BatchNorm into the convolution before it first.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the sample split.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report (with --dry-run: the plan) as JSON.")
 @data_options

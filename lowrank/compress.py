@@ -28,7 +28,7 @@ from lowrank.linalg import fallback_counts, reset_fallback_counts
 from lowrank.modules import unwrapped
 from lowrank.options import Metric, Options
 from lowrank.planner import Plan
-from lowrank.prepare import Job, find_work, gather, split_again, split_samples, weigh
+from lowrank.prepare import Job, fold_and_find, gather, split_again, split_samples, weigh
 from lowrank.report import CompressionReport
 from lowrank.workshop import FORMATS
 
@@ -90,6 +90,7 @@ def compress_model(
     seed: int = 0,
     progress: bool = True,
     on_nonfinite: str = "raise",
+    fold_batchnorm: bool = False,
     plan: Plan | None = None,
 ) -> CompressionResult:
     """Make a model as small as an error budget allows, and measure that it keeps it.
@@ -122,6 +123,7 @@ def compress_model(
         seed: of the split; same input, seed and thread count give the same bytes.
         progress: bars on standard error for what takes over 2 seconds.
         on_nonfinite: "raise", or "copy" to leave a layer with NaN or Inf as it is.
+        fold_batchnorm: take each BatchNorm into the convolution before it first; see :func:`lowrank.fold_batchnorm`.
         plan: apply this one instead of searching; its error is measured all the same, and tested where a budget is given.
 
     Raises:
@@ -155,6 +157,7 @@ def compress_model(
         seed=seed,
         progress=progress,
         on_nonfinite=on_nonfinite,
+        fold_batchnorm=fold_batchnorm or (plan is not None and bool(plan.metadata.get("fold_batchnorm"))),
     ).checked(calibrated=calibration is not None, planned=plan is not None)
     stages = _Stages()
     original = _on_device(unwrapped(model), device)
@@ -218,7 +221,12 @@ def apply_plan(model: nn.Module, plan: Plan, calibration: Iterable[Any] | None =
         'QuantizedLinear'
     """
     metadata = plan.metadata
-    options = Options(seed=int(metadata.get("seed", 0)), progress=False, metric=str(metadata.get("metric", "output")))
+    options = Options(
+        seed=int(metadata.get("seed", 0)),
+        progress=False,
+        metric=str(metadata.get("metric", "output")),
+        fold_batchnorm=bool(metadata.get("fold_batchnorm")),
+    )
     if calibration is None:
         options = replace(options, metric="weight")
         if metadata.get("data_aware") and any(entry.rank is not None for entry in plan.entries):
@@ -226,10 +234,10 @@ def apply_plan(model: nn.Module, plan: Plan, calibration: Iterable[Any] | None =
                 "apply_plan: the plan's factors were fitted to calibration data; without it they come from the plain SVD"
             )
     original = unwrapped(model)
-    found = find_work(original, options)
+    working, found, _ = fold_and_find(original, options)
     batches = prepare_batches(original, calibration) if calibration is not None else None
     split = split_again(batches, metadata) if batches is not None else None
-    bench = Bench(original, gather(original, found, split, options))
+    bench = Bench(working, gather(working, found, split, options))
     bench.install_plan(plan)
     return bench.release()
 
@@ -243,18 +251,19 @@ def _prepare(
     probing: bool,
 ) -> tuple[Job, list[Batch]]:
     reset_fallback_counts()
-    found = find_work(model, options)
+    working, found, notes = fold_and_find(model, options)
     if options.metric == "weight":
         # Its optimum is the plain SVD and its value needs no samples.
         calibration = validation = None
     batches = prepare_batches(model, calibration) if calibration is not None else None
     checks = prepare_batches(model, validation, "validation") if validation is not None else None
     split = split_samples(batches, checks, options)
-    bench = Bench(model, gather(model, found, split, options))
+    bench = Bench(working, gather(working, found, split, options), model)
     if probing:
         job = weigh(bench, found, split, options)
     else:
         job = Job(bench, found, split, [])
+    job.notes = notes + job.notes
     if options.strict and fallback_counts():
         raise NumericsError(f"strict: a decomposition did not converge and a fallback was used: {fallback_counts()}")
     return job, split.verification if split is not None else []

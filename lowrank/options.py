@@ -68,6 +68,7 @@ class Options:
     seed: int = 0
     progress: bool = True
     on_nonfinite: str = "raise"
+    fold_batchnorm: bool = False
 
     def checked(self, *, calibrated: bool, planned: bool = False) -> Options:
         """The same with "auto" and "all" resolved.
@@ -107,6 +108,8 @@ class Options:
         ):
             if value not in allowed:
                 raise UsageError(f"{name}: must be one of {', '.join(allowed)}, got {value!r}")
+        if not isinstance(self.fold_batchnorm, bool):
+            raise UsageError(f"fold_batchnorm: must be True or False, got {self.fold_batchnorm!r}")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
             raise UsageError(f"seed: must be an integer from 0, got {self.seed!r}")
         return Options(**{**vars(self), "metric": metric, "formats": self._formats()})

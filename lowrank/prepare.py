@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.batches import Batch, Split, sample_count, split_batches
+from lowrank.batchnorm import fold_sharing
 from lowrank.bench import Bench
 from lowrank.calibration import collect_statistics
 from lowrank.errors import NumericsError, UsageError
@@ -24,7 +25,7 @@ from lowrank.statistics import InputStatistics, TokenCounts
 from lowrank.workshop import Choice, Workshop
 from lowrank.workshops import open_workshop
 
-__all__ = ["Job", "find_work", "forced_choices", "gather", "split_again", "split_samples", "weigh"]
+__all__ = ["Job", "find_work", "fold_and_find", "forced_choices", "gather", "split_again", "split_samples", "weigh"]
 
 # Samples on which single layers are probed. More would not change which layers are the sensitive ones, and the whole plan is measured
 # on all search samples anyway.
@@ -50,6 +51,7 @@ class Job:
             "metric": options.metric if isinstance(options.metric, str) else "callable",
             "seed": options.seed,
             "split": 0 if self.split is None else self.split.ways,
+            **({"fold_batchnorm": True} if options.fold_batchnorm else {}),
         }
 
 
@@ -84,6 +86,26 @@ def find_work(model: nn.Module, options: Options) -> Survey:
             f"modules with weights: {held}"
         )
     return Survey(tuple(sound), tuple(skipped), found.members)
+
+
+def fold_and_find(model: nn.Module, options: Options) -> tuple[nn.Module, Survey, list[str]]:
+    """The model to work on (the original, or a copy with BatchNorm folded), its targets beside the original's modules, and a note.
+
+    Raises:
+        UsageError: nothing to compress, or the model cannot be traced.
+    """
+    if not options.fold_batchnorm:
+        return model, find_work(model, options), []
+    folded, pairs = fold_sharing(model)
+    found = find_work(folded, options)
+    members = survey(model).members
+    by_name = {member.name: member for member in members}
+    gone = [Skipped(by_name[norm], f"folded into {conv}") for conv, norm in pairs]
+    left = [member.name for member in found.members if isinstance(member.module, nn.modules.batchnorm._BatchNorm)]
+    notes = [f"BatchNorm: {len(pairs)} folded into the convolution before it"]
+    if left:
+        notes[0] += f"; {_named(left)} stay: what comes before is not one convolution that goes nowhere else"
+    return folded, Survey(found.targets, (*found.skipped, *gone), members), notes
 
 
 def split_samples(
@@ -128,7 +150,7 @@ def weigh(bench: Bench, found: Survey, split: Split | None, options: Options) ->
         activations = "int8" if options.activations == "auto" else options.activations
     else:
         metric = {"kl": "kl", "perplexity": "kl"}.get(str(options.metric), "output")
-        evaluator = Evaluator(bench.original, _spread(split.search, PROBE_SAMPLES), metric, options.output_fn)
+        evaluator = Evaluator(bench.reference, _spread(split.search, PROBE_SAMPLES), metric, options.output_fn)
         sensitivities = probe_layers(
             bench,
             shops,
@@ -177,25 +199,33 @@ def forced_choices(overrides: Mapping[str, Any] | None, workshops: Mapping[str, 
 
 
 def _forced(shop: Workshop, value: Any, where: str) -> list[Choice]:
-    wanted = {"format": value} if isinstance(value, str) else value
-    if (
-        not isinstance(wanted, Mapping)
-        or not set(wanted) <= {"format", "rank", "bits", "activations"}
-        or "format" not in wanted
-    ):
+    wanted: Any = {"format": value} if isinstance(value, str) else value
+    known = {"format", "rank", "bits", "activations", "scheme"}
+    if not isinstance(wanted, Mapping) or not set(wanted) <= known or "format" not in wanted:
         raise UsageError(
-            f'{where}: must be a format or a dict with "format" and maybe "rank", "bits", "activations", got {value!r}'
+            f'{where}: must be a format or a dict with "format" and maybe "rank", "bits", "activations", "scheme", got {value!r}'
         )
     name = wanted["format"]
     check_format(name, where)
     if name == "dense":
         return [Choice("dense")]
+    if name not in shop.formats:
+        raise UsageError(
+            f"{where}: this {shop.target.kind} layer can be dense or {', '.join(shop.formats)}, got {name!r}"
+        )
     factored, rounded = "lowrank" in name, "int8" in name
-    rank, bits = wanted.get("rank"), wanted.get("bits")
+    rank, bits, scheme = wanted.get("rank"), wanted.get("bits"), wanted.get("scheme")
+    if scheme is not None and (not factored or scheme not in shop.schemes):
+        possible = [each for each in shop.schemes if each is not None] if factored else []
+        raise UsageError(
+            f"{where}: scheme of format {name!r} must be {' or '.join(possible) or 'left out'}, got {scheme!r}"
+        )
+    schemes = shop.schemes if scheme is None else (scheme,)
     if rank is not None:
         if not factored:
             raise UsageError(f"{where}: format {name!r} has no rank, got {rank!r}")
-        check_rank(rank, min(shop.rows, shop.columns), f"{where}, rank")
+        check_rank(rank, max(map(shop.max_rank, schemes)), f"{where}, rank")
+        schemes = tuple(each for each in schemes if rank <= shop.max_rank(each))
     if bits is not None and (not rounded or isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 8):
         raise UsageError(
             f"{where}: bits must be an integer from 2 to 8, for the formats int8 and lowrank-int8, got {bits!r}"
@@ -203,10 +233,10 @@ def _forced(shop: Workshop, value: Any, where: str) -> list[Choice]:
     modes: list[str | None] = [None]
     if rounded and shop.target.linears:
         modes = [wanted["activations"]] if "activations" in wanted else ["int8", "float"]
-    ranks: list[int | None] = [None]
+    thin: list[tuple[int | None, str | None]] = [(None, None)]
     if factored:
-        ranks = [int(rank)] if rank is not None else list(shop.ranks(name))
-    choices = [Choice(name, each, (bits or 8) if rounded else None, mode) for each in ranks for mode in modes]
+        thin = [(each, cut) for cut in schemes for each in ([rank] if rank is not None else shop.ranks(name, cut))]
+    choices = [Choice(name, each, (bits or 8) if rounded else None, mode, cut) for each, cut in thin for mode in modes]
     small = [choice for choice in choices if shop.bytes(choice) < shop.bytes(Choice("dense"))]
     if not small:
         smallest = min((shop.bytes(choice) for choice in choices), default=0)

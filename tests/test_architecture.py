@@ -40,6 +40,7 @@ FLOORS: dict[str, int] = {
     "modules": 40,
     "evaluation": 40,
     "calibration": 40,
+    "batchnorm": 45,
     "checkpoint": 50,
     "workshop": 50,
     "workshop_conv": 52,

@@ -407,7 +407,7 @@ def test_later_options_say_that_they_are_later(options: dict[str, Any]) -> None:
 
 def test_models_without_targets_are_refused() -> None:
     with pytest.raises(UsageError, match="no layer that can be compressed"):
-        compress(nn.Sequential(nn.Conv2d(3, 3, 3), nn.ReLU()), error_budget=0.1)
+        compress(nn.Sequential(nn.ConvTranspose2d(3, 3, 3), nn.ReLU()), error_budget=0.1)
 
 
 def test_nonfinite_weights_are_refused_or_copied_by_name() -> None:
@@ -495,7 +495,7 @@ def test_fallbacks_are_counted_printed_and_refused_when_strict() -> None:
 
 
 def test_no_layer_is_larger_than_it_was_and_every_skip_has_a_reason() -> None:
-    model = nn.Sequential(nn.Linear(48, 2), nn.Linear(2, 2), nn.Conv1d(1, 1, 1), nn.Flatten(0))
+    model = nn.Sequential(nn.Linear(48, 2), nn.Linear(2, 2), nn.ConvTranspose1d(1, 1, 1), nn.Flatten(0))
 
     class Wrap(nn.Module):
         def __init__(self) -> None:
@@ -510,4 +510,4 @@ def test_no_layer_is_larger_than_it_was_and_every_skip_has_a_reason() -> None:
     for row in result.report.rows:
         assert row.bytes_after <= row.bytes_before
         assert row.format != "dense" or row.reason
-    assert {row.name: row.reason for row in result.report.rows}["inner.2"] == "not a target yet"
+    assert "transposed" in ({row.name: row.reason for row in result.report.rows}["inner.2"] or "")

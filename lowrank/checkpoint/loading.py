@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lowrank.batchnorm import fold_skeleton
 from lowrank.checkpoint.manifest import (
     MANIFEST_NAME,
     Manifest,
@@ -70,6 +71,7 @@ def load_model(
     target = torch.device("cpu" if device is None else device)
     manifest, source = open_checkpoint(directory)
     skeleton = _skeleton(directory, model, manifest, source, dtype)
+    fold_skeleton(skeleton, manifest.folded, source.entries, printable(directory))
     _check_fit(skeleton, manifest, source, printable(directory))
     _check_buffers(skeleton, manifest, printable(directory))
     # Scales first: they are small, and a bad one should not cost the reading of everything else.
@@ -103,6 +105,7 @@ def _skeleton(
     # On the meta device first: a configuration that does not fit the tensors costs no memory that way.
     with torch.device("meta"):
         trial = build_from_config(directory, shapes=shapes, dtype=dtype)
+        fold_skeleton(trial, manifest.folded, source.entries, printable(directory))
     _check_fit(trial, manifest, source, printable(directory))
     stored = trial.state_dict().keys()
     unstored = sum(buffer.nbytes for name, buffer in trial.named_buffers() if name not in stored)
@@ -138,7 +141,9 @@ def _check_fit(skeleton: nn.Module, manifest: Manifest, source: TensorSource, wh
         if module is None:
             raise CheckpointError(f"{where}: the model has no layer {printable(name)!r}{_near(name, modules)}")
         found = _matrix_shape(module)
-        if found is not None and sorted(found) != sorted(config["shape"]):
+        # A Conv1D of transformers keeps its matrix transposed.
+        order = sorted if found is not None and len(found) == 2 else list
+        if found is not None and order(found) != order(config["shape"]):
             raise CheckpointError(
                 f"{where}: layer {printable(name)!r} is {list(found)} in the model, but {config['shape']} in the file"
             )

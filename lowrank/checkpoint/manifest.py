@@ -44,6 +44,7 @@ class Manifest:
         layers: name of each compressed layer -> its ``config()``.
         ties: name of a tensor that is not stored -> name of the stored one that it is.
         buffers: name of a buffer that is not stored -> its dtype, as ``"float32"``.
+        folded: names of the BatchNorms that were taken into the convolutions before them.
         guard: name of the zero-size tensor that makes other loaders fail, or ``None``.
         raw: the whole document.
     """
@@ -53,6 +54,7 @@ class Manifest:
     buffers: dict[str, str]
     guard: str | None
     raw: dict[str, Any]
+    folded: tuple[str, ...] = ()
 
     def resolve(self, name: str) -> str:
         """The stored name behind a name: the owner where it is tied."""
@@ -132,7 +134,10 @@ def parse_manifest(document: Mapping[str, Any], origin: str) -> Manifest:
     if guard is not None and not isinstance(guard, str):
         raise CheckpointError(f"{where}: guard must be a tensor name; got {_shown(guard)}")
     ties, buffers = _mapping(document, "ties", str, where), _mapping(document, "buffers", str, where)
-    return Manifest(layers, ties, buffers, guard, dict(document))
+    folded = document.get("folded", [])
+    if not isinstance(folded, list) or not all(isinstance(name, str) and name for name in folded):
+        raise CheckpointError(f"{where}: folded must be a list of module names; got {_shown(folded)}")
+    return Manifest(layers, ties, buffers, guard, dict(document), tuple(folded))
 
 
 def _mapping(document: Mapping[str, Any], key: str, kind: type, where: str) -> dict[str, Any]:
@@ -182,6 +187,8 @@ def _check_layer(
         raise CheckpointError(f"{label}: shape must be a list of at least two sizes; got {_shown(shape)}")
     sizes = [require_int(size, f"{label}: a size in shape", 1, 1 << 40) for size in shape]
     full = min(sizes[0], math.prod(sizes[1:]))
+    if config.get("scheme") == "spatial" and len(sizes) == 4:
+        full = min(sizes[1] * sizes[2], sizes[0] * sizes[3])
     if config.get("rank") is not None:
         require_int(config["rank"], f"{label}: rank", 1, full)
     if config.get("bits") is not None:

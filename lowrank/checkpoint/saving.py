@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lowrank.batchnorm import FoldedBatchNorm
 from lowrank.checkpoint.manifest import FORMAT_VERSION, MANIFEST_NAME, manifest_limit_bytes, prefix_of
 from lowrank.errors import CheckpointError, UsageError
 from lowrank.files import (
@@ -187,6 +188,11 @@ def _manifest(
     }
     if guard is not None:
         document["guard"] = guard
+    folded = [
+        name for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, FoldedBatchNorm)
+    ]
+    if folded:
+        document["folded"] = folded
     if extra:
         document["extra"] = dict(extra)
     return document
