@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 __all__ = [
+    "AdapterError",
     "BudgetError",
     "CalibrationError",
     "CheckpointError",
@@ -35,6 +36,10 @@ class UsageError(LowRankError, ValueError):
 
 class RankError(LowRankError, ValueError):
     """A rank (or number of bits) that the shape of the layer does not allow."""
+
+
+class AdapterError(LowRankError, ValueError):
+    """A LoRA adapter's configuration is out of range, or the adapter does not fit its model."""
 
 
 class CalibrationError(LowRankError):

@@ -1,0 +1,266 @@
+"""What an adapter is to be: PEFT's names and defaults, checked, to and from PEFT's ``adapter_config.json``."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lowrank.errors import AdapterError, RankError, UsageError
+
+__all__ = ["INITIALISATIONS", "LoRAConfig"]
+
+INITIALISATIONS = (True, False, "gaussian", "pissa", "residual")
+# PEFT's further initialisations that leave the base weight alone: once trained, their adapters are like any other.
+_STARTED_ELSEWHERE = ("eva", "mica", "orthogonal")
+# Fields of PEFT's LoraConfig that say where an adapter comes from, not what it computes: kept and written back.
+_DESCRIPTIVE = {
+    "auto_mapping": None,
+    "base_model_name_or_path": None,
+    "eva_config": None,
+    "inference_mode": True,
+    "peft_version": None,
+    "revision": None,
+    "task_type": None,
+    "megatron_core": "megatron.core",
+    "qalora_group_size": 16,
+}
+# Fields that change the computation in a way this package does not have: accepted at these (neutral) values alone.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "alora_invocation_tokens": (None,),
+    "arrow_config": (None,),
+    "bias": ("none",),
+    "corda_config": (None,),
+    "ensure_weight_tying": (False,),
+    "kasa_config": (None,),
+    "layer_replication": (None,),
+    "loftq_config": ({}, None),
+    "lora_bias": (False,),
+    "lora_ga_config": (None,),
+    "megatron_config": (None,),
+    "monteclora_config": (None,),
+    "target_parameters": (None, []),
+    "trainable_token_indices": (None,),
+    "use_bdlora": (None, False),
+    "use_qalora": (False,),
+    "velora_config": (None,),
+}
+
+
+@dataclass
+class LoRAConfig:
+    """An adapter's configuration; arguments and defaults are PEFT's.
+
+    Attributes:
+        r: rank of the adapters, ``lora_A (r, in)`` and ``lora_B (out, r)``.
+        lora_alpha: the scaling is ``lora_alpha / r``.
+        lora_dropout: probability of zeroing an input of ``lora_A`` in training, in [0, 1).
+        target_modules: text: ``"all-linear"`` (``None`` means the same), or a regular expression that a full module
+            name must match; a list: exact names or suffixes after a dot.
+        exclude_modules: the same, for modules to leave alone.
+        use_rslora: scaling ``lora_alpha / √r``.
+        use_dora: magnitude and direction apart (DoRA): each output's weight row is scaled to a learned norm.
+        init_lora_weights: ``True`` (Kaiming ``lora_A``, zero ``lora_B``), ``False`` (both random), ``"gaussian"``,
+            ``"pissa"`` (leading singular vectors, taken out of the base weight) or ``"residual"`` (what compression
+            removed; :func:`lowrank.add_lora` then needs ``original=``).
+        rank_pattern, alpha_pattern: regular expression of a name's end to the rank (or alpha) there.
+        modules_to_save: modules that are trained whole and saved with the adapter.
+        layers_to_transform: indices of the layers to adapt, where ``target_modules`` is a list.
+        layers_pattern: the name before the index, where it is not the first that fits.
+        learnable_scale: train one factor on each layer's scaling, starting at 1 (not in PEFT: folded into ``lora_B``
+            where the adapter is saved).
+        fan_in_fan_out: kept for PEFT; here each layer knows how it stores its weight.
+        extra: further fields of a PEFT file that do not change the computation.
+
+    Raises:
+        RankError: ``r`` is not an integer of at least 1.
+        AdapterError: ``lora_alpha`` is not finite, ``lora_dropout`` is outside [0, 1), or another field is not what
+            it may be.
+
+    Example:
+        >>> LoRAConfig(r=4, lora_alpha=8).scaling_of("layer")
+        2.0
+    """
+
+    r: int = 8
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    target_modules: str | Sequence[str] | None = None
+    exclude_modules: str | Sequence[str] | None = None
+    use_rslora: bool = False
+    use_dora: bool = False
+    init_lora_weights: bool | str = True
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    modules_to_save: Sequence[str] | None = None
+    layers_to_transform: int | Sequence[int] | None = None
+    layers_pattern: str | Sequence[str] | None = None
+    learnable_scale: bool = False
+    fan_in_fan_out: bool = False
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check_rank(self.r, "r")
+        _check_alpha(self.lora_alpha, "lora_alpha")
+        dropout = self.lora_dropout
+        if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0.0 <= dropout < 1.0:
+            raise AdapterError(f"lora_dropout: must be a number in [0, 1), got {dropout!r}")
+        for name in ("use_rslora", "use_dora", "learnable_scale", "fan_in_fan_out"):
+            if not isinstance(getattr(self, name), bool):
+                raise AdapterError(f"{name}: must be true or false, got {getattr(self, name)!r}")
+        if not any(self.init_lora_weights is known or self.init_lora_weights == known for known in INITIALISATIONS):
+            known = ", ".join(repr(value) for value in INITIALISATIONS)
+            raise AdapterError(f"init_lora_weights: must be one of {known}, got {self.init_lora_weights!r}")
+        self.target_modules = _patterns(self.target_modules, "target_modules", text=True)
+        self.exclude_modules = _patterns(self.exclude_modules, "exclude_modules", text=True)
+        modules_to_save = _patterns(self.modules_to_save, "modules_to_save", text=False)
+        assert not isinstance(modules_to_save, str)
+        self.modules_to_save = modules_to_save
+        self._check_layers()
+        self.rank_pattern = _pattern_map(self.rank_pattern, "rank_pattern", _check_rank)
+        self.alpha_pattern = _pattern_map(self.alpha_pattern, "alpha_pattern", _check_alpha)
+
+    def _check_layers(self) -> None:
+        indices = self.layers_to_transform
+        if indices is None:
+            if self.layers_pattern:
+                raise AdapterError("layers_pattern: needs layers_to_transform, which says which layers")
+            return
+        if not isinstance(self.target_modules, list):
+            raise AdapterError(
+                "layers_to_transform: works with a list of target_modules; a regular expression can name the layers"
+            )
+        wanted = [indices] if isinstance(indices, int) else list(indices)
+        if any(isinstance(index, bool) or not isinstance(index, int) or index < 0 for index in wanted):
+            raise AdapterError(f"layers_to_transform: must be layer indices of at least 0, got {indices!r}")
+        self.layers_to_transform = wanted
+
+    def rank_of(self, name: str) -> int:
+        """The rank for a module of this name.
+
+        Example:
+            >>> LoRAConfig(r=4, rank_pattern={"query": 16}).rank_of("layer.0.query")
+            16
+        """
+        key = pattern_key(self.rank_pattern, name)
+        return self.r if key is None else self.rank_pattern[key]
+
+    def alpha_of(self, name: str) -> float:
+        """``lora_alpha`` for a module of this name."""
+        key = pattern_key(self.alpha_pattern, name)
+        return self.lora_alpha if key is None else self.alpha_pattern[key]
+
+    def scaling_of(self, name: str) -> float:
+        """α/r, or α/√r with ``use_rslora``, for a module of this name."""
+        rank = self.rank_of(name)
+        return self.alpha_of(name) / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def replace(self, **changes: Any) -> LoRAConfig:
+        """A copy with other values."""
+        return dataclasses.replace(self, **changes)
+
+    def to_peft(self) -> dict[str, Any]:
+        """The fields of PEFT's ``adapter_config.json``, sorted by name.
+
+        ``init_lora_weights="residual"``, which PEFT does not know, is written as ``true``: it matters only where an
+        adapter is made, not where one is loaded.
+        """
+        document: dict[str, Any] = dict(_DESCRIPTIVE) | {name: values[0] for name, values in _NEUTRAL.items()}
+        own = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self)}
+        document |= own.pop("extra")
+        own.pop("learnable_scale")
+        if own["init_lora_weights"] == "residual":
+            own["init_lora_weights"] = True
+        document |= own | {"peft_type": "LORA"}
+        return dict(sorted(document.items()))
+
+    @classmethod
+    def from_peft(cls, document: Mapping[str, Any], source: str = "adapter_config.json") -> LoRAConfig:
+        """The configuration in PEFT's fields.
+
+        A field that only describes is kept. One that changes the computation in a way this package does not have is
+        accepted at its neutral value alone, and so is a field that no known PEFT has (neutral: null, false, empty).
+
+        Raises:
+            AdapterError: not a LoRA adapter, or a field that would be ignored; names it.
+
+        Example:
+            >>> LoRAConfig.from_peft({"peft_type": "LORA", "r": 2, "task_type": "CAUSAL_LM"}).r
+            2
+        """
+        if document.get("peft_type") != "LORA":
+            raise AdapterError(f"{source}: peft_type must be 'LORA', got {document.get('peft_type')!r}")
+        known = {entry.name for entry in dataclasses.fields(cls)} - {"extra", "learnable_scale"}
+        own: dict[str, Any] = {}
+        extra: dict[str, Any] = {}
+        for name, value in document.items():
+            if name in known:
+                own[name] = value
+            elif name in _DESCRIPTIVE:
+                extra[name] = value
+            elif name == "peft_type" or value in _NEUTRAL.get(name, (None, False, {}, [])):
+                continue
+            else:
+                raise AdapterError(
+                    f"{source}: {name} = {value!r} changes what the adapter computes and is not supported here; "
+                    "load it with PEFT, merge it there, and compress the result"
+                )
+        if own.get("init_lora_weights") in _STARTED_ELSEWHERE:
+            own["init_lora_weights"] = True
+        for name in ("rank_pattern", "alpha_pattern"):
+            own[name] = own.get(name) or {}
+        return cls(**own, extra=extra)
+
+
+def pattern_key(patterns: Mapping[str, Any], name: str) -> str | None:
+    """The first pattern that matches the end of a name, as PEFT does: ``(.*\\.)?(pattern)$``."""
+    for pattern in patterns:
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            return pattern
+    return None
+
+
+def _check_rank(value: object, name: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise RankError(f"{name}: must be an integer of at least 1, got {value!r}")
+    return value
+
+
+def _check_alpha(value: object, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise AdapterError(f"{name}: must be a finite number, got {value!r}")
+    return value
+
+
+def _pattern_map(value: object, name: str, check: Any) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise AdapterError(f"{name}: must map patterns to numbers, got {value!r}")
+    for pattern, number in value.items():
+        _check_expression(pattern, name)
+        check(number, f"{name}[{pattern!r}]")
+    return dict(value)
+
+
+def _patterns(value: Any, name: str, *, text: bool) -> str | list[str] | None:
+    if value is None:
+        return None
+    if isinstance(value, str):
+        if not text:
+            raise UsageError(f"{name}: must be a list of module names, got the string {value!r}; write [{value!r}]")
+        _check_expression(value, name)
+        return value
+    # A set has no order of its own; sorted, the same configuration gives the same file.
+    entries = sorted(value) if isinstance(value, (set, frozenset)) else list(value)
+    if not all(isinstance(entry, str) and entry for entry in entries):
+        raise AdapterError(f"{name}: must hold module names, got {value!r}")
+    return entries
+
+
+def _check_expression(pattern: object, name: str) -> None:
+    try:
+        re.compile(pattern if isinstance(pattern, str) else "(")
+    except re.error as error:
+        raise AdapterError(f"{name}: {pattern!r} is not a regular expression ({error})") from error
