@@ -42,6 +42,7 @@ FLOORS: dict[str, int] = {
     "calibration": 40,
     "batchnorm": 45,
     "checkpoint": 50,
+    "lora": 55,
     "workshop": 50,
     "workshop_conv": 52,
     "workshops": 55,
