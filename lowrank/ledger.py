@@ -62,6 +62,7 @@ def layer_rows(survey: Survey, compressed: nn.Module, workshops: Mapping[str, Wo
                 rank=module.rank,
                 bits=module.bits,
                 activations=getattr(module, "activations", None) if module.bits is not None else None,
+                scheme=getattr(module, "scheme", None),
                 weight_error=weight_error,
                 activation_error=activation_error if shop.reached else None,
                 reason=None if member.name == first else f"tied with {first}",

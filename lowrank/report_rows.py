@@ -72,6 +72,7 @@ class LayerRow:
         reason: why the layer was left alone, or what else is to be said about it.
         activations: ``"int8"`` (integer products), ``"float"`` (weight-only), ``None`` (neither).
         weights: number of original weights that this row counts.
+        scheme: of a factored convolution, ``"channel"`` or ``"spatial"``; ``None`` for all else.
     """
 
     name: str
@@ -88,6 +89,7 @@ class LayerRow:
     reason: str | None = None
     activations: str | None = None
     weights: int = 0
+    scheme: str | None = None
 
     @property
     def route(self) -> str:
@@ -128,7 +130,7 @@ def row_texts(row: LayerRow, name: str) -> list[str]:
     """The cells of one row under :data:`COLUMNS`, with the name as it is to be shown."""
     return [
         name or "(the model itself)",
-        one_line(row.format) if row.bits in (None, 8) else f"{one_line(row.format)} ({row.bits} bits)",
+        _format_text(row),
         "" if row.rank is None else str(row.rank),
         human_bytes(row.bytes_before),
         human_bytes(row.bytes_after),
@@ -198,6 +200,14 @@ def row_from_json(item: object, source: str) -> LayerRow:
     if not isinstance(item["shape"], list):
         raise CheckpointError(f"{source}: row {item['name']!r}: shape must be a list, got {item['shape']!r}")
     return LayerRow(**{**item, "shape": tuple(item["shape"])})
+
+
+def _format_text(row: LayerRow) -> str:
+    details = [
+        *([one_line(row.scheme)] if row.scheme else []),
+        *([f"{row.bits} bits"] if row.bits not in (None, 8) else []),
+    ]
+    return one_line(row.format) + (f" ({', '.join(details)})" if details else "")
 
 
 def _remarks(row: LayerRow) -> str:
