@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import click
-from torch import nn
 
 from lowrank import cli_data, demo
 from lowrank.analysis import analyze_model
 from lowrank.batches import prepare_batches
-from lowrank.checkpoint import MANIFEST_NAME, describe, load_model
+from lowrank.checkpoint import describe
+from lowrank.cli_models import model_batches, open_model
 from lowrank.cli_options import Fraction, common_options, data_options
 from lowrank.cli_shell import check_file, emit, note, run, write_file
 from lowrank.cli_text import comparison_text, info_text, plan_text
@@ -25,7 +25,6 @@ from lowrank.evaluation import compare_models
 from lowrank.files import check_destination, lock_destination, open_tensors, printable, read_bounded
 from lowrank.integrations.matplotlib import FORMATS as PLOT_FORMATS
 from lowrank.integrations.matplotlib import draw_spectra
-from lowrank.integrations.transformers import is_model_directory, load_pretrained, load_tokenizer
 from lowrank.options import METRIC_NAMES, check_budgets
 from lowrank.plan import Plan
 from lowrank.version import __version__
@@ -109,8 +108,8 @@ def analyze(
     batches = None
     if calibration is not None:
         data = cli_data.read_data(calibration)
-        subject = _open_model(source, device, quiet)
-        batches = _batches(data, calibration, subject, source, max_tokens, batch_size)
+        subject = open_model(source, device, quiet)
+        batches = model_batches(data, calibration, subject, source, max_tokens, batch_size)
     report = analyze_model(subject, calibration=batches, ignore=ignore, progress=not quiet)
     if html_file is not None:
         write_file(html_file, report.to_html().encode())
@@ -194,9 +193,9 @@ def compress(
     with _destination(None if dry_run else output, overwrite, inputs, source):
         data = None if calibration is None else cli_data.read_data(calibration)
         checks = None if validation is None else cli_data.read_data(validation)
-        model = _open_model(source, device, quiet, compressed=False)
-        options["calibration"] = _batches(data, calibration, model, source, max_tokens, batch_size)
-        options["validation"] = _batches(checks, validation, model, source, max_tokens, batch_size)
+        model = open_model(source, device, quiet, compressed=False)
+        options["calibration"] = model_batches(data, calibration, model, source, max_tokens, batch_size)
+        options["validation"] = model_batches(checks, validation, model, source, max_tokens, batch_size)
         options["progress"] = not quiet
         if dry_run:
             found = plan if plan is not None else plan_model(model, **options)
@@ -235,9 +234,9 @@ def evaluate(
     Example: lowrank evaluate smaller --against my-model --data held-out.txt
     """
     data = cli_data.read_data(data_file)
-    original = _open_model(source, device, quiet)
-    smaller = _open_model(compressed, device, quiet)
-    batches = _batches(data, data_file, original, source, max_tokens, batch_size)
+    original = open_model(source, device, quiet)
+    smaller = open_model(compressed, device, quiet)
+    batches = model_batches(data, data_file, original, source, max_tokens, batch_size)
     found = compare_models(original, smaller, prepare_batches(original, batches or [], "--data"), progress=not quiet)
     emit(json.dumps(found, indent=2, sort_keys=True) if as_json else comparison_text(found))
 
@@ -313,33 +312,3 @@ def _destination(output: Path | None, overwrite: bool, inputs: Sequence[Path], s
     check_destination(output, overwrite, inputs, open_tensors(source).tensor_bytes + _SIDE_BYTES)
     with lock_destination(output):
         yield
-
-
-def _open_model(path: Path, device: str | None, quiet: bool, *, compressed: bool = True) -> nn.Module:
-    """An original or (unless that makes no sense) a compressed model."""
-    if not quiet:
-        note(f"loading {printable(path)}")
-    if compressed and (path / MANIFEST_NAME).is_file():
-        return load_model(path, device=device)
-    _check_runnable(path)
-    model: nn.Module = load_pretrained(path, tokenizer=False)[0]
-    return model if device is None else model.to(device)
-
-
-def _check_runnable(path: Path) -> None:
-    """Refuse tensors without a model; whatever else is wrong with a path, loading says better."""
-    if path.exists() and not is_model_directory(path):
-        tensors = open_tensors(path)
-        raise CheckpointError(
-            f"{printable(path)}: {len(tensors.names)} tensors without a config.json; running the model needs a Hugging "
-            "Face directory, or lowrank.compress_model(model) in Python"
-        )
-
-
-def _batches(
-    data: cli_data.Data | None, path: Path | None, model: nn.Module, source: Path, max_tokens: int, batch_size: int
-) -> list[Any] | None:
-    if data is None:
-        return None
-    tokenizer = load_tokenizer(source) if isinstance(data, list) else None
-    return cli_data.load_batches(data, model, tokenizer, source=str(path), batch_size=batch_size, max_tokens=max_tokens)

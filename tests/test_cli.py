@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tiny_models import make_directory, make_text
 
 import lowrank
-from lowrank import cli, cli_shell
+from lowrank import cli, cli_models
 from lowrank.cli import app, main
 from lowrank.errors import LowRankError
 
@@ -209,7 +209,7 @@ def test_the_output_is_checked_before_any_work(
     prepare: object,
     code: int,
 ) -> None:
-    monkeypatch.setattr(cli, "load_pretrained", never)
+    monkeypatch.setattr(cli_models, "load_pretrained", never)
     out = tmp_path / "parent" / "out"
     out.parent.mkdir()
     prepare(room, out)  # type: ignore[operator]
@@ -226,7 +226,7 @@ def test_the_output_is_checked_before_any_work(
 def test_output_and_input_may_not_lie_in_one_another(
     room: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
-    monkeypatch.setattr(cli, "load_pretrained", never)
+    monkeypatch.setattr(cli_models, "load_pretrained", never)
     before = snapshot(room / "model")
     arguments = ["compress", str(room / "model"), "-o", str(room / place), "--error-budget", "0.1", "--overwrite"]
     assert failure(arguments, capfd)[0] == 2
