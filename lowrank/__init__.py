@@ -5,6 +5,7 @@ Start at :func:`compress_model`; the rooms below it are described in the README 
 
 from lowrank.analysis import AnalysisReport, analyze_model
 from lowrank.batchnorm import fold_batchnorm
+from lowrank.benchmark import BenchmarkReport, benchmark
 from lowrank.calibration import collect_statistics
 from lowrank.checkpoint import load_model
 from lowrank.compress import CompressionResult, apply_plan, compress_model
@@ -82,6 +83,9 @@ __all__ = [
     "fold_batchnorm",
     "load_model",
     "plan_formats",
+    # Speed
+    "BenchmarkReport",
+    "benchmark",
     # Errors
     "BudgetError",
     "CalibrationError",

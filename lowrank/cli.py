@@ -15,6 +15,7 @@ from lowrank import cli_data, demo
 from lowrank.analysis import analyze_model
 from lowrank.batches import prepare_batches
 from lowrank.checkpoint import describe
+from lowrank.cli_benchmark import benchmark_command
 from lowrank.cli_models import model_batches, open_model
 from lowrank.cli_options import Fraction, common_options, data_options
 from lowrank.cli_shell import check_file, emit, note, run, write_file
@@ -253,6 +254,9 @@ def info(directory: Path, as_json: bool, quiet: bool) -> None:
     """
     found = describe(directory)
     emit(json.dumps(found, indent=2, sort_keys=True) if as_json else info_text(found))
+
+
+app.add_command(benchmark_command)
 
 
 @app.command("demo", short_help="Compress a real sentence-embedding model within a 10 % budget.")
