@@ -13,7 +13,7 @@ from lowrank.bench import choice_of, weight_error_of
 from lowrank.errors import BudgetError, UsageError
 from lowrank.evaluation import Evaluator
 from lowrank.ledger import layer_rows
-from lowrank.options import Options
+from lowrank.options import RELATIVE_METRICS, Options
 from lowrank.planner import LayerChoices, Plan, plan_formats
 from lowrank.prepare import Job
 from lowrank.probes import uniform_choices
@@ -22,6 +22,8 @@ from lowrank.workshop import Choice
 
 __all__ = ["choose", "measure_given", "planner_of"]
 
+# Times the budget: what the report says that other budgets would give.
+OTHER_BUDGETS = (0.1, 0.2, 0.35, 0.5, 0.75, 1.5, 2.0, 3.0, 5.0)
 # A budget for plans that have one candidate a layer and nothing to choose.
 UNLIMITED = 1e300
 
@@ -134,9 +136,9 @@ def choose(job: Job, verification: Sequence[Batch], options: Options) -> Outcome
             ("size budget", plan_for(math.inf)),
             *(item for item in _uniform(job, options) if item[1].bytes <= allowed),
         ]
-        return _calibrated(
-            least_error(job.bench, plans, search, verify, total=options.contribution, progress=options.progress)
-        )
+        outcome = least_error(job.bench, plans, search, verify, total=options.contribution, progress=options.progress)
+        outcome.predicted = _others(plan_for, outcome, outcome.chosen.searched.value, options)
+        return _calibrated(outcome)
     outcome = keep_error_budget(
         job.bench,
         plan_for,
@@ -148,7 +150,28 @@ def choose(job: Job, verification: Sequence[Batch], options: Options) -> Outcome
         total=options.contribution,
         progress=options.progress,
     )
+    outcome.predicted = _others(plan_for, outcome, options.error_budget, options)
     return _calibrated(outcome)
+
+
+def _others(
+    plan_for: Callable[[float], Plan], outcome: Outcome, around: float, options: Options
+) -> list[tuple[float, Plan]]:
+    """Plans for error budgets around this one, for the report: nothing is built or measured."""
+    found: list[tuple[float, Plan]] = []
+    for factor in OTHER_BUDGETS:
+        budget = around * factor
+        allowed = options.contribution(budget) / outcome.calibration
+        if not 0.0 < allowed < UNLIMITED or (options.metric in RELATIVE_METRICS and budget > 1.0):
+            continue
+        try:
+            plan = plan_for(allowed)
+        except BudgetError:
+            # Overrides that no budget of this size can hold.
+            continue
+        if any(entry.format != "dense" for entry in plan.entries):
+            found.append((budget, plan))
+    return found
 
 
 def _calibrated(outcome: Outcome) -> Outcome:

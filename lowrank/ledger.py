@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,7 +16,9 @@ from lowrank.layers import CompressedLayer
 from lowrank.linalg import fallback_counts
 from lowrank.modules import Survey
 from lowrank.options import Options
+from lowrank.plan import Plan
 from lowrank.report import CompressionReport, LayerRow, sum_rows
+from lowrank.report_frontier import FrontierPoint
 from lowrank.search import Finalist, Outcome
 from lowrank.version import __version__
 from lowrank.workshop import Workshop
@@ -128,9 +131,43 @@ def compression_report(
     routes = kernels.routes_in_use()
     if routes:
         told.append("integer products by " + ", ".join(sorted(routes)))
-    report = CompressionReport(rows, totals, notes=told)
+    report = CompressionReport(_with_shares(rows, chosen.plan), totals, notes=told)
+    report.frontier = _frontier(rows, outcome, options)
     report.check_totals()
     return report
+
+
+def _with_shares(rows: Sequence[LayerRow], plan: Plan) -> list[LayerRow]:
+    """The rows with each layer's part of the error that the plan predicts."""
+    if not 0.0 < plan.error < math.inf:
+        return list(rows)
+    shares = {entry.name: entry.error / plan.error for entry in plan.entries}
+    return [replace(row, error_share=shares.get(row.name)) for row in rows]
+
+
+def _frontier(rows: Sequence[LayerRow], outcome: Outcome, options: Options) -> list[FrontierPoint]:
+    """Sizes of the whole model and errors on the search part of everything that was measured, and predictions for other budgets."""
+    rest = sum(row.bytes_after for row in rows) - outcome.chosen.plan.bytes
+    before = sum(row.bytes_before for row in rows)
+
+    def point(plan: Plan, error: float, measured: bool, budget: float | None, label: str) -> FrontierPoint:
+        formats = tuple(sorted(Counter(entry.format for entry in plan.entries).items()))
+        return FrontierPoint((rest + plan.bytes) / before, error, measured, budget, None, label, formats)
+
+    if not before:
+        return []
+    points = [
+        point(
+            item.plan, item.searched.value, True, options.error_budget if item is outcome.chosen else None, item.label
+        )
+        for item in outcome.finalists
+        if math.isfinite(item.searched.value)
+    ]
+    points += [
+        point(plan, options.value(plan.error * outcome.calibration), False, budget, f"budget {budget:.3g}")
+        for budget, plan in outcome.predicted
+    ]
+    return sorted(points, key=lambda item: (item.size_ratio, item.error))
 
 
 def _finalist(item: Finalist, rows: Sequence[LayerRow], chosen: Finalist) -> dict[str, Any]:

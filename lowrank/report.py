@@ -12,6 +12,7 @@ from typing import Any
 from lowrank import report_page
 from lowrank.errors import CheckpointError, LowRankError
 from lowrank.files import parse_json
+from lowrank.report_frontier import FrontierPoint, points_as_json, points_from_json
 from lowrank.report_rows import (
     COLUMNS,
     FINALIST_COLUMNS,
@@ -52,6 +53,7 @@ class CompressionReport:
             ``error_budget``, ``size_budget``, ``source``, ``versions``, ``seed`` where they are known.
         run: seconds and peak memory per stage, host; written to ``run.json`` alone.
         notes: sentences for the reader.
+        frontier: what other budgets would have given, by size; measured or predicted.
 
     Example:
         >>> rows = [LayerRow("a", "Linear", (4, 4), "int8", bits=8, bytes_before=64, bytes_after=32, weights=16)]
@@ -67,6 +69,7 @@ class CompressionReport:
     totals: dict[str, Any] = field(default_factory=dict)
     run: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    frontier: list[FrontierPoint] = field(default_factory=list)
 
     @property
     def answer(self) -> str:
@@ -197,6 +200,7 @@ class CompressionReport:
                 "rows": [asdict(row) for row in self.rows],
                 "totals": self.totals,
                 "notes": self.notes,
+                "frontier": points_as_json(self.frontier),
             }
         )
 
@@ -223,12 +227,17 @@ class CompressionReport:
         if not isinstance(notes, list):
             raise CheckpointError(f"{source}: 'notes' must be a list of texts")
         return cls(
-            [row_from_json(item, source) for item in data["rows"]], data["totals"], {}, [str(note) for note in notes]
+            [row_from_json(item, source) for item in data["rows"]],
+            data["totals"],
+            {},
+            [str(note) for note in notes],
+            points_from_json(data.get("frontier", []), source),
         )
 
     def to_html(self) -> str:
-        """One self-contained page: tiles, budget bar, where the bytes are, the sortable table with bars, notes."""
-        return report_page.render(self.rows, self.totals, self.notes, self.summary(), self.answer)
+        """One self-contained page: tiles, budget bar, frontier, where the bytes are and the error comes from, the sortable
+        table with bars, notes."""
+        return report_page.render(self.rows, self.totals, self.notes, self.summary(), self.answer, self.frontier)
 
     def save(self, directory: str | os.PathLike[str]) -> Path:
         """Write ``report.json``, ``report.md``, ``report.html`` and ``run.json``.

@@ -20,12 +20,14 @@ __all__ = [
     "Cell",
     "Heading",
     "bullet_bar",
+    "details",
     "legend",
     "line_chart",
     "notes_list",
     "page",
     "ratio_bar",
     "section",
+    "section_text",
     "segment_bar",
     "stacked_bar",
     "table",
@@ -88,6 +90,16 @@ def section(title: str, *parts: str, text: str = "") -> str:
     """A card with a heading; ``text`` is plain, ``parts`` are markup of this module."""
     intro = f'<p class="soft">{escape(text)}</p>\n' if text else ""
     return f"<section>\n<h2>{escape(title)}</h2>\n{intro}{''.join(parts)}</section>\n"
+
+
+def section_text(text: str) -> str:
+    """A plain paragraph inside a card."""
+    return f'<p class="soft">{escape(text)}</p>\n'
+
+
+def details(title: str, markup: str) -> str:
+    """Markup of this module behind a heading that opens it."""
+    return f"<details>\n<summary>{escape(title)}</summary>\n{markup}</details>\n"
 
 
 def tiles(items: Sequence[tuple[str, str, str, str]]) -> str:

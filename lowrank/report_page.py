@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
-from lowrank import report_html
+from lowrank import report_charts, report_html
+from lowrank.report_frontier import FRONTIER_COLUMNS, FrontierPoint, frontier_chart, points_texts
 from lowrank.report_html import Cell, Heading
 from lowrank.report_rows import (
     COLUMNS,
@@ -27,8 +28,17 @@ __all__ = ["render"]
 FORMAT_COLOURS = {"dense": "3", "int8": "1", "lowrank-int8": "2", "lowrank": "4"}
 
 
+# Layers that get bars of their own; the others are summed in one line.
+MOST_BARS = 40
+
+
 def render(
-    rows: Sequence[LayerRow], totals: Mapping[str, Any], notes: Sequence[str], summary: Sequence[str], answer: str
+    rows: Sequence[LayerRow],
+    totals: Mapping[str, Any],
+    notes: Sequence[str],
+    summary: Sequence[str],
+    answer: str,
+    frontier: Sequence[FrontierPoint] = (),
 ) -> str:
     """The page of a :class:`lowrank.CompressionReport`.
 
@@ -36,11 +46,14 @@ def render(
         rows, totals, notes: of the report.
         summary: its paragraphs.
         answer: which formats won, in words.
+        frontier: what other budgets would have given.
     """
     parts = [report_html.tiles(_tiles(rows, totals, answer))]
     bar = _budget_bar(totals)
     if bar:
         parts.append(report_html.section("Error against the budget", bar))
+    if frontier:
+        parts.append(report_html.section("What other budgets would have given", *_frontier(frontier, totals)))
     strip = [
         (f"{human_bytes(totals.get(key, 0))} {words}", float(totals.get(key) or 0), colour)
         for key, words, colour in (
@@ -57,6 +70,14 @@ def render(
             "Where the bytes are",
             _bytes_chart(rows),
             text="Each segment is a layer, in the model's order; one scale. Colours: the format after.",
+        )
+    )
+    parts.append(
+        report_html.section(
+            "Layer by layer",
+            _layer_bars(rows),
+            text="Left: stored bytes before (pale) and after. Right: the part of the model's error that the plan predicts from "
+            "each layer; the longest bar is the layer that costs most.",
         )
     )
     parts.append(
@@ -141,6 +162,53 @@ def _layer_table(rows: Sequence[LayerRow]) -> str:
     total.insert(spot, "")
     muted = [row.format == "dense" for row in rows]
     return report_html.table(headings, body, total=total, muted=muted)
+
+
+def _frontier(points: Sequence[FrontierPoint], totals: Mapping[str, Any]) -> list[str]:
+    metric = one_line(str(totals.get("metric") or "error"))
+    budget = totals.get("error_budget")
+    chart = frontier_chart(points, metric, budget=budget if _drawable(budget) else None)
+    headings = [Heading(column.title, column.numeric) for column in FRONTIER_COLUMNS]
+    cells = [
+        [
+            Cell(text, sort)
+            for text, sort in zip(
+                texts, (None, point.budget, point.size_ratio, point.error, point.upper, None), strict=True
+            )
+        ]
+        for point, texts in zip(points, points_texts(points, error_text(metric)), strict=True)
+    ]
+    told = (
+        "Measured points were put up and run on the samples that the search used; predicted ones are what the planner "
+        "expects of other budgets, after those measurements corrected it. lowrank frontier measures such points on data of its own."
+    )
+    text = report_html.section_text(told)
+    return [text, chart, report_html.details("The points as a table", report_html.table(headings, cells))]
+
+
+def _layer_bars(rows: Sequence[LayerRow]) -> str:
+    ordered = sorted(rows, key=lambda row: -max(row.bytes_before, row.bytes_after))[:MOST_BARS]
+    shown = {id(row) for row in ordered}
+    bars = [
+        (
+            one_line(row.name) or "(the model itself)",
+            float(row.bytes_before),
+            float(row.bytes_after),
+            row.error_share,
+            f"{one_line(row.name)}: {human_bytes(row.bytes_before)} to {human_bytes(row.bytes_after)}"
+            + ("" if row.error_share is None else f", {percent(row.error_share)} of the error"),
+        )
+        for row in rows
+        if id(row) in shown
+    ]
+    rest = [row for row in rows if id(row) not in shown]
+    if rest:
+        before, after = sum(row.bytes_before for row in rest), sum(row.bytes_after for row in rest)
+        shares = [row.error_share for row in rest if row.error_share is not None]
+        name = f"{len(rest)} smaller modules together"
+        text = f"{name}: {human_bytes(before)} to {human_bytes(after)}"
+        bars.append((name, float(before), float(after), sum(shares) if shares else None, text))
+    return report_charts.layer_bars(bars, "bytes before and after", "share of the error")
 
 
 def _bytes_chart(rows: Sequence[LayerRow]) -> str:

@@ -73,6 +73,8 @@ class LayerRow:
         activations: ``"int8"`` (integer products), ``"float"`` (weight-only), ``None`` (neither).
         weights: number of original weights that this row counts.
         scheme: of a factored convolution, ``"channel"`` or ``"spatial"``; ``None`` for all else.
+        error_share: the part of the model's error, in the unit in which layers' errors add up, that the plan predicts from
+            this layer; from 0 to 1.
     """
 
     name: str
@@ -90,6 +92,7 @@ class LayerRow:
     activations: str | None = None
     weights: int = 0
     scheme: str | None = None
+    error_share: float | None = None
 
     @property
     def route(self) -> str:

@@ -51,7 +51,17 @@ svg .line{fill:none;stroke-width:2;stroke-linejoin:round}svg .grid{stroke:var(--
 .charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(420px,100%),1fr));gap:24px}figure{margin:0;min-width:0}
 figcaption{font-weight:600;font-size:.92rem;margin-bottom:6px}ul.notes{margin:0;padding-left:1.2em}
 ul.notes li{overflow-wrap:anywhere}footer{margin-top:20px;color:var(--soft);font-size:.84rem}
-@media (max-width:640px){main{padding:18px 12px 32px}section{padding:14px 12px}td.name{min-width:15ch;max-width:19ch;
+svg .level{stroke:var(--bad);stroke-dasharray:2 3}figure.wide{max-width:760px}
+details{margin-top:12px}summary{cursor:pointer;color:var(--soft);font-size:.9rem}
+.bars{margin:0;padding:0;list-style:none;font-size:.82rem}
+.bars li{display:grid;grid-template-columns:minmax(12ch,30ch) 3fr 2fr;gap:4px 16px;align-items:center;padding:3px 0;
+border-top:1px solid var(--line)}.bars li:first-child{border-top:0;color:var(--soft)}.bars em{font-style:normal}
+.bars span{font-family:ui-monospace,"DejaVu Sans Mono",Menlo,Consolas,monospace;font-size:.78rem;overflow-wrap:anywhere}
+.bars div{position:relative;height:12px}.bars i,.bars b{position:absolute;left:0;border-radius:2px;min-width:1px}
+.bars i{top:0;bottom:0;background:var(--before)}.bars b{top:2px;bottom:2px;background:var(--s1)}
+.bars b.share{background:var(--s4)}
+@media (max-width:640px){.bars li{grid-template-columns:3fr 2fr;gap:2px 10px}.bars span{grid-column:1/-1}
+main{padding:18px 12px 32px}section{padding:14px 12px}td.name{min-width:15ch;max-width:19ch;
 font-size:.76rem}th,td{padding:5px 7px}.charts{grid-template-columns:1fr}.tiles{grid-template-columns:1fr 1fr}
 .tiles strong{font-size:1.25rem}}
 @media print{:root{--page:#fff;--card:#fff;--ink:#000;--soft:#444;--line:#bbb;--before:#bbb;--s1:#1f57b5;
@@ -59,7 +69,7 @@ font-size:.76rem}th,td{padding:5px 7px}.charts{grid-template-columns:1fr}.tiles{
 section{border:0;padding:0;margin-top:14pt}.scroll{overflow:visible}table{font-size:7.4pt}th,td{padding:2pt 3pt}
 td.name{font-size:6.8pt;min-width:0}.w{min-width:0}.bar{width:40px}th button{text-decoration:none}
 th button::after{content:""}td:first-child,th:first-child{position:static}thead{display:table-header-group}
-tr,.tiles li,figure{break-inside:avoid}*{print-color-adjust:exact;-webkit-print-color-adjust:exact}}
+.bars li{padding:1pt 0}tr,.tiles li,.bars li,figure{break-inside:avoid}*{print-color-adjust:exact;-webkit-print-color-adjust:exact}}
 """
 
 # Sorting is a comfort: without scripts the table stands in the model's own order.

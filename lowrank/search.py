@@ -86,11 +86,12 @@ class Finalist:
 
 @dataclass
 class Outcome:
-    """The plan chosen, what was measured, and everything that was tried."""
+    """The plan chosen, measured over predicted contributions, everything that was tried, and plans for other error budgets."""
 
     chosen: Finalist
     calibration: float
     finalists: list[Finalist] = field(default_factory=list)
+    predicted: list[tuple[float, Plan]] = field(default_factory=list)
 
 
 def keep_error_budget(
