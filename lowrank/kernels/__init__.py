@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from lowrank.kernels.activations import quantize_tokens, split_tokens, wide_matmul
-from lowrank.kernels.integer import int_matmul, reset_routes, route, routes_in_use
+from lowrank.kernels.integer import int_matmul, routes_in_use
+from lowrank.kernels.linear import IntegerWeight, reset_routes, route
+from lowrank.kernels.native import torch_route
 
 __all__ = [
+    # layers
+    "IntegerWeight",
     # products
     "int_matmul",
     "wide_matmul",
@@ -16,4 +20,5 @@ __all__ = [
     "reset_routes",
     "route",
     "routes_in_use",
+    "torch_route",
 ]

@@ -31,8 +31,8 @@ def quantize_tokens(x: Tensor, symmetric: bool = False) -> tuple[Tensor, Tensor,
     """Round each token to int8: ``x ≈ (codes − offset) · scale``.
 
     Asymmetric: the range [min(x, 0), max(x, 0)] is cut into 254 steps and the offset is an integer, so that zero is
-    exact. Symmetric: [−max|x|, max|x|] into 254 steps, no offset. A token with NaN or Inf gets a scale of NaN or Inf,
-    which its outputs inherit. Steps are never below the smallest normal float32.
+    exact. Symmetric: [−max|x|, max|x|] into 254 steps, no offset. A token with NaN or Inf gets a scale of NaN, which
+    its outputs inherit. Steps are never below the smallest normal float32.
 
     Args:
         x: (M, K) float32.
@@ -51,16 +51,21 @@ def quantize_tokens(x: Tensor, symmetric: bool = False) -> tuple[Tensor, Tensor,
         ones = x.new_ones(x.shape[0], 1)
         return x.to(torch.int8), ones, None if symmetric else torch.zeros_like(ones)
     if symmetric:
-        scale = x.abs().amax(dim=1, keepdim=True).mul_(_HALF_STEP).clamp_min_(_TINY)
+        scale = _nan_for_inf(x.abs().amax(dim=1, keepdim=True).mul_(_HALF_STEP).clamp_min_(_TINY))
         return x.mul(scale.reciprocal()).add_(_MAGIC_TENSOR).view(torch.int32).to(torch.int8), scale, None
     high = x.amax(dim=1, keepdim=True).clamp_min_(0.0)
     low = x.amin(dim=1, keepdim=True).clamp_max_(0.0)
     # Divided before the subtraction, which could overflow.
-    scale = high.mul_(_STEP).sub_(low, alpha=1.0 / _STEPS).clamp_min_(_TINY)
+    scale = _nan_for_inf(high.mul_(_STEP).sub_(low.mul(_STEP)).clamp_min_(_TINY))
     inverse = scale.reciprocal()
     offset = torch.sub(_LOWEST, low.mul_(inverse).round_())
     codes = x.mul(inverse).add_(offset.add(_MAGIC_TENSOR)).view(torch.int32).to(torch.int8)
     return codes, scale, offset
+
+
+def _nan_for_inf(scale: Tensor) -> Tensor:
+    """The codes of a token with Inf mean nothing, so its outputs are not to have a sign."""
+    return scale.add_(scale - scale)
 
 
 def to_float(codes: Tensor) -> Tensor:

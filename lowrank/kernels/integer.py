@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["int_matmul", "reset_routes", "route", "routes_in_use"]
+__all__ = ["count", "int_matmul", "reset_routes", "route", "routes_in_use"]
 
 # 128 · 128 · 131072 = 2³¹, one more than int32 holds.
 _INT32_SAFE = 131_071
@@ -50,7 +50,7 @@ def int_matmul(a: Tensor, b: Tensor) -> Tensor:
     if found is None:
         found = _choose(a.device)
     name, product = found
-    _calls[name] = _calls.get(name, 0) + 1
+    count(name)
     columns = a.shape[1]
     if columns > _INT32_SAFE:
         total = torch.zeros(a.shape[0], b.shape[0], dtype=torch.int64, device=a.device)
@@ -65,7 +65,8 @@ def int_matmul(a: Tensor, b: Tensor) -> Tensor:
 
 
 def route(device: torch.device | str = "cpu") -> str:
-    """The route in use on a device: ``"int_mm"`` or ``"float"``; runs the self-test if it has not run yet.
+    """How :func:`int_matmul` multiplies on a device: ``"int_mm"`` or ``"float"``; runs the self-test if it has not run
+    yet.
 
     Example:
         >>> route("cpu") in ("int_mm", "float")
@@ -73,6 +74,11 @@ def route(device: torch.device | str = "cpu") -> str:
     """
     device = torch.empty(0, device=device).device
     return (_routes.get(device) or _choose(device))[0]
+
+
+def count(name: str) -> None:
+    """One more product of a route."""
+    _calls[name] = _calls.get(name, 0) + 1
 
 
 def routes_in_use() -> dict[str, int]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from operator import is_
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from lowrank.errors import UsageError
+from lowrank.kernels import IntegerWeight
 from lowrank.kernels.activations import pieces_for
 from lowrank.layers.base import CompressedLayer, check_activations
 
@@ -44,13 +46,20 @@ class IntegerLinear(CompressedLayer):
         """The integer tensors and the scale, as :meth:`input_gradient` takes them."""
         raise NotImplementedError
 
-    def integer_product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """``x`` (M, in) float32 to (M, out) float32, both sides rounded."""
+    def codes_to_multiply(self) -> tuple[Tensor, ...]:
+        """The codes in the order of the products."""
         raise NotImplementedError
 
-    def weight_only_product(self, x: Tensor, bias: Tensor | None, pieces: int) -> Tensor:
-        """``x`` (M, in) float32 or float64 to (M, out) of its dtype, only the weight rounded."""
-        raise NotImplementedError
+    def prepared(self) -> IntegerWeight:
+        """What is derived from the codes and the scale, made anew when one of them is replaced or written to."""
+        tensors = self.codes_and_scale()
+        versions = [0 if tensor.is_inference() else tensor._version for tensor in tensors]
+        kept: tuple[tuple[Tensor, ...], list[int], IntegerWeight] | None = self.__dict__.get("_derived")
+        if kept is not None and kept[1] == versions and all(map(is_, kept[0], tensors)):
+            return kept[2]
+        made = IntegerWeight(self.codes_to_multiply(), tensors[-1])
+        self.__dict__["_derived"] = (tensors, versions, made)
+        return made
 
     def in_graph(self, x: Tensor) -> Tensor:
         """:meth:`forward` as one operator, for a graph of torch.compile or torch.export (:mod:`.operators`)."""
@@ -83,15 +92,14 @@ class IntegerLinear(CompressedLayer):
             )
         dtype = x.dtype
         rows = x if x.ndim == 2 else x.reshape(x.shape[:-1].numel(), self.in_features)
-        if self.activations == "int8":
-            if dtype is not torch.float32:
-                rows = rows.to(torch.float32)
-            result = self.integer_product(rows, bias if bias is None or bias.dtype is torch.float32 else bias.float())
+        if dtype is torch.float32 or (dtype is torch.float64 and self.activations == "float"):
+            working = dtype
         else:
-            working = torch.float64 if dtype is torch.float64 else torch.float32
-            if dtype is not working:
-                rows = rows.to(working)
-            result = self.weight_only_product(rows, None if bias is None else bias.to(working), pieces_for(dtype))
+            working = torch.float32
+            rows = rows.to(working)
+        if bias is not None and bias.dtype is not working:
+            bias = bias.to(working)
+        result = self.prepared().product(rows, bias, 0 if self.activations == "int8" else pieces_for(dtype))
         if result.dtype is not dtype:
             result = result.to(dtype)
         return result if x.ndim == 2 else result.view(*x.shape[:-1], self.out_features)

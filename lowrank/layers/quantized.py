@@ -8,18 +8,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lowrank.kernels import int_matmul, quantize_tokens, wide_matmul
-from lowrank.kernels.activations import to_float
 from lowrank.layers.base import check_activations, check_size, dtype_from_name
 from lowrank.layers.integer import IntegerLinear
 from lowrank.layers.source import linear_parts
 from lowrank.quantization import check_bits, dequantize_rows, quantize_rows, rounding_bound
 
 __all__ = ["QuantizedLinear"]
-
-# Sums reach 2^61 (three pieces of a token times 131,071 codes); larger scales could make them overflow float32.
-_LARGE_SCALE = 2.0**60
-_ROOM = 2.0**-63
 
 
 class QuantizedLinear(IntegerLinear):
@@ -118,38 +112,9 @@ class QuantizedLinear(IntegerLinear):
         """Codes and scale."""
         return self.codes, self.scale
 
-    def _prepared(self) -> tuple[Tensor, float | None]:
-        """The sums of each row's codes (out,) float32, and a power of two to take out where scales are very large."""
-        codes, scale = self.codes, self.scale
-        versions = 0 if codes.is_inference() else codes._version, 0 if scale.is_inference() else scale._version
-        kept: tuple[Any, ...] | None = self.__dict__.get("_derived")
-        if kept is None or kept[0] is not codes or kept[1] is not scale or kept[2] != versions:
-            room = None if float(scale.max()) <= _LARGE_SCALE else _ROOM
-            kept = (codes, scale, versions, (codes.sum(dim=1, dtype=torch.int32).to(torch.float32), room))
-            self.__dict__["_derived"] = kept
-        prepared: tuple[Tensor, float | None] = kept[3]
-        return prepared
-
-    def integer_product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """See :meth:`IntegerLinear.integer_product`."""
-        code_sums, room = self._prepared()
-        codes, step, offset = quantize_tokens(x)
-        assert offset is not None
-        sums = to_float(int_matmul(codes, self.codes)).addcmul_(offset, code_sums, value=-1.0)
-        return self._scaled(sums, step, bias, room)
-
-    def weight_only_product(self, x: Tensor, bias: Tensor | None, pieces: int) -> Tensor:
-        """See :meth:`IntegerLinear.weight_only_product`."""
-        sums, unit = wide_matmul(x, self.codes, pieces)
-        return self._scaled(sums, unit, bias, self._prepared()[1])
-
-    def _scaled(self, sums: Tensor, step: Tensor, bias: Tensor | None, room: float | None) -> Tensor:
-        """``sums · scale · step + bias``, in place; the token's step comes last: earlier it could overflow."""
-        if room is not None:
-            sums.mul_(room)
-            step = step.div_(room)
-        sums.mul_(self.scale)
-        return sums.mul_(step) if bias is None else torch.addcmul(bias, sums, step, out=sums)
+    def codes_to_multiply(self) -> tuple[Tensor, ...]:
+        """See :meth:`IntegerLinear.codes_to_multiply`."""
+        return (self.codes,)
 
     def in_graph(self, x: Tensor) -> Tensor:
         """See :meth:`IntegerLinear.in_graph`."""

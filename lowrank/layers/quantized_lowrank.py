@@ -11,8 +11,6 @@ from torch import Tensor, nn
 
 from lowrank.errors import NumericsError
 from lowrank.factors import check_rank, factorize
-from lowrank.kernels import int_matmul, quantize_tokens, wide_matmul
-from lowrank.kernels.activations import to_float
 from lowrank.layers.base import check_activations, check_size, dtype_from_name
 from lowrank.layers.integer import IntegerLinear
 from lowrank.layers.linear import SVDCompressedLinear
@@ -21,10 +19,6 @@ from lowrank.quantization import SMALLEST_SCALE, check_bits, largest_code, requi
 from lowrank.statistics import InputStatistics
 
 __all__ = ["QuantizedLowRankLayer", "RoundedFactors", "dense_product", "round_factors"]
-
-# Between the two products the scale is used relative to a power of two where it leaves this range, so that float32
-# neither overflows nor loses digits there. 2^±40 leaves room for sums of 131,071 codes on both sides.
-_PLAIN_SCALE = 2.0**40
 
 
 class RoundedFactors(NamedTuple):
@@ -230,48 +224,9 @@ class QuantizedLowRankLayer(IntegerLinear):
         """Left codes, right codes and scale."""
         return self.left_codes, self.right_codes, self.scale
 
-    def _between(self) -> tuple[Tensor, Tensor, float | None]:
-        """What stands between the products: the sums of the right codes (r,), the scale, and a power of two taken out
-        of it.
-        """
-        codes, scale = self.right_codes, self.scale
-        versions = 0 if codes.is_inference() else codes._version, 0 if scale.is_inference() else scale._version
-        kept: tuple[Any, ...] | None = self.__dict__.get("_derived")
-        if kept is None or kept[0] is not codes or kept[1] is not scale or kept[2] != versions:
-            sums = codes.sum(dim=1, dtype=torch.int32).to(torch.float32)
-            largest = float(scale.max())
-            gain = None
-            if not 1.0 / _PLAIN_SCALE <= largest <= _PLAIN_SCALE and 0.0 < largest < math.inf:
-                gain = 2.0 ** math.frexp(largest)[1]
-            kept = (codes, scale, versions, (sums, scale if gain is None else (scale.double() / gain).float(), gain))
-            self.__dict__["_derived"] = kept
-        between: tuple[Tensor, Tensor, float | None] = kept[3]
-        return between
-
-    def integer_product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """See :meth:`IntegerLinear.integer_product`."""
-        code_sums, scale, gain = self._between()
-        codes, step, offset = quantize_tokens(x)
-        assert offset is not None
-        # The token's step can wait for the end: rounding the components to a share of their largest does not see it.
-        components = to_float(int_matmul(codes, self.right_codes)).addcmul_(offset, code_sums, value=-1.0).mul_(scale)
-        component_codes, component_step, _ = quantize_tokens(components, symmetric=True)
-        step = step.mul_(component_step)
-        if gain is not None:
-            step = step.mul_(gain)
-        sums = to_float(int_matmul(component_codes, self.left_codes))
-        return sums.mul_(step) if bias is None else torch.addcmul(bias, sums, step, out=sums)
-
-    def weight_only_product(self, x: Tensor, bias: Tensor | None, pieces: int) -> Tensor:
-        """See :meth:`IntegerLinear.weight_only_product`."""
-        _, scale, gain = self._between()
-        components, unit = wide_matmul(x, self.right_codes, pieces)
-        components.mul_(scale)
-        sums, component_unit = wide_matmul(components, self.left_codes, pieces)
-        if gain is not None:
-            unit = unit.mul_(gain)
-        sums.mul_(component_unit)
-        return sums.mul_(unit) if bias is None else torch.addcmul(bias, sums, unit, out=sums)
+    def codes_to_multiply(self) -> tuple[Tensor, ...]:
+        """See :meth:`IntegerLinear.codes_to_multiply`."""
+        return self.right_codes, self.left_codes
 
     def in_graph(self, x: Tensor) -> Tensor:
         """See :meth:`IntegerLinear.in_graph`."""

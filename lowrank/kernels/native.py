@@ -1,0 +1,167 @@
+"""The C library that was built with the package, where there is one and this machine has its instructions.
+
+``LOWRANK_NATIVE=0`` in the environment turns it off, and so does a ``ONEDNN_MAX_CPU_ISA`` below AVX512 with VNNI.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lowrank.errors import ResourceError
+
+__all__ = ["NativeLinear", "library", "torch_route"]
+
+# 255 · 128 · 65535 < 2³¹: sums stay in int32 after the zero point is taken off.
+LONGEST = 65_535
+MOST_PIECES = 3
+_int64, _address, _int = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int
+_SIGNATURES = {
+    "lowrank_supported": ([], _int),
+    "lowrank_packed_bytes": ([_int64, _int64], _int64),
+    "lowrank_pack": ([_address, _int64, _int64, _int64, _int64, _address, _address], None),
+    "lowrank_linear": ([_address, _address, _int64, _address, _address, _int64, _int, _int], _int),
+}
+_loaded: list[ctypes.CDLL | None] = []
+_switched_off = 0
+
+
+def library() -> ctypes.CDLL | None:
+    """The library, or ``None``: not built, no VNNI instructions, or turned off. Not yet tested: see
+    :func:`lowrank.kernels.route`.
+    """
+    if not _loaded:
+        _loaded.append(_load())
+    return None if _switched_off else _loaded[0]
+
+
+@contextmanager
+def torch_route() -> Iterator[None]:
+    """Within it the layers of the whole process take torch's products: to compare with.
+
+    Example:
+        >>> from lowrank.kernels import route
+        >>> with torch_route():
+        ...     route() in ("int_mm", "float")
+        True
+    """
+    global _switched_off
+    _switched_off += 1
+    try:
+        yield
+    finally:
+        _switched_off -= 1
+
+
+def _load() -> ctypes.CDLL | None:
+    if os.environ.get("LOWRANK_NATIVE", "1") == "0" or not _isa_allowed(os.environ.get("ONEDNN_MAX_CPU_ISA", "")):
+        return None
+    folder = Path(__file__).parent
+    found = [path for suffix in EXTENSION_SUFFIXES if (path := folder / f"_native{suffix}").exists()]
+    if not found:
+        return None
+    try:
+        # After torch, so that it runs on the OpenMP threads of torch's own libgomp.
+        loaded = ctypes.CDLL(str(found[0]))
+    except OSError:
+        # Built against another libgomp than torch carries; ``route`` names what is used instead.
+        return None
+    for name, (arguments, result) in _SIGNATURES.items():
+        function = getattr(loaded, name, None)
+        if function is None:
+            # Of an older version of this package.
+            return None
+        function.argtypes, function.restype = arguments, result
+    return loaded if loaded.lowrank_supported() else None
+
+
+def _isa_allowed(name: str) -> bool:
+    """Whether oneDNN's limit leaves AVX512 with VNNI."""
+    name = name.upper()
+    return name in ("", "ALL", "DEFAULT") or name.startswith(("AVX512_CORE_", "AVX10"))
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = (("outputs", _int64), ("columns", _int64), ("panels", _address), ("sums", _address))
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = (
+        ("inputs", _int64),
+        ("first", _Matrix),
+        ("second", _Matrix),
+        ("scale", _address),
+        ("gain", ctypes.c_double),
+    )
+
+
+class NativeLinear:
+    """Packed codes of one matrix or two, and the call that multiplies by them.
+
+    Args:
+        loaded: what :func:`library` gave.
+        codes: one matrix (N, K) int8, or two: (r, K) and (N, r).
+        scale: (N,) or (r,) float32, of the first matrix's rows.
+        gain: a factor of the result of two matrices.
+    """
+
+    def __init__(self, loaded: ctypes.CDLL, codes: tuple[Tensor, ...], scale: Tensor, gain: float = 1.0) -> None:
+        packed = [pack(loaded, matrix) for matrix in codes]
+        # Kept alive: the structure holds their addresses.
+        self._kept = [tensor for _, tensors in packed for tensor in tensors]
+        self._scale = scale.contiguous()
+        self._layer = _Layer(
+            codes[0].shape[1],
+            packed[0][0],
+            packed[1][0] if len(packed) == 2 else _Matrix(),
+            self._scale.data_ptr(),
+            gain,
+        )
+        self._address = ctypes.addressof(self._layer)
+        self._outputs = codes[-1].shape[0]
+        self._call = loaded.lowrank_linear
+
+    def __call__(self, x: Tensor, bias: Tensor | None, pieces: int) -> Tensor:
+        """(M, K) float32 on the CPU to (M, N) float32.
+
+        Args:
+            pieces: 0 rounds each token to int8; 1 to 3 takes it as a fixed-point number of so many digits.
+
+        Raises:
+            ResourceError: no memory.
+        """
+        if x.stride(1) != 1:
+            x = x.contiguous()
+        if bias is not None and not bias.is_contiguous():
+            bias = bias.contiguous()
+        result = x.new_empty(x.shape[0], self._outputs)
+        failed = self._call(
+            self._address,
+            x.data_ptr(),
+            x.stride(0),
+            result.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            x.shape[0],
+            pieces,
+            torch.get_num_threads(),
+        )
+        if failed:
+            raise ResourceError(f"no memory for the codes of {x.shape[0]} tokens; give fewer at a time")
+        return result
+
+
+def pack(loaded: ctypes.CDLL, codes: Tensor) -> tuple[_Matrix, tuple[Tensor, Tensor]]:
+    """The packed form of (N, K) int8 codes, and the tensors that hold it."""
+    outputs, columns = codes.shape
+    filled = -(-columns // 4) * 4
+    panels = torch.empty(loaded.lowrank_packed_bytes(outputs, filled), dtype=torch.int8)
+    sums = torch.empty(-(-outputs // 16) * 16, dtype=torch.int32)
+    loaded.lowrank_pack(codes.data_ptr(), *codes.stride(), outputs, columns, panels.data_ptr(), sums.data_ptr())
+    return _Matrix(outputs, filled, panels.data_ptr(), sums.data_ptr()), (panels, sums)

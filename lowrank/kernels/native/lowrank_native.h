@@ -1,0 +1,65 @@
+/* Integer layers in C: rounding of activations, u8 × s8 products with VNNI instructions, and the way back to floats.
+
+   Every float operation here is one that the torch route does too, in the same order and without fused multiply-adds
+   (the file is compiled with -ffp-contract=off), so both routes give the same bits. Loaded with ctypes; nothing of
+   Python is needed to build it. */
+#ifndef LOWRANK_NATIVE_H
+#define LOWRANK_NATIVE_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#define LANES 16       /* outputs of a panel: the int32 lanes of a 512-bit register */
+#define MOST_ROWS 12   /* rows of the tallest register tile */
+#define MOST_VECTORS 4 /* panels of the widest register tile */
+
+/* A weight of int8 codes (outputs, columns), packed: panels of 16 outputs, in them 4 columns of each output side by
+   side, as vpdpbusd wants them. `sums` are those of each output's codes. Both are filled up with zeros. */
+typedef struct {
+    int64_t outputs;
+    int64_t columns;      /* after filling up: of `runs` pieces of `run` columns, each a multiple of 4 */
+    const int8_t *panels;
+    const int32_t *sums;
+} packed_matrix;
+
+/* Bytes from one panel to the next. An odd number of cache lines, so that panels do not fall into the same cache sets. */
+static inline int64_t panel_stride(int64_t columns) { return 16 * columns + ((columns / 4) % 2 ? 0 : 64); }
+static inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* Where the rows of u8 codes of a product lie: row r, columns k of run s at `start + r * stride + offsets[s] + k`. */
+typedef struct {
+    const uint8_t *start;
+    int64_t stride;
+    const int64_t *offsets;
+    int64_t runs;
+    int64_t run;
+} code_rows;
+
+/* Exact integer products of `rows` rows with `vectors` panels from `panel` on, as (rows, 16 * vectors) int32. */
+void product_tile(const code_rows *codes, int rows, const packed_matrix *matrix, int64_t panel, int vectors, int32_t *sums);
+
+/* What a row of codes stands for: a token is (codes − zero) · step, or a fixed-point number of several rows. */
+typedef struct {
+    float step;
+    float more; /* a second factor, multiplied after the step */
+    int32_t zero;
+} row_scale;
+
+/* `count` floats of one token to u8 codes; filled up with anything to a multiple of 16. */
+void round_token(const float *x, int64_t count, uint8_t *codes, row_scale *scale);
+void round_token_symmetric(const float *x, int64_t count, uint8_t *codes, row_scale *scale);
+void split_token(const float *x, int64_t count, int pieces, uint8_t *codes, int64_t stride, row_scale *scale);
+
+/* Sums of `tokens` times `pieces` rows to floats: ·scale[j] ·step ·more + bias[j], each where it is there. */
+typedef struct {
+    const float *scale; /* of the outputs, or NULL */
+    const float *bias;  /* of the outputs, or NULL */
+    int stepped;        /* how many of a row's step and more to multiply by */
+    float *result;
+    int64_t stride;
+} finish;
+void finish_tile(const int32_t *sums, int tokens, int pieces, const row_scale *scales, const packed_matrix *matrix,
+                 int64_t panel, int vectors, const finish *how);
+
+#endif
