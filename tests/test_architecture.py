@@ -19,6 +19,7 @@ FLOORS: dict[str, int] = {
     "knapsack": 0,
     "report_style": 0,
     "analysis_rows": 0,
+    "convolutions": 10,
     "files": 10,
     "linalg": 10,
     "quantization": 10,
