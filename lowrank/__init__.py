@@ -41,6 +41,7 @@ from lowrank.planner import Candidate, LayerChoices, Plan, PlanEntry, plan_forma
 from lowrank.report import CompressionReport, LayerRow
 from lowrank.spectrum import Spectrum, analyze_weight
 from lowrank.statistics import InputStatistics
+from lowrank.training import TrainingResult, finetune
 from lowrank.version import __version__
 
 __all__ = [
@@ -86,6 +87,9 @@ __all__ = [
     # Speed
     "BenchmarkReport",
     "benchmark",
+    # Training
+    "TrainingResult",
+    "finetune",
     # Errors
     "BudgetError",
     "CalibrationError",

@@ -58,6 +58,7 @@ FLOORS: dict[str, int] = {
     "options": 60,
     "probes": 70,
     "search": 70,
+    "latency": 75,
     "ledger": 80,
     "prepare": 80,
     "choose": 90,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from io import BytesIO
 from typing import Protocol
 
 from lowrank.errors import UsageError
 
-__all__ = ["FORMATS", "draw_spectra"]
+__all__ = ["FORMATS", "draw_history", "draw_spectra"]
 
 FORMATS = ("png", "svg", "pdf")
 
@@ -78,6 +78,52 @@ def draw_spectra(rows: Sequence[SpectrumRow], kind: str = "png") -> bytes:
         axes.grid(alpha=0.3)
     if drawn:
         left.legend(title="shape", fontsize="small")
+    picture = BytesIO()
+    with rc_context({"svg.hashsalt": "lowrank"}):
+        figure.savefig(picture, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
+    return picture.getvalue()
+
+
+def draw_history(
+    history: Sequence[Mapping[str, float]],
+    evaluations: Sequence[Mapping[str, float]],
+    metric: str = "loss",
+    kind: str = "png",
+) -> bytes:
+    """Draw the loss of a training run, its evaluations and its learning rate against the step.
+
+    Args:
+        history: rows with ``step``, ``loss`` and ``learning_rate``.
+        evaluations: rows with ``step`` and ``value``; drawn on an axis of their own unless the metric is the loss.
+        metric: what the evaluations are of.
+        kind: of the picture: png, svg or pdf.
+
+    Raises:
+        UsageError: matplotlib is not installed, or another kind.
+    """
+    if kind not in FORMATS:
+        raise UsageError(f"a plot is a png, svg or pdf file, not {kind!r}")
+    try:
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UsageError("plots need matplotlib, which is not installed; pip install 'lowrank[plot]'") from error
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    steps = [row["step"] for row in history]
+    left.plot(steps, [row["loss"] for row in history], linewidth=1.0, label="training loss")
+    if evaluations:
+        axes = left if metric == "loss" else left.twinx()
+        found = [row["value"] for row in evaluations]
+        axes.plot([row["step"] for row in evaluations], found, "o-", color="C1", label=f"validation {metric}")
+        axes.legend(loc="upper right", fontsize="small")
+        if axes is not left:
+            axes.set_ylabel(metric)
+    left.set(xlabel="step", ylabel="loss", title="Training")
+    right.plot(steps, [row["learning_rate"] for row in history], linewidth=1.0)
+    right.set(xlabel="step", ylabel="learning rate", title="Learning rate")
+    for each in (left, right):
+        each.grid(alpha=0.3)
     picture = BytesIO()
     with rc_context({"svg.hashsalt": "lowrank"}):
         figure.savefig(picture, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)

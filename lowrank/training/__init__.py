@@ -1,0 +1,9 @@
+"""Training: fine-tune what is trainable, win back what compression lost, and rank layers by what they matter."""
+
+from __future__ import annotations
+
+from lowrank.training.data import language_model_batches
+from lowrank.training.finetuning import finetune
+from lowrank.training.history import TrainingResult
+
+__all__ = ["TrainingResult", "finetune", "language_model_batches"]

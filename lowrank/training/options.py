@@ -1,0 +1,123 @@
+"""What a training run is asked to do, checked before anything is computed, and the learning rate over its steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+
+from lowrank.errors import UsageError
+
+__all__ = ["SCHEDULES", "TrainingOptions", "learning_rate_factor"]
+
+SCHEDULES = ("cosine", "linear", "constant")
+METRICS = ("loss", "accuracy", "perplexity")
+PRECISIONS = (None, "bf16", "fp16")
+Metric = str | Callable[[nn.Module], float]
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """Everything that decides the numbers of a run; see :func:`lowrank.finetune` for each.
+
+    Raises:
+        UsageError: an option out of its range, or ``epochs`` and ``steps`` both given or both missing.
+
+    Example:
+        >>> TrainingOptions(steps=10).warmup_steps(10), TrainingOptions(steps=10, warmup=0.2).warmup_steps(10)
+        (0, 2)
+    """
+
+    epochs: int | None = None
+    steps: int | None = None
+    lr: float = 1e-4
+    weight_decay: float = 0.01
+    warmup: int | float = 0
+    schedule: str = "cosine"
+    max_grad_norm: float | None = 1.0
+    gradient_accumulation: int = 1
+    mixed_precision: str | None = None
+    lora_plus_ratio: float | None = None
+    gradient_checkpointing: bool = False
+    patience: int | None = None
+    evaluate_every: int | None = None
+    metric: Metric = "loss"
+    higher_is_better: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if (self.epochs is None) == (self.steps is None):
+            given = "neither" if self.epochs is None else "both"
+            raise UsageError(f"epochs, steps: give exactly one of them, got {given}; epochs=3, say")
+        for name in ("epochs", "steps", "gradient_accumulation", "patience", "evaluate_every"):
+            _whole(getattr(self, name), name, low=1)
+        _whole(self.seed, "seed", low=0)
+        _real(self.lr, "lr", positive=True)
+        _real(self.weight_decay, "weight_decay", positive=False)
+        for name in ("max_grad_norm", "lora_plus_ratio"):
+            if getattr(self, name) is not None:
+                _real(getattr(self, name), name, positive=True)
+        _one_of(self.schedule, "schedule", SCHEDULES)
+        _one_of(self.mixed_precision, "mixed_precision", PRECISIONS)
+        if not callable(self.metric):
+            _one_of(self.metric, "metric", (*METRICS, "callable(model) -> float"))
+        if isinstance(self.warmup, float) and not 0.0 <= self.warmup < 1.0:
+            raise UsageError(f"warmup: a fraction of the steps is in [0, 1), got {self.warmup}; whole steps are an int")
+        if not isinstance(self.warmup, float):
+            _whole(self.warmup, "warmup", low=0)
+
+    @property
+    def maximise(self) -> bool:
+        """Whether a larger value of the metric is the better one."""
+        return self.metric == "accuracy" or (callable(self.metric) and self.higher_is_better)
+
+    @property
+    def metric_name(self) -> str:
+        """For the history."""
+        return getattr(self.metric, "__name__", "metric") if callable(self.metric) else self.metric
+
+    def warmup_steps(self, total: int) -> int:
+        """Steps over which the learning rate rises."""
+        return math.ceil(self.warmup * total) if isinstance(self.warmup, float) else self.warmup
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data: what two runs must have in common for one to go on where the other stopped."""
+        return asdict(self) | {"metric": self.metric_name}
+
+
+def learning_rate_factor(step: int, total: int, warmup: int, schedule: str) -> float:
+    """What the learning rate of a step (counted from 0) is multiplied by.
+
+    Linear from 1 / warmup to 1 over the warm-up; then ``(1 + cos πx) / 2``, ``1 − x`` or 1, x the share of what is left.
+
+    Example:
+        >>> [round(learning_rate_factor(step, 6, 2, "linear"), 2) for step in range(6)]
+        [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
+    """
+    if step < warmup:
+        return (step + 1) / warmup
+    share = (step - warmup) / max(total - warmup, 1)
+    if schedule == "cosine":
+        return 0.5 * (1.0 + math.cos(math.pi * share))
+    return 1.0 - share if schedule == "linear" else 1.0
+
+
+def _whole(value: object, name: str, low: int) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise UsageError(f"{name}: must be an integer of at least {low}, got {value!r}")
+
+
+def _real(value: object, name: str, *, positive: bool) -> None:
+    number = value if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
+    if not math.isfinite(number) or number < 0 or (positive and number == 0):
+        raise UsageError(f"{name}: must be a finite number {'above 0' if positive else 'of at least 0'}, got {value!r}")
+
+
+def _one_of(value: object, name: str, legal: tuple[object, ...]) -> None:
+    if value not in legal:
+        raise UsageError(f"{name}: must be one of {', '.join(map(str, legal))}, got {value!r}")

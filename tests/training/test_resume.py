@@ -1,0 +1,102 @@
+"""A run that was stopped goes on to the very bytes of one that was not, out of files without a pickle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from training_batches import batches
+
+from lowrank.errors import CheckpointError, UsageError
+from lowrank.training import TrainingResult, finetune
+
+SETTINGS = {"epochs": 4, "lr": 0.02, "warmup": 3, "gradient_accumulation": 2, "evaluate_every": 2, "progress": False}
+
+
+class Stopped(RuntimeError):
+    """Stands for a killed process."""
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.body = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.Dropout(0.3), nn.Linear(16, 3))
+        self.calls = 0
+        self.stop_at = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.calls += 1
+            if self.calls == self.stop_at:
+                raise Stopped
+        return self.body(x)
+
+
+def loader() -> torch.utils.data.DataLoader[object]:
+    pairs = batches(1, size=44)[0]
+    return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*pairs), batch_size=8, shuffle=True)
+
+
+@pytest.mark.parametrize("data", ["list", "loader"])
+@pytest.mark.parametrize("stop_at", [2, 6, 11, 19])
+def test_continuation_is_identical(tmp_path: Path, data: str, stop_at: int) -> None:
+    train = batches() if data == "list" else loader()
+    whole = Net()
+    expected = finetune(whole, train, batches(2, seed=1), output_dir=tmp_path / "whole", **SETTINGS)
+    stopped = Net()
+    stopped.stop_at = stop_at
+    with pytest.raises(Stopped):
+        finetune(stopped, train, batches(2, seed=1), output_dir=tmp_path / "parts", resume=True, **SETTINGS)
+    resumed = Net()
+    result = finetune(resumed, train, batches(2, seed=1), output_dir=tmp_path / "parts", resume=True, **SETTINGS)
+    assert result.to_json() == expected.to_json()
+    assert resumed.calls == whole.calls - (stop_at - 1) // 4 * 4 if data == "list" else resumed.calls <= whole.calls
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, resumed.state_dict()[name]), name
+    files = sorted(path.name for path in (tmp_path / "whole").iterdir())
+    assert files == ["history.json", "state.json", "trained.safetensors"]
+    for name in files:
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
+
+
+def test_a_finished_run_is_read_back(tmp_path: Path) -> None:
+    first, second = Net(), Net()
+    result = finetune(first, batches(), batches(seed=1), output_dir=tmp_path / "run", **SETTINGS)
+    second.stop_at = 1
+    again = finetune(second, batches(), batches(seed=1), output_dir=tmp_path / "run", resume=True, **SETTINGS)
+    assert again == result
+    assert torch.equal(first.body[0].weight, second.body[0].weight)
+    assert TrainingResult.from_json((tmp_path / "run" / "history.json").read_text()).best_step == result.best_step
+
+
+@pytest.mark.parametrize("different", ["lr", "model", "data"])
+def test_the_state_of_another_run_is_refused(tmp_path: Path, different: str) -> None:
+    finetune(Net(), batches(), output_dir=tmp_path / "run", **{**SETTINGS, "evaluate_every": None})
+    model = nn.Sequential(Net()) if different == "model" else Net()
+    settings = {**SETTINGS, "evaluate_every": None, "lr": 0.03 if different == "lr" else 0.02}
+    train = batches(seed=5 if different == "data" else 0)
+    with pytest.raises(CheckpointError, match=f"another {different} .*; resume with the same arguments"):
+        finetune(model, train, output_dir=tmp_path / "run", resume=True, **settings)
+
+
+def test_what_is_there_is_not_overwritten_unasked(tmp_path: Path) -> None:
+    kept = tmp_path / "run"
+    kept.mkdir()
+    (kept / "mine.txt").write_text("mine")
+    for options in ({}, {"resume": True}):
+        with pytest.raises(UsageError, match=r"not empty|no training state"):
+            finetune(Net(), batches(), steps=1, output_dir=kept, progress=False, **options)
+    assert (kept / "mine.txt").read_text() == "mine"
+    finetune(Net(), batches(), steps=1, output_dir=kept, overwrite=True, progress=False)
+    assert not (kept / "mine.txt").exists()
+
+
+def test_a_damaged_state_is_refused(tmp_path: Path) -> None:
+    state = tmp_path / "run" / "checkpoint"
+    state.mkdir(parents=True)
+    (state / "state.json").write_text('{"facts": 3}')
+    with pytest.raises(CheckpointError, match="is no training state"):
+        finetune(Net(), batches(), steps=1, output_dir=tmp_path / "run", resume=True, progress=False)
