@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lowrank.batches import Batch, evaluating, prepare_batches, sample_count
+from lowrank.convolutions import ConvGeometry, patches, sample_patches
 from lowrank.errors import NumericsError
 from lowrank.statistics import InputStatistics, TokenCounts
 
@@ -22,12 +23,6 @@ __all__ = ["PATCHES_PER_LAYER", "collect_statistics", "first_nonfinite"]
 # feature keep the moment of a wide layer well above its noise. Heuristics both.
 PATCHES_PER_LAYER = 2**15
 PATCHES_PER_FEATURE = 8
-
-
-def geometry_of(module):
-    from lowrank.convolutions import ConvGeometry
-
-    return ConvGeometry.of(module)
 
 
 class _SharingChanged(Exception):
@@ -69,7 +64,7 @@ class _Collector:
                 counts.update(self._kept(value[..., None]))
                 return
             # The version tells apart two uses of one tensor with an in-place change between them.
-            geometry = geometry_of(module) if name in self.generators else None
+            geometry = ConvGeometry.of(module) if name in self.generators else None
             key = (id(value), value._version, geometry)
             leader = self._seen.setdefault(key, (name, value))[0] if self.share else name
             known = self.leaders.setdefault(name, leader)
@@ -80,26 +75,29 @@ class _Collector:
             if not bool(torch.isfinite(value).all()):
                 raise _NonFinite(name)
             if geometry is not None:
-                self._add_patches(leader, value, geometry, module.weight[0].numel())
+                self._add_patches(leader, value, geometry)
                 return
             if leader not in self.statistics:
                 self.statistics[leader] = InputStatistics(value.shape[-1], device=value.device)
-            self.statistics[leader].update(self._kept(value))
+            statistics = self.statistics[leader]
+            assert isinstance(statistics, InputStatistics)
+            statistics.update(self._kept(value))
 
         return record
 
-    def _add_patches(self, name: str, value: Tensor, geometry: ConvGeometry, in_group: int) -> None:
+    def _add_patches(self, name: str, value: Tensor, geometry: ConvGeometry) -> None:
         """Add the patches under the kernel, or an even share of those the layer is allowed, drawn at random."""
-        from lowrank.convolutions import patches, sample_patches
-
-        features, generator = in_group * geometry.groups, self.generators[name]
+        generator, dims = self.generators[name], geometry.dims
+        channels = value.shape[-dims - 1]
+        features = channels * math.prod(geometry.kernel_size)
         if name not in self.statistics:
             self.statistics[name] = InputStatistics(features, device=value.device, blocks=geometry.groups)
-        allowed = max(PATCHES_PER_LAYER, PATCHES_PER_FEATURE * in_group)
+        statistics = self.statistics[name]
+        assert isinstance(statistics, InputStatistics)
+        allowed = max(PATCHES_PER_LAYER, PATCHES_PER_FEATURE * features // geometry.groups)
         limit = max(allowed * self.batch_size // self.samples, 1)
-        spatial = value.shape[-len(geometry.kernel_size) :]
-        positions = geometry.output_size(spatial)
-        images = value.numel() // (value.shape[-len(spatial) - 1] * spatial.numel())
+        positions = geometry.output_size(value.shape[-dims:])
+        images = value.shape[0] if value.ndim == dims + 2 else 1
         offered = images * math.prod(positions)
         mask = self.mask
         if mask is not None and value.ndim == 3 and (images, *positions) == mask.shape:
@@ -110,7 +108,7 @@ class _Collector:
                 rows = rows[torch.randperm(offered, generator=generator)[:limit].to(rows.device)]
         else:
             rows = sample_patches(value, geometry, limit, generator) if offered > limit else patches(value, geometry)
-        self.statistics[name].update(rows, offered)
+        statistics.update(rows, offered)
 
     def _kept(self, value: Tensor) -> Tensor:
         """The tokens that are not padding."""
@@ -130,9 +128,9 @@ def collect_statistics(
 ) -> dict[str, InputStatistics | TokenCounts]:
     """Run the batches and gather, for each module named, the moments of its inputs (or the look-ups of an embedding).
 
-    For a convolution the moments are those of the patches under its kernel, of at most ``PATCHES_PER_LAYER`` (or 8 a feature) patches
-    drawn with the seed. Padding (by ``attention_mask``) is left out. Modules that share an input share one object. Hooks and modes are restored whatever
-    happens. A module that no input reached is absent from the result.
+    For a convolution the moments are those of the patches under its kernel, of at most ``PATCHES_PER_LAYER`` (or 8 a feature) of them,
+    drawn with the seed. Padding (by ``attention_mask``) is left out. Modules that share an input (convolutions: and a geometry) share
+    one object. Hooks and modes are restored whatever happens. A module that no input reached is absent from the result.
 
     Raises:
         NumericsError: NaN or Inf flows into a layer; names the first.
