@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -20,7 +21,7 @@ from lowrank.probes import uniform_choices
 from lowrank.search import Finalist, Gauge, Outcome, SampledGauge, ValueGauge, keep_error_budget, least_error
 from lowrank.workshop import Choice
 
-__all__ = ["choose", "measure_given", "planner_of"]
+__all__ = ["choose", "gauges_of", "measure_given", "planner_of", "uniform_plans"]
 
 # Times the budget: what the report says that other budgets would give.
 OTHER_BUDGETS = (0.1, 0.2, 0.35, 0.5, 0.75, 1.5, 2.0, 3.0, 5.0)
@@ -35,10 +36,16 @@ def planner_of(job: Job, options: Options) -> Callable[[float], Plan]:
     little error for integer activations elsewhere would make the model larger than plain int8.
     """
     metadata = job.metadata(options)
-    small = [_without_dense(layer) for layer in job.layers]
+    # For speed a layer may well stay dense: the others then have more of the budget to get faster with.
+    small = [_without_dense(layer) for layer in job.layers] if job.speed is None else job.layers
     least = math.fsum(min(candidate.error for candidate in layer.candidates) for layer in small)
 
     def plan_for(total: float) -> Plan:
+        if math.isfinite(total) and job.speed is not None and options.size_budget is not None:
+            with contextlib.suppress(BudgetError):
+                # Out of reach together; by the error alone then, and the size is refused at the end.
+                allowed = _target_bytes(job, options)
+                return plan_formats(job.layers, error_budget=total, size_budget=allowed, metadata=metadata)
         if math.isfinite(total):
             return plan_formats(small if least <= total else job.layers, error_budget=total, metadata=metadata)
         return plan_formats(job.layers, size_budget=_target_bytes(job, options), metadata=metadata)
@@ -69,7 +76,7 @@ def _target_bytes(job: Job, options: Options) -> int:
     return allowed
 
 
-def _uniform(job: Job, options: Options) -> list[tuple[str, Plan]]:
+def uniform_plans(job: Job, options: Options) -> list[tuple[str, Plan]]:
     """Plans that give every layer the same format; they are what a smarter plan has to beat."""
     if "int8" not in options.formats or options.overrides:
         return []
@@ -86,7 +93,7 @@ def _uniform(job: Job, options: Options) -> list[tuple[str, Plan]]:
     return plans
 
 
-def _gauges(job: Job, verification: Sequence[Batch], options: Options) -> tuple[Gauge, Gauge]:
+def gauges_of(job: Job, verification: Sequence[Batch], options: Options) -> tuple[Gauge, Gauge]:
     """What measures a plan while searching, and what tests it at the end."""
     if callable(options.metric):
         gauge = ValueGauge(_relative_loss(job.bench.reference, options.metric, options.higher_is_better))
@@ -128,13 +135,13 @@ def choose(job: Job, verification: Sequence[Batch], options: Options) -> Outcome
     Raises:
         BudgetError: no plan keeps them.
     """
-    search, verify = _gauges(job, verification, options)
+    search, verify = gauges_of(job, verification, options)
     plan_for = planner_of(job, options)
     if options.error_budget is None:
         allowed = _target_bytes(job, options)
         plans = [
             ("size budget", plan_for(math.inf)),
-            *(item for item in _uniform(job, options) if item[1].bytes <= allowed),
+            *(item for item in uniform_plans(job, options) if item[1].bytes <= allowed),
         ]
         outcome = least_error(job.bench, plans, search, verify, total=options.contribution, progress=options.progress)
         outcome.predicted = _others(plan_for, outcome, outcome.chosen.searched.value, options)
@@ -142,7 +149,7 @@ def choose(job: Job, verification: Sequence[Batch], options: Options) -> Outcome
     outcome = keep_error_budget(
         job.bench,
         plan_for,
-        _uniform(job, options),
+        uniform_plans(job, options),
         options.error_budget,
         search,
         verify,
@@ -188,7 +195,7 @@ def measure_given(job: Job, plan: Plan, verification: Sequence[Batch], options: 
     Raises:
         BudgetError: it does not keep the error budget.
     """
-    _, verify = _gauges(job, verification, options)
+    _, verify = gauges_of(job, verification, options)
     reading = verify(job.bench.install_plan(plan))
     # An edit by hand leaves the old sizes in the plan; the one that is handed back and saved has those of the built layers.
     sized = tuple(

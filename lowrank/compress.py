@@ -23,6 +23,7 @@ from lowrank.batches import Batch, prepare_batches
 from lowrank.bench import Bench
 from lowrank.choose import choose, measure_given, planner_of
 from lowrank.errors import BudgetError, NumericsError, UsageError
+from lowrank.latency import speed_of
 from lowrank.ledger import compression_report, layer_rows
 from lowrank.linalg import fallback_counts, reset_fallback_counts
 from lowrank.modules import unwrapped
@@ -30,9 +31,10 @@ from lowrank.options import Metric, Options
 from lowrank.planner import Plan
 from lowrank.prepare import Job, fold_and_find, gather, split_again, split_samples, weigh
 from lowrank.report import CompressionReport
+from lowrank.timings import load_timings
 from lowrank.workshop import FORMATS
 
-__all__ = ["CompressionResult", "apply_plan", "compress_model", "plan_model"]
+__all__ = ["CompressionResult", "apply_plan", "compress_model", "plan_model", "prepare_job"]
 
 log = logging.getLogger("lowrank")
 
@@ -114,7 +116,10 @@ def compress_model(
         targets: kinds of layers to compress.
         ignore: globs over module names to leave alone.
         overrides: {glob: "dense" | format | {"format": …, "rank": …, "bits": …}}.
-        objective, loss_aware, heal: later versions bring "latency", True, True.
+        objective: "size", or "latency": the fastest model within ``error_budget`` by the measured table of
+            :func:`lowrank.timings.load_timings`, at the tokens per call of the calibration batches; no layer that the table
+            calls slower than dense is used.
+        loss_aware, heal: later versions bring True.
         strict: raise where a decomposition needed a fallback.
         activations: "int8" (integer products), "float" (weight-only), or "auto": integer, weight-only where that buys size.
         output_fn: picks the tensor to measure out of the model's output.
@@ -162,7 +167,7 @@ def compress_model(
     stages = _Stages()
     original = _on_device(unwrapped(model), device)
     with stages.stage("prepare"):
-        job, verification = _prepare(original, calibration, validation, options, probing=plan is None)
+        job, verification = prepare_job(original, calibration, validation, options, probing=plan is None)
     with stages.stage("search"):
         outcome = (
             choose(job, verification, options) if plan is None else measure_given(job, plan, verification, options)
@@ -171,6 +176,8 @@ def compress_model(
         finished = job.bench.release() if not inplace else job.bench.model
         rows = layer_rows(job.survey, finished, job.bench.workshops)
         report = compression_report(rows, outcome, options, job.notes)
+        if job.speed is not None:
+            report.totals |= job.speed.summary(outcome.chosen.plan, job.bench.workshops)
         report.run = stages.summary()
         if options.size_budget is not None and report.totals["size_ratio"] > options.size_budget:
             raise BudgetError(
@@ -201,7 +208,7 @@ def plan_model(
         'int8'
     """
     checked = Options(**options).checked(calibrated=calibration is not None)
-    job, _ = _prepare(unwrapped(model), calibration, validation, checked, probing=True)
+    job, _ = prepare_job(unwrapped(model), calibration, validation, checked, probing=True)
     return planner_of(job, checked)(checked.contribution(checked.error_budget))
 
 
@@ -242,7 +249,7 @@ def apply_plan(model: nn.Module, plan: Plan, calibration: Iterable[Any] | None =
     return bench.release()
 
 
-def _prepare(
+def prepare_job(
     model: nn.Module,
     calibration: Iterable[Any] | None,
     validation: Iterable[Any] | None,
@@ -250,23 +257,42 @@ def _prepare(
     *,
     probing: bool,
 ) -> tuple[Job, list[Batch]]:
+    """What a choice is made from, and the samples it may not see.
+
+    Args:
+        options: checked.
+        probing: measure what each layer's formats cost; not needed for a plan that is given.
+    """
     reset_fallback_counts()
     working, found, notes = fold_and_find(model, options)
-    if options.metric == "weight":
-        # Its optimum is the plain SVD and its value needs no samples.
-        calibration = validation = None
-    batches = prepare_batches(model, calibration) if calibration is not None else None
+    latency = probing and options.objective == "latency"
+    # The "weight" metric needs no samples: its optimum is the plain SVD.
+    blind = options.metric == "weight"
+    batches = prepare_batches(model, calibration) if calibration is not None and (latency or not blind) else None
+    calls = batches
+    if blind:
+        batches = validation = None
     checks = prepare_batches(model, validation, "validation") if validation is not None else None
     split = split_samples(batches, checks, options)
     bench = Bench(working, gather(working, found, split, options), model)
     if probing:
         job = weigh(bench, found, split, options)
+        if latency and calls is not None:
+            _price(job, working, calls)
     else:
         job = Job(bench, found, split, [])
     job.notes = notes + job.notes
     if options.strict and fallback_counts():
         raise NumericsError(f"strict: a decomposition did not converge and a fallback was used: {fallback_counts()}")
     return job, split.verification if split is not None else []
+
+
+def _price(job: Job, model: nn.Module, batches: Sequence[Batch]) -> None:
+    """Seconds in place of bytes as what the plan minimises."""
+    shops = job.bench.workshops
+    job.speed = speed_of(model, batches, shops, load_timings())
+    job.layers = job.speed.priced(job.layers, shops)
+    job.notes = [*job.notes, *job.speed.notes(job.layers, shops, torch.get_num_threads())]
 
 
 def _local_source(model: nn.Module) -> Path | None:
