@@ -10,6 +10,7 @@ from lowrank.calibration import collect_statistics
 from lowrank.checkpoint import load_model
 from lowrank.compress import CompressionResult, apply_plan, compress_model
 from lowrank.errors import (
+    AdapterError,
     BudgetError,
     CalibrationError,
     CheckpointError,
@@ -22,6 +23,7 @@ from lowrank.errors import (
 )
 from lowrank.evaluation import compare_models
 from lowrank.factors import Factors, RankCurve, factorize
+from lowrank.frontier import FrontierPoint, FrontierReport, measure_frontier
 from lowrank.layers import (
     LowRankEmbedding,
     QuantizedEmbedding,
@@ -36,6 +38,28 @@ from lowrank.layers import (
     QuantizedRNN,
     QuantizedRNNCell,
     SVDCompressedLinear,
+)
+from lowrank.lora import (
+    AdapterSummary,
+    LoRAConfig,
+    LoRAConv1d,
+    LoRAConv2d,
+    LoRAEmbedding,
+    LoRALinear,
+    MergeReport,
+    adapter_summary,
+    add_lora,
+    add_weighted_adapter,
+    delete_adapter,
+    disable_adapter,
+    load_adapter,
+    merge_lora,
+    merge_report,
+    save_adapter,
+    set_adapter,
+    trainable_parameters,
+    unload_lora,
+    unmerge_lora,
 )
 from lowrank.planner import Candidate, LayerChoices, Plan, PlanEntry, plan_formats
 from lowrank.report import CompressionReport, LayerRow
@@ -74,6 +98,8 @@ __all__ = [
     "Candidate",
     "CompressionReport",
     "CompressionResult",
+    "FrontierPoint",
+    "FrontierReport",
     "LayerChoices",
     "LayerRow",
     "Plan",
@@ -83,6 +109,7 @@ __all__ = [
     "compress_model",
     "fold_batchnorm",
     "load_model",
+    "measure_frontier",
     "plan_formats",
     # Speed
     "BenchmarkReport",
@@ -90,7 +117,29 @@ __all__ = [
     # Training
     "TrainingResult",
     "finetune",
+    # LoRA
+    "AdapterSummary",
+    "LoRAConfig",
+    "LoRAConv1d",
+    "LoRAConv2d",
+    "LoRAEmbedding",
+    "LoRALinear",
+    "MergeReport",
+    "adapter_summary",
+    "add_lora",
+    "add_weighted_adapter",
+    "delete_adapter",
+    "disable_adapter",
+    "load_adapter",
+    "merge_lora",
+    "merge_report",
+    "save_adapter",
+    "set_adapter",
+    "trainable_parameters",
+    "unload_lora",
+    "unmerge_lora",
     # Errors
+    "AdapterError",
     "BudgetError",
     "CalibrationError",
     "CheckpointError",

@@ -152,6 +152,8 @@ def prepare_batches(model: nn.Module, data: Iterable[Any], name: str = "calibrat
 
 
 def _batch(model: nn.Module, item: Any, from_loader: bool, name: str) -> Batch:
+    if isinstance(item, Batch):
+        return item
     pair = isinstance(item, (tuple, list)) and len(item) == 2
     if pair and (from_loader or not _takes_two(model)):
         item = item[0]

@@ -16,6 +16,7 @@ from lowrank.analysis import analyze_model
 from lowrank.batches import prepare_batches
 from lowrank.checkpoint import describe
 from lowrank.cli_benchmark import benchmark_command
+from lowrank.cli_frontier import frontier_command
 from lowrank.cli_models import model_batches, open_model
 from lowrank.cli_options import Fraction, common_options, data_options
 from lowrank.cli_shell import check_file, emit, note, run, write_file
@@ -257,6 +258,7 @@ def info(directory: Path, as_json: bool, quiet: bool) -> None:
 
 
 app.add_command(benchmark_command)
+app.add_command(frontier_command)
 
 
 @app.command("demo", short_help="Compress a real sentence-embedding model within a 10 % budget.")

@@ -23,7 +23,7 @@ from lowrank.search import Finalist, Outcome
 from lowrank.version import __version__
 from lowrank.workshop import Workshop
 
-__all__ = ["compression_report", "layer_rows"]
+__all__ = ["compression_report", "frontier_point", "layer_rows"]
 
 
 def layer_rows(survey: Survey, compressed: nn.Module, workshops: Mapping[str, Workshop]) -> list[LayerRow]:
@@ -145,28 +145,33 @@ def _with_shares(rows: Sequence[LayerRow], plan: Plan) -> list[LayerRow]:
     return [replace(row, error_share=shares.get(row.name)) for row in rows]
 
 
+def frontier_point(
+    plan: Plan, rest: int, before: int, error: float, measured: bool, budget: float | None, label: str
+) -> FrontierPoint:
+    """What a plan makes of the whole model.
+
+    Args:
+        rest: bytes of everything that is no target.
+        before: bytes of the original model.
+    """
+    formats = tuple(sorted(Counter(entry.format for entry in plan.entries).items()))
+    return FrontierPoint((rest + plan.bytes) / before, error, measured, budget, None, label, formats)
+
+
 def _frontier(rows: Sequence[LayerRow], outcome: Outcome, options: Options) -> list[FrontierPoint]:
-    """Sizes of the whole model and errors on the search part of everything that was measured, and predictions for other budgets."""
+    """Errors on the search part of everything that was measured, and predictions for other budgets."""
     rest = sum(row.bytes_after for row in rows) - outcome.chosen.plan.bytes
     before = sum(row.bytes_before for row in rows)
-
-    def point(plan: Plan, error: float, measured: bool, budget: float | None, label: str) -> FrontierPoint:
-        formats = tuple(sorted(Counter(entry.format for entry in plan.entries).items()))
-        return FrontierPoint((rest + plan.bytes) / before, error, measured, budget, None, label, formats)
-
     if not before:
         return []
-    points = [
-        point(
-            item.plan, item.searched.value, True, options.error_budget if item is outcome.chosen else None, item.label
-        )
-        for item in outcome.finalists
-        if math.isfinite(item.searched.value)
-    ]
-    points += [
-        point(plan, options.value(plan.error * outcome.calibration), False, budget, f"budget {budget:.3g}")
-        for budget, plan in outcome.predicted
-    ]
+    points = []
+    for item in outcome.finalists:
+        if math.isfinite(item.searched.value):
+            budget = options.error_budget if item is outcome.chosen else None
+            points.append(frontier_point(item.plan, rest, before, item.searched.value, True, budget, item.label))
+    for budget, plan in outcome.predicted:
+        error = options.value(plan.error * outcome.calibration)
+        points.append(frontier_point(plan, rest, before, error, False, budget, f"budget {budget:.3g}"))
     return sorted(points, key=lambda item: (item.size_ratio, item.error))
 
 

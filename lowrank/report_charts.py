@@ -41,7 +41,7 @@ def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
 
     Example:
         >>> nice_ticks(0.0, 47.0), nice_ticks(3.0, 3.0)
-        ([0.0, 10.0, 20.0, 30.0, 40.0, 50.0], [3.0, 4.0])
+        ([0.0, 10.0, 20.0, 30.0, 40.0, 50.0], [3.0, 3.2, 3.4, 3.6, 3.8, 4.0])
     """
     if not high > low:
         high = low + 1.0

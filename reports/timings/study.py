@@ -1,0 +1,85 @@
+"""What layers take on this machine, for plans made for speed; see README.md.
+
+Run: ``python reports/timings/study.py`` (``--smoke`` is for CI). Writes ``results.json``, ``table.md`` and
+``lowrank/timings.json``, the table that comes with the package.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lowrank.stopwatch import host_facts
+from lowrank.timings import SHIPPED, Point, TimingTable, cross_validate, fit_table
+from lowrank.tuning import measure_points
+
+HERE = Path(__file__).resolve().parent
+KINDS = ("dense/-", "lowrank/-", "int8/int8", "int8/float", "lowrank-int8/int8", "lowrank-int8/float")
+
+
+def points_of(results: dict[str, Any]) -> list[Point]:
+    """The measurements, as the package takes them."""
+    return [Point(**point) for point in results["points"]]
+
+
+def table_of(results: dict[str, Any]) -> TimingTable:
+    """The table that the package ships."""
+    points = points_of(results)
+    return fit_table(points, results["host"], cross_validate(points))
+
+
+def render(results: dict[str, Any]) -> str:
+    """``table.md`` from ``results.json``."""
+    about, points = results["host"], points_of(results)
+    accuracy = cross_validate(points)
+    lines = [
+        f"{about['cpu']}, {about['threads']} threads, {about['capability']}, torch {about['torch']}, integer route "
+        f"`{about['route']}`; {len(points)} measurements.",
+        "",
+        f"For a shape that the fit has not seen: median error {accuracy['median_error']:.0%}, 90 % of predictions within "
+        f"{accuracy['p90_error']:.0%}; {accuracy['wrong_order']:.1%} of the compressed layers on the wrong side of dense.",
+        "",
+        "Measured microseconds (factored layers: rank 3/8 of the smaller side):",
+        "",
+        f"| shape | dtype | tokens | {' | '.join(KINDS)} |",
+        f"|---|---|---:|{'---:|' * len(KINDS)}",
+    ]
+    found: dict[tuple[int, int, str, int], dict[str, float]] = {}
+    for point in sorted(points, key=lambda point: point.rank or 0):
+        kind, _, dtype = point.key.rpartition("/")
+        # Of the ranks the largest stays.
+        found.setdefault((point.outputs, point.inputs, dtype, point.rows), {})[kind] = 1e6 * point.seconds
+    for (outputs, inputs, dtype, rows), seconds in sorted(found.items()):
+        cells = " | ".join(f"{seconds[kind]:.0f}" for kind in KINDS)
+        lines.append(f"| {outputs}×{inputs} | {dtype} | {rows} | {cells} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Measure, write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--smoke", action="store_true", help="tiny shapes, everything to a temporary folder")
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    small = {"shapes": [(16, 32), (32, 16)], "rows": [1, 4], "dtypes": ["float32"], "rounds": 1, "at_least": 0.0}
+    folder = Path(tempfile.mkdtemp(prefix="timings_")) if arguments.smoke else HERE
+    points = measure_points(progress=True, **(small if arguments.smoke else {}))
+    for index, point in enumerate(points):
+        points[index] = Point(**asdict(point) | {"seconds": float(f"{point.seconds:.4g}")})
+    results = {"host": host_facts(), "points": [asdict(point) for point in points]}
+    (folder / "results.json").write_text(json.dumps(results, sort_keys=True) + "\n")
+    (folder / "table.md").write_text(render(results))
+    shipped = folder / "timings.json" if arguments.smoke else SHIPPED
+    shipped.write_text(table_of(results).to_json())
+    print(f"written to {folder} and {shipped}")
+
+
+if __name__ == "__main__":
+    main()
