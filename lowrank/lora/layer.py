@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.errors import AdapterError, UsageError
-from lowrank.lora.bases import adapter_dtype, base_bias, facts_of, row_norms
+from lowrank.lora.bases import adapter_dtype, base_bias, base_weight, facts_of, row_norms
 from lowrank.lora.config import LoRAConfig
 
 __all__ = ["FORMS", "Change", "LoRALayer", "Magnitude", "MergeRow"]
@@ -64,6 +65,7 @@ class LoRALayer(nn.Module):
 
     Attributes:
         active_adapters: names of the adapters that count, in order.
+        disabled: run the base alone.
         form: ``"separate"`` (two thin products beside the base) or ``"merged"`` (one product with ``W + scaling·BA``).
         merged_adapters: names of those that are merged into ``base_layer`` at the moment.
     """
@@ -85,6 +87,7 @@ class LoRALayer(nn.Module):
         self.scaling: dict[str, float] = {}
         self.active_adapters: tuple[str, ...] = ()
         self.form = "separate"
+        self.disabled = False
         self.merged_adapters: tuple[str, ...] = ()
         self.merge_row: MergeRow | None = None
         self.train(base_layer.training)
@@ -104,6 +107,7 @@ class LoRALayer(nn.Module):
         """
         facts = facts_of(self.base_layer)
         self._make(adapter, config, name, config.rank_of(name))
+        self._start(adapter, config.init_lora_weights)
         self.lora_dropout[adapter] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
         self.configs[adapter] = config
         self.scaling[adapter] = config.scaling_of(name)
@@ -154,6 +158,18 @@ class LoRALayer(nn.Module):
         """Put ``lora_A[adapter]`` and ``lora_B[adapter]`` in place."""
         raise NotImplementedError
 
+    def _start(self, adapter: str, how: bool | str) -> None:
+        """Random ``lora_A`` and zero ``lora_B``, drawn in PEFT's order, so that the same seed gives the same numbers."""
+        if how is False:
+            return
+        down, up = self.lora_A[adapter].weight, self.lora_B[adapter].weight
+        assert isinstance(down, Tensor) and isinstance(up, Tensor)
+        if how == "gaussian":
+            nn.init.normal_(down, std=1.0 / down.shape[0])
+        else:
+            nn.init.kaiming_uniform_(down, a=math.sqrt(5))
+        nn.init.zeros_(up)
+
     def pair(self, adapter: str) -> tuple[Tensor, Tensor]:
         """B (out, r) and A (r, in · kernel) as matrices, with their gradients."""
         raise NotImplementedError
@@ -195,6 +211,9 @@ class LoRALayer(nn.Module):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base's output with the active adapters' contributions, in the base's dtype."""
+        if self.disabled:
+            plain: Tensor = self.unmerged_base(x, *args, **kwargs)
+            return plain
         running = () if self.merged_adapters else self.active_adapters
         if running and self.form == "merged":
             return self._merged_forward(x)
@@ -212,17 +231,12 @@ class LoRALayer(nn.Module):
         if adapter not in self.lora_magnitude_vector:
             return added
         magnitude = self.lora_magnitude_vector[adapter].weight.flatten()
-        share = self._over_outputs(magnitude / self._nonzero(self.norms(adapter), magnitude))
+        share = self._over_outputs(magnitude / _nonzero(self.norms(adapter), magnitude))
         if dropped is not x:
             base = self.base_layer(dropped)
         bias = base_bias(self.unmerged_base)
         plain = base if bias is None else base - self._over_outputs(bias)
         return (share - 1) * plain + share * added
-
-    @staticmethod
-    def _nonzero(norms: Tensor, magnitude: Tensor) -> Tensor:
-        """Rows of zeros keep what they have instead of becoming NaN."""
-        return torch.where(norms > 0, norms, torch.ones_like(norms) if magnitude is None else _safe(magnitude))
 
     def _cast(self, x: Tensor, adapter: str) -> Tensor:
         dtype = self.adapter_parameters(adapter)[0].dtype
@@ -252,8 +266,6 @@ class LoRALayer(nn.Module):
         return self.product_with(x, weight, None if bias is None else bias.to(weight.dtype)).to(dtype)
 
     def _changed_weight(self) -> tuple[Tensor, Tensor | None]:
-        from lowrank.lora.bases import base_weight
-
         weight = base_weight(self.base_layer)
         working = adapter_dtype(self.base_layer)
         plain = weight.to(working)
@@ -263,7 +275,7 @@ class LoRALayer(nn.Module):
             change = ((left * self.gain(adapter)) @ right).view(plain.shape)
             if adapter in self.lora_magnitude_vector:
                 magnitude = self.lora_magnitude_vector[adapter].weight.flatten()
-                share = (magnitude / self._nonzero(self.norms(adapter), magnitude)).view(-1, *[1] * (plain.ndim - 1))
+                share = (magnitude / _nonzero(self.norms(adapter), magnitude)).view(-1, *[1] * (plain.ndim - 1))
                 change = (share - 1) * plain + share * change
             total = total + change
         return total, base_bias(self.base_layer)
@@ -289,7 +301,7 @@ class LoRALayer(nn.Module):
                 left = left * (gain.double() if isinstance(gain, Tensor) else gain)
                 if adapter in self.lora_magnitude_vector:
                     magnitude = self.lora_magnitude_vector[adapter].weight.detach().double().flatten()
-                    share = magnitude / self._nonzero(row_norms(self.unmerged_base, left, right), magnitude)
+                    share = magnitude / _nonzero(row_norms(self.unmerged_base, left, right), magnitude)
                     rows = share if rows is None else rows + share - 1.0
                     left = left * share[:, None]
                 lefts.append(left)
@@ -345,7 +357,7 @@ class LoRALayer(nn.Module):
             raise AdapterError(f"adapter {adapter!r}: not on this layer, which has {', '.join(self.configs) or 'none'}")
 
 
-def _safe(magnitude: Tensor) -> Tensor:
-    """Stand-in for a norm of zero: the magnitude itself where that is positive, so that their ratio is 1."""
+def _nonzero(norms: Tensor, magnitude: Tensor) -> Tensor:
+    """The norms, but for rows of zeros the magnitude itself: their ratio is 1, not NaN."""
     fixed = magnitude.detach()
-    return torch.where(fixed > 0, fixed, torch.ones_like(fixed))
+    return torch.where(norms > 0, norms, torch.where(fixed > 0, fixed, torch.ones_like(fixed)))

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank.errors import AdapterError
-from lowrank.lora.bases import facts_of, family
+from lowrank.lora.bases import family
 from lowrank.lora.config import LoRAConfig
 from lowrank.lora.layer import LoRALayer
 
@@ -72,6 +72,11 @@ class LoRAEmbedding(LoRALayer):
         self.lora_embedding_A[adapter] = nn.Parameter(torch.randn(rank, self.in_features))
         self.lora_embedding_B[adapter] = nn.Parameter(torch.randn(self.out_features, rank))
 
+    def _start(self, adapter: str, how: bool | str) -> None:
+        if how is not False:
+            nn.init.zeros_(self.lora_embedding_A[adapter])
+            nn.init.normal_(self.lora_embedding_B[adapter])
+
     def pair(self, adapter: str) -> tuple[Tensor, Tensor]:
         """See :meth:`LoRALayer.pair`."""
         return self.lora_embedding_B[adapter], self.lora_embedding_A[adapter]
@@ -110,10 +115,8 @@ class _LoRAConvNd(LoRALayer):
             raise AdapterError(
                 f"layer {name}: r = {rank} does not divide into its {at['groups']} groups; give it a multiple by rank_pattern"
             )
-        self.lora_A[adapter] = torch.nn.utils.skip_init(self._conv, self.in_features, rank, bias=False, **at)
-        self.lora_B[adapter] = torch.nn.utils.skip_init(self._conv, rank, self.out_features, 1, bias=False)
-        self.lora_A[adapter].reset_parameters()
-        self.lora_B[adapter].reset_parameters()
+        self.lora_A[adapter] = self._conv(self.in_features, rank, bias=False, **at)
+        self.lora_B[adapter] = self._conv(rank, self.out_features, 1, bias=False)
 
     @property
     def groups(self) -> int:

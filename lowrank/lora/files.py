@@ -1,0 +1,337 @@
+"""Adapters in PEFT's own files: ``adapter_config.json`` and ``adapter_model.safetensors``."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowrank.errors import AdapterError, CheckpointError, UsageError
+from lowrank.files import (
+    atomic_directory,
+    check_destination,
+    printable,
+    read_json,
+    read_safetensors_header,
+    read_tensor,
+    write_safetensors,
+    write_text,
+)
+from lowrank.layers.source import is_conv1d
+from lowrank.lora.config import LoRAConfig
+from lowrank.lora.layer import LoRALayer, Magnitude
+from lowrank.lora.layers import LoRAEmbedding
+from lowrank.lora.model import (
+    _check_name,
+    _check_unmerged,
+    active_adapters,
+    adapter_names,
+    delete_adapter,
+    install,
+    lora_layers,
+    require_adapter,
+    saved_modules,
+)
+from lowrank.lora.target import ALL_LINEAR, find_targets
+from lowrank.modules import unwrapped
+from lowrank.version import __version__
+
+__all__ = ["CONFIG_NAME", "TENSORS_NAME", "adapter_tensors", "load_adapter", "save_adapter"]
+
+CONFIG_NAME = "adapter_config.json"
+TENSORS_NAME = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+_PICKLED = "adapter_model.bin"
+_SIDE_BYTES = 1 << 20
+_EMBEDDING = ("lora_embedding_A", "lora_embedding_B")
+_TENSOR = re.compile(
+    r"(?P<layer>.*)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_embedding_[AB]|lora_magnitude_vector(\.weight)?)$"
+)
+
+
+def adapter_tensors(model: nn.Module, adapter: str) -> dict[str, Tensor]:
+    """The tensors of an adapter under PEFT's keys; a learned scale is folded into B.
+
+    Example:
+        >>> from lowrank.lora import LoRAConfig, add_lora
+        >>> list(adapter_tensors(add_lora(nn.Sequential(nn.Linear(2, 2)), LoRAConfig(r=1)), "default"))
+        ['base_model.model.0.lora_A.weight', 'base_model.model.0.lora_B.weight']
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, layer in lora_layers(model).items():
+        if adapter not in layer.configs:
+            continue
+        key = f"{PREFIX}{name}."
+        learned = layer.lora_scale[adapter].detach() if adapter in layer.lora_scale else None
+        if isinstance(layer, LoRAEmbedding):
+            down, up = layer.lora_embedding_A[adapter].detach(), layer.lora_embedding_B[adapter].detach()
+            names = _EMBEDDING
+        else:
+            down, up = layer.lora_A[adapter].weight.detach(), layer.lora_B[adapter].weight.detach()
+            names = ("lora_A.weight", "lora_B.weight")
+        tensors[key + names[0]] = down
+        tensors[key + names[1]] = up if learned is None else up * learned
+        if adapter in layer.lora_magnitude_vector:
+            tensors[key + "lora_magnitude_vector"] = layer.lora_magnitude_vector[adapter].weight.detach()
+    for name, module in saved_modules(model).items():
+        if adapter in module.modules_to_save:
+            for part, tensor in module.modules_to_save[adapter].state_dict().items():
+                tensors[f"{PREFIX}{name}.{part}"] = tensor.detach()
+    return tensors
+
+
+def save_adapter(
+    model: nn.Module, directory: str | Path, adapter_name: str | None = None, *, overwrite: bool = False
+) -> Path:
+    """Write one adapter as PEFT does; ``directory`` appears complete or stays as it was.
+
+    PEFT loads the result on the dense model. ``target_modules`` is written as the user gave it, or as the list of adapted
+    names where that was ``"all-linear"``: on a compressed model the same words cover other layers.
+
+    Args:
+        model: an adapted model.
+        directory: where to; its parent must exist.
+        adapter_name: default the active one.
+        overwrite: replace a directory that is not empty.
+
+    Returns:
+        The directory as an absolute path.
+
+    Raises:
+        UsageError: no or several active adapters and no name given; the directory is not empty.
+        AdapterError: no adapter of that name.
+        StorageError: writing failed.
+    """
+    adapter = _chosen(model, adapter_name)
+    tensors = adapter_tensors(model, adapter)
+    document = _config_of(model, adapter).to_peft()
+    note = {"version": __version__, "learnable_scale": _own_config(model, adapter).learnable_scale}
+    metadata = {"format": "pt", "lowrank": json.dumps(note, sort_keys=True)}
+    needed_bytes = sum(tensor.nbytes for tensor in tensors.values()) + _SIDE_BYTES
+    check_destination(directory, overwrite, needed_bytes=needed_bytes)
+    with atomic_directory(directory, overwrite=overwrite) as partial:
+        write_safetensors(partial / TENSORS_NAME, tensors, metadata)
+        write_text(partial / CONFIG_NAME, json.dumps(document, indent=2, sort_keys=True) + "\n")
+    return Path(directory).absolute()
+
+
+def load_adapter(
+    model: nn.Module, directory: str | Path, adapter_name: str = "default", inplace: bool = False
+) -> nn.Module:
+    """Put an adapter from PEFT's files (PEFT's own or :func:`save_adapter`'s) on a model, dense or compressed.
+
+    Its adapters go where the file has tensors; every tensor must find its place. The adapter becomes the active one.
+
+    Args:
+        model: the model it was trained on, or that model compressed.
+        directory: with ``adapter_config.json`` and ``adapter_model.safetensors``.
+        adapter_name: to switch by.
+        inplace: adapt the model itself instead of a copy.
+
+    Returns:
+        The adapted model: a copy unless ``inplace``.
+
+    Raises:
+        CheckpointError: a file is missing, damaged, or does not fit the model (the tensors are named).
+        AdapterError: a configuration that this package does not compute.
+        UsageError: the name is taken, or adapters are merged.
+    """
+    folder = Path(directory)
+    if not folder.is_dir():
+        raise CheckpointError(f"{printable(folder)}: not a directory with an adapter")
+    if (folder / _PICKLED).exists() and not (folder / TENSORS_NAME).exists():
+        raise CheckpointError(
+            f"{printable(folder / _PICKLED)}: a pickle, which is never read; save it as safetensors with PEFT"
+        )
+    for name in (CONFIG_NAME, TENSORS_NAME):
+        if not (folder / name).is_file():
+            raise CheckpointError(
+                f"{printable(folder / name)}: missing; an adapter has {CONFIG_NAME} and {TENSORS_NAME}"
+            )
+    config = LoRAConfig.from_peft(read_json(folder / CONFIG_NAME), printable(folder / CONFIG_NAME))
+    header = read_safetensors_header(folder / TENSORS_NAME)
+    note = _note(header.metadata, printable(folder / TENSORS_NAME))
+    tensors = {name.removeprefix(PREFIX): read_tensor(header, name) for name in header.tensors}
+    model = unwrapped(model)
+    _check_name(model, adapter_name)
+    _check_unmerged(model, "load_adapter")
+    if not inplace:
+        model = copy.deepcopy(model)
+    _load(model, config, adapter_name, tensors, note, printable(folder / TENSORS_NAME))
+    return model
+
+
+def _load(
+    model: nn.Module, config: LoRAConfig, adapter: str, tensors: dict[str, Tensor], note: Mapping[str, Any], where: str
+) -> None:
+    by_layer, rest = _sorted_by_layer(tensors)
+    targets = find_targets(model, config.replace(target_modules=list(by_layer)) if by_layer else config, strict=False)
+    names = {name: place.name for place in targets.adapted for name in place.names}
+    missing = [layer for layer in by_layer if layer not in names]
+    if missing:
+        reason = targets.left.get(missing[0], "the model has no such module")
+        raise CheckpointError(
+            f"{where}: holds an adapter for {printable(missing[0])} ({len(missing)} such layers), which this model cannot "
+            f"take: {reason}"
+        )
+    before = active_adapters(model)
+    ranks = {re.escape(name): _rank(parts) for name, parts in sorted(by_layer.items(), key=lambda item: -len(item[0]))}
+    alphas = {re.escape(name): config.alpha_of(name) for name in by_layer}
+    here = config.replace(
+        target_modules=list(by_layer) or None,
+        layers_to_transform=None,
+        layers_pattern=None,
+        rank_pattern=ranks,
+        alpha_pattern=dict(sorted(alphas.items(), key=lambda item: -len(item[0]))),
+        learnable_scale=bool(note.get("learnable_scale", False)),
+    )
+    install(model, here, adapter, targets)
+    try:
+        for name, layer in lora_layers(model).items():
+            layer_name = next((key for key, first in names.items() if first == name and key in by_layer), None)
+            if adapter in layer.configs and layer_name is not None:
+                _fill(
+                    layer, adapter, by_layer[layer_name], f"{where}: layer {printable(layer_name)}", from_peft=not note
+                )
+                layer.configs[adapter] = config.replace(learnable_scale=here.learnable_scale)
+        _fill_saved(model, adapter, rest, where)
+    except CheckpointError:
+        delete_adapter(model, adapter)
+        for layer in lora_layers(model).values():
+            layer.set_active(before)
+        raise
+
+
+def _sorted_by_layer(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    by_layer: dict[str, dict[str, Tensor]] = {}
+    rest: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        found = _TENSOR.match(name)
+        if found is None:
+            rest[name] = tensor
+        else:
+            by_layer.setdefault(found["layer"], {})[found["part"].removesuffix(".weight")] = tensor
+    return by_layer, rest
+
+
+def _rank(parts: Mapping[str, Tensor]) -> int:
+    down = parts.get("lora_A", parts.get("lora_embedding_A"))
+    return int(down.shape[0]) if down is not None and down.ndim else 1
+
+
+def _fill(layer: LoRALayer, adapter: str, parts: dict[str, Tensor], where: str, *, from_peft: bool) -> None:
+    embedding = isinstance(layer, LoRAEmbedding)
+    names = _EMBEDDING if embedding else ("lora_A", "lora_B")
+    needed = {*names, *(("lora_magnitude_vector",) if layer.configs[adapter].use_dora else ())}
+    if set(parts) != needed:
+        raise CheckpointError(f"{where}: must have {', '.join(sorted(needed))}, got {', '.join(sorted(parts))}")
+    if layer.family.startswith("conv"):
+        _match_convolutions(layer, adapter, parts["lora_A"], parts["lora_B"], from_peft=from_peft)
+    for name in names:
+        holder = getattr(layer, name)[adapter]
+        _copy(holder if embedding else holder.weight, parts[name], f"{where}.{name}")
+    if "lora_magnitude_vector" in needed:
+        magnitude = layer.lora_magnitude_vector[adapter]
+        assert isinstance(magnitude, Magnitude)
+        _copy(magnitude.weight, parts["lora_magnitude_vector"], f"{where}.lora_magnitude_vector")
+
+
+def _match_convolutions(layer: LoRALayer, adapter: str, down: Tensor, up: Tensor, *, from_peft: bool) -> None:
+    """PEFT's convolutions: groups in ``lora_B`` instead of ``lora_A``, and zeros around the input whatever the base pads with."""
+    first: Any = layer.lora_A[adapter]
+    second: Any = layer.lora_B[adapter]
+    if first.groups > 1 and down.ndim == first.weight.ndim and down.shape[1] == first.in_channels:
+        second.groups, first.groups = first.groups, 1
+        for module, like in ((first, down), (second, up)):
+            module.weight = nn.Parameter(module.weight.new_empty(like.shape))
+    if from_peft and first.padding_mode != "zeros":
+        first.padding_mode = "zeros"
+
+
+def _fill_saved(model: nn.Module, adapter: str, rest: dict[str, Tensor], where: str) -> None:
+    left = dict(rest)
+    for name, module in saved_modules(model).items():
+        if adapter not in module.modules_to_save:
+            continue
+        for part, tensor in module.modules_to_save[adapter].state_dict().items():
+            given = left.pop(f"{name}.{part}", None)
+            if given is None:
+                raise CheckpointError(f"{where}: lacks {printable(name)}.{part} of modules_to_save")
+            _copy(tensor, given, f"{where}: {printable(name)}.{part}")
+    # PEFT may add the embedding tables it adapted or found resized (save_embedding_layers); unchanged ones tell nothing.
+    for name in [key for key in left if key.endswith(".base_layer.weight")]:
+        layer = lora_layers(model).get(name.removesuffix(".base_layer.weight"))
+        table = None if layer is None else getattr(layer.unmerged_base, "weight", None)
+        if table is None or (table.shape == left[name].shape and torch.equal(table.detach().cpu(), left[name])):
+            del left[name]
+    if left:
+        raise CheckpointError(
+            f"{where}: {len(left)} tensors have no place in this model, the first is {printable(min(left))}"
+        )
+
+
+def _copy(target: Tensor, given: Tensor, where: str) -> None:
+    if target.shape != given.shape:
+        raise CheckpointError(
+            f"{where}: the model needs shape {tuple(target.shape)}, the file holds {tuple(given.shape)}"
+        )
+    if not bool(torch.isfinite(given).all()):
+        raise CheckpointError(f"{where}: holds NaN or Inf")
+    with torch.no_grad():
+        target.copy_(given)
+
+
+def _note(metadata: Mapping[str, str], where: str) -> dict[str, Any]:
+    """What :func:`save_adapter` wrote beside the tensors; empty for a file of PEFT's."""
+    if "lowrank" not in metadata:
+        return {}
+    try:
+        note = json.loads(metadata["lowrank"])
+    except ValueError as error:
+        raise CheckpointError(f"{where}: its metadata on lowrank is not JSON") from error
+    if not isinstance(note, dict):
+        raise CheckpointError(f"{where}: its metadata on lowrank is not a map")
+    return note
+
+
+def _chosen(model: nn.Module, adapter: str | None) -> str:
+    if adapter is not None:
+        require_adapter(model, adapter)
+        return adapter
+    running = active_adapters(model)
+    if len(running) == 1:
+        return running[0]
+    known = adapter_names(model)
+    if len(known) == 1:
+        return known[0]
+    raise UsageError(
+        f"adapter_name: which of {', '.join(known) or 'no adapters'}? Active are {', '.join(running) or 'none'}"
+    )
+
+
+def _own_config(model: nn.Module, adapter: str) -> LoRAConfig:
+    for layer in lora_layers(model).values():
+        if adapter in layer.configs:
+            return layer.configs[adapter]
+    raise AdapterError(f"adapter {adapter!r}: adapts no layer; save the trained modules with the model")
+
+
+def _config_of(model: nn.Module, adapter: str) -> LoRAConfig:
+    """The configuration as PEFT will read it: resolved names, and how the bases store their weights."""
+    config = _own_config(model, adapter)
+    layers = {name: layer for name, layer in lora_layers(model).items() if adapter in layer.configs}
+    wanted = config.target_modules
+    if wanted is None or (isinstance(wanted, str) and wanted.lower() == ALL_LINEAR):
+        config = config.replace(target_modules=sorted(layers))
+    transposed = any(is_conv1d(layer.unmerged_base) for layer in layers.values())
+    path = getattr(getattr(model, "config", None), "_name_or_path", None) or None
+    extra = {"base_model_name_or_path": path, "inference_mode": True} | {
+        name: value for name, value in config.extra.items() if value is not None
+    }
+    return config.replace(fan_in_fan_out=config.fan_in_fan_out or transposed, extra=extra)

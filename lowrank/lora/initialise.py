@@ -1,0 +1,128 @@
+"""How an adapter starts: at random, from the weight's leading directions, or from what compression removed."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from lowrank.errors import AdapterError
+from lowrank.factors import Factors, RankCurve, factorize, factorize_embedding
+from lowrank.layers import CompressedLayer
+from lowrank.layers.linear import balanced
+from lowrank.layers.source import is_conv1d
+from lowrank.linalg import safe_svd
+from lowrank.lora.bases import base_bias, base_weight, family
+from lowrank.lora.layer import LoRALayer
+from lowrank.statistics import InputStatistics, TokenCounts
+
+__all__ = ["start_from_residual", "start_from_singular_vectors"]
+
+# Relative to the mean diagonal, for the one inverse below: small enough to leave the mean's direction alone where it was
+# seen, large enough that a singular gram gives no blow-up. A heuristic.
+_RIDGE = 1e-6
+
+
+def start_from_singular_vectors(layer: LoRALayer, adapter: str, name: str) -> None:
+    """PiSSA: the leading singular vectors become the adapter, and the base keeps the rest.
+
+    ``W = U S Vᵀ``: ``scaling · B A = U_r S_r V_rᵀ``, base ``W − scaling · B A``; the sum is W to rounding. The base weight
+    is changed for good: without the adapter the layer is only the rest (as in PEFT).
+
+    Raises:
+        AdapterError: not a dense linear layer.
+    """
+    base = layer.base_layer
+    if isinstance(base, CompressedLayer) or family(base) != "linear":
+        raise AdapterError(
+            f'layer {name}: init_lora_weights="pissa" takes directions out of a dense linear weight, and this is a '
+            f'{type(base).__name__}; use True, "gaussian" or, on a compressed layer, "residual"'
+        )
+    weight = base_weight(base).double()
+    left, sigma, right = safe_svd(weight, name=name)
+    rank = min(layer.rank_of(adapter), sigma.numel())
+    _write(layer, adapter, left[:, :rank], sigma[:rank, None] * right[:rank], name)
+    stored = base.weight
+    assert isinstance(stored, nn.Parameter)
+    up, down = layer.pair(adapter)
+    # From the parameters as stored, so that base and adapter add up to W whatever their dtype rounds.
+    rest = weight - layer.scaling[adapter] * (up.detach().double() @ down.detach().double())
+    stored.data = (rest.T if is_conv1d(base) else rest).to(stored.dtype).contiguous()
+
+
+def start_from_residual(
+    layer: LoRALayer,
+    adapter: str,
+    name: str,
+    original: nn.Module,
+    statistics: InputStatistics | TokenCounts | None,
+) -> None:
+    """The best adapter of its rank for what compression removed, in the metric of the calibration inputs.
+
+    With W the original weight, W' the compressed one and δ the shift of the bias, it minimises the mean square of
+    ``(W − W')x − δ − scaling · B A x``. Regressing the target on x gives ``M = W − W' − δ μᵀ G⁻¹`` (G the gram), and the
+    best rank-r map is that of M in the metric G. Without statistics G = I and δ is left out: a plain SVD of W − W'.
+
+    Args:
+        original: the dense layer of the same name.
+        statistics: of the layer's inputs, or the look-ups of an embedding.
+
+    Raises:
+        AdapterError: the original is not a dense layer of the same shape.
+    """
+    base = layer.base_layer
+    if isinstance(original, LoRALayer):
+        original = original.unmerged_base
+    if isinstance(original, CompressedLayer) or family(original) != family(base):
+        raise AdapterError(
+            f"layer {name}: its original must be a dense {family(base)}, got a {type(original).__name__}"
+        )
+    wanted, has = base_weight(original), base_weight(base)
+    if wanted.shape != has.shape:
+        raise AdapterError(
+            f"layer {name}: the original's weight is {tuple(wanted.shape)}, this one's {tuple(has.shape)}"
+        )
+    residual = (wanted.double().to(has.device) - has.double()).flatten(1)
+    if not bool(residual.any()):
+        return
+    if layer.family == "embedding":
+        counts = statistics if isinstance(statistics, TokenCounts) else None
+        flipped = _best(factorize_embedding(residual.T, counts, name=name), layer.rank_of(adapter))
+        _write(layer, adapter, flipped.right.T, flipped.left.T, name)
+        return
+    moments = statistics if isinstance(statistics, InputStatistics) and statistics.count else None
+    if moments is not None:
+        residual = residual - _bias_as_weight(base_bias(original), base_bias(base), moments, residual)
+    best = _best(factorize(residual, moments, shift_bias=False, name=name), layer.rank_of(adapter))
+    _write(layer, adapter, best.left, best.right, name)
+
+
+def _best(curve: RankCurve, rank: int) -> Factors:
+    return curve.factors(min(rank, curve.max_rank))
+
+
+def _bias_as_weight(wanted: Tensor | None, has: Tensor | None, moments: InputStatistics, like: Tensor) -> Tensor:
+    """The part of the bias shift that inputs of a mean other than zero can express: ``δ μᵀ G⁻¹``."""
+    if wanted is None or has is None or torch.equal(wanted, has):
+        return torch.zeros_like(like)
+    shift = has.detach().double() - wanted.detach().to(has.device).double()
+    gram = moments.moment(centred=False, ridge=_RIDGE).to(like.device)
+    return torch.outer(shift.to(like.device), torch.linalg.solve(gram, moments.mean.to(like.device)))
+
+
+def _write(layer: LoRALayer, adapter: str, left: Tensor, right: Tensor, name: str) -> None:
+    """Set ``scaling · B A = left @ right``; components beyond those given keep their A and get a zero B."""
+    scaling = layer.scaling[adapter]
+    if scaling == 0.0:
+        raise AdapterError(
+            f"layer {name}: lora_alpha = 0 scales every adapter to nothing; this initialisation needs another"
+        )
+    up, down = balanced(Factors(left, right), torch.float64)
+    root = math.sqrt(abs(scaling))
+    up, down = up / math.copysign(root, scaling), down / root
+    missing = layer.rank_of(adapter) - down.shape[0]
+    if missing:
+        down = torch.cat([down, layer.pair(adapter)[1].detach().double()[-missing:]])
+        up = torch.cat([up, up.new_zeros(up.shape[0], missing)], dim=1)
+    layer.set_pair(adapter, up, down)

@@ -1,0 +1,368 @@
+"""Adapters on a whole model: add, switch, disable, delete, combine, count."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+
+from torch import nn
+
+from lowrank.errors import AdapterError, UsageError
+from lowrank.lora.bases import largest_rank
+from lowrank.lora.config import LoRAConfig
+from lowrank.lora.initialise import start_from_residual, start_from_singular_vectors
+from lowrank.lora.layer import FORMS, LoRALayer
+from lowrank.lora.layers import adapted
+from lowrank.lora.saved_module import SavedModule
+from lowrank.lora.target import Place, Targets, find_targets, outer_modules
+from lowrank.modules import replace_module, unwrapped
+from lowrank.statistics import InputStatistics, TokenCounts
+
+__all__ = [
+    "active_adapters",
+    "adapter_names",
+    "add_lora",
+    "add_weighted_adapter",
+    "delete_adapter",
+    "disable_adapter",
+    "lora_layers",
+    "saved_modules",
+    "set_adapter",
+    "set_form",
+]
+
+
+def add_lora(
+    model: nn.Module,
+    config: LoRAConfig | None = None,
+    adapter_name: str = "default",
+    inplace: bool = False,
+    *,
+    original: nn.Module | None = None,
+    statistics: Mapping[str, InputStatistics | TokenCounts] | None = None,
+) -> nn.Module:
+    """Put adapters on a model; everything but the adapters (and ``modules_to_save``) is frozen.
+
+    The new adapter becomes the active one. With the default initialisation the model's outputs are the same bit for bit.
+    A model that has adapters already gets one more beside them.
+
+    Args:
+        model: dense or compressed.
+        config: default ``LoRAConfig()``: rank 8 on every linear layer but the output head.
+        adapter_name: to switch by.
+        inplace: adapt the model itself instead of a copy.
+        original: the model before compression, for ``init_lora_weights="residual"``.
+        statistics: inputs of the layers by name, see :func:`lowrank.collect_statistics`; makes the residual's fit that of
+            the least output error.
+
+    Returns:
+        The adapted model: a copy unless ``inplace``.
+
+    Raises:
+        UsageError: an entry of the configuration that matches nothing, a name already taken, a merged model.
+        AdapterError: a layer that cannot carry this adapter.
+
+    Example:
+        >>> model = add_lora(nn.Sequential(nn.Linear(64, 10)), LoRAConfig(r=4))
+        >>> sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        296
+    """
+    config = LoRAConfig() if config is None else config
+    model = unwrapped(model)
+    _check_name(model, adapter_name)
+    _check_unmerged(model, "add_lora")
+    if config.init_lora_weights == "residual" and original is None:
+        raise UsageError('init_lora_weights="residual": needs original=, the model before compression')
+    find_targets(model, config)  # before a copy is made for nothing
+    if not inplace:
+        model = copy.deepcopy(model)
+    install(model, config, adapter_name, find_targets(model, config), original, statistics)
+    return model
+
+
+def install(
+    model: nn.Module,
+    config: LoRAConfig,
+    adapter: str,
+    targets: Targets,
+    original: nn.Module | None = None,
+    statistics: Mapping[str, InputStatistics | TokenCounts] | None = None,
+) -> None:
+    """Add the adapter at these places; the model is as it was where that fails."""
+    shared = _shared_weights(model) if config.init_lora_weights == "pissa" else {}
+    active = active_adapters(model)
+    with contextlib.ExitStack() as undo:
+        for parameter in model.parameters():
+            undo.callback(parameter.requires_grad_, parameter.requires_grad)
+        undo.callback(_activate, model, active)
+        wide: list[str] = []
+        for place in targets.adapted:
+            layer = place.module if isinstance(place.module, LoRALayer) else adapted(place.module)
+            undo.callback(layer.delete_adapter, adapter)
+            layer.add_adapter(adapter, config, place.name)
+            if layer.rank_of(adapter) > largest_rank(layer.unmerged_base):
+                wide.append(place.name)
+            _start(layer, adapter, place, original, statistics, shared, undo)
+            layer.start_magnitude(adapter)
+            if layer is not place.module:
+                undo.callback(replace_module, model, place.names, place.module)
+                replace_module(model, place.names, layer)
+        for place in targets.saved:
+            wrapper = place.module if isinstance(place.module, SavedModule) else SavedModule(place.module)
+            undo.callback(wrapper.delete_adapter, adapter)
+            wrapper.add_adapter(adapter)
+            if wrapper is not place.module:
+                undo.callback(replace_module, model, place.names, place.module)
+                replace_module(model, place.names, wrapper)
+        undo.pop_all()
+    model.requires_grad_(False)
+    _activate(model, [adapter])
+    if wide:
+        warnings.warn(
+            f"r: over min(out, in) on {len(wide)} layers (first {wide[0]}), where the rest adds parameters but no freedom",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def _start(
+    layer: LoRALayer,
+    adapter: str,
+    place: Place,
+    original: nn.Module | None,
+    statistics: Mapping[str, InputStatistics | TokenCounts] | None,
+    shared: Mapping[int, int],
+    undo: contextlib.ExitStack,
+) -> None:
+    how = layer.configs[adapter].init_lora_weights
+    if how == "pissa":
+        weight = getattr(layer.base_layer, "weight", None)
+        if isinstance(weight, nn.Parameter):
+            if shared.get(id(weight), 1) > 1:
+                raise AdapterError(
+                    f'layer {place.name}: its weight is tied, and init_lora_weights="pissa" would change both ends'
+                )
+            undo.callback(setattr, weight, "data", weight.data)
+        start_from_singular_vectors(layer, adapter, place.name)
+    elif how == "residual" and original is not None:
+        try:
+            dense = original.get_submodule(place.name)
+        except AttributeError as error:
+            raise AdapterError(f"original: has no module {place.name}") from error
+        start_from_residual(layer, adapter, place.name, dense, (statistics or {}).get(place.name))
+
+
+def _shared_weights(model: nn.Module) -> dict[int, int]:
+    counts: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                counts[id(parameter)] = counts.get(id(parameter), 0) + 1
+    return counts
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
+    """The adapted layers by their first names."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALayer)}
+
+
+def saved_modules(model: nn.Module) -> dict[str, SavedModule]:
+    """The modules that are trained whole, by their first names."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, SavedModule)}
+
+
+def adapter_names(model: nn.Module) -> list[str]:
+    """The adapters on a model, in the order they were added.
+
+    Example:
+        >>> adapter_names(add_lora(nn.Sequential(nn.Linear(2, 2)), LoRAConfig(r=1), "task"))
+        ['task']
+    """
+    names: dict[str, None] = {}
+    for layer in lora_layers(model).values():
+        names |= dict.fromkeys(layer.configs)
+    for module in saved_modules(model).values():
+        names |= dict.fromkeys(module.modules_to_save)
+    return list(names)
+
+
+def active_adapters(model: nn.Module) -> list[str]:
+    """The adapters that count at the moment."""
+    names: dict[str, None] = {}
+    for layer in lora_layers(model).values():
+        names |= dict.fromkeys(layer.active_adapters)
+    for module in saved_modules(model).values():
+        if module.active is not None:
+            names[module.active] = None
+    return list(names)
+
+
+def set_adapter(model: nn.Module, adapter: str | Sequence[str] | None) -> None:
+    """Let this adapter (or these, summed) count and be trained; ``None`` for the base model alone.
+
+    Raises:
+        AdapterError: the model has no adapter of that name.
+        UsageError: adapters are merged; unmerge first.
+    """
+    wanted = [] if adapter is None else [adapter] if isinstance(adapter, str) else list(adapter)
+    for name in wanted:
+        require_adapter(model, name)
+    _check_unmerged(model, "set_adapter")
+    _activate(model, wanted)
+
+
+def _activate(model: nn.Module, adapters: Sequence[str]) -> None:
+    for layer in lora_layers(model).values():
+        layer.set_active(adapters)
+    for module in saved_modules(model).values():
+        module.set_active(list(adapters))
+
+
+@contextlib.contextmanager
+def disable_adapter(model: nn.Module) -> Iterator[None]:
+    """The base model within the ``with``, merged or not; adapters count again after it.
+
+    Example:
+        >>> model = add_lora(nn.Sequential(nn.Linear(2, 2)), LoRAConfig(r=1))
+        >>> with disable_adapter(model):
+        ...     lora_layers(model)["0"].disabled
+        True
+    """
+    layers, modules = list(lora_layers(model).values()), list(saved_modules(model).values())
+    before = [layer.disabled for layer in layers], [module.active for module in modules]
+    try:
+        for layer in layers:
+            layer.disabled = True
+        for module in modules:
+            module.active = None
+        yield
+    finally:
+        for layer, was in zip(layers, before[0], strict=True):
+            layer.disabled = was
+        for module, active in zip(modules, before[1], strict=True):
+            module.active = active
+
+
+def delete_adapter(model: nn.Module, adapter: str) -> None:
+    """Remove an adapter; layers without any become the plain base again.
+
+    A base that ``"pissa"`` took directions out of stays without them.
+
+    Raises:
+        AdapterError: no adapter of that name.
+        UsageError: adapters are merged; unmerge first.
+    """
+    require_adapter(model, adapter)
+    _check_unmerged(model, "delete_adapter")
+    for layer in lora_layers(model).values():
+        layer.delete_adapter(adapter)
+    for module in saved_modules(model).values():
+        module.delete_adapter(adapter)
+    _drop_empty(model)
+
+
+def _drop_empty(model: nn.Module) -> None:
+    for place in outer_modules(model):
+        module = place.module
+        if isinstance(module, LoRALayer) and not module.configs:
+            replace_module(model, place.names, module.base_layer)
+        if isinstance(module, SavedModule) and not module.modules_to_save:
+            replace_module(model, place.names, module.original_module)
+
+
+def add_weighted_adapter(
+    model: nn.Module, adapters: Sequence[str], weights: Sequence[float], adapter_name: str
+) -> None:
+    """A new adapter that is exactly ``Σ weight · adapter``, by concatenation; its rank is the sum of theirs.
+
+    It becomes the active one.
+
+    Args:
+        adapters: names of adapters on the model.
+        weights: a factor for each.
+        adapter_name: of the combination.
+
+    Raises:
+        AdapterError: DoRA or grouped convolutions (no sum of theirs is an adapter), or trained modules, which differ.
+        UsageError: another number of weights than adapters, a taken name, merged adapters.
+    """
+    if len(adapters) != len(weights) or not adapters:
+        raise UsageError(f"weights: need one for each adapter, got {len(weights)} for {len(adapters)} adapters")
+    for adapter in adapters:
+        require_adapter(model, adapter)
+        if any(adapter in module.modules_to_save for module in saved_modules(model).values()):
+            raise AdapterError(f"adapter {adapter!r}: has whole modules (modules_to_save), which cannot be combined")
+    _check_name(model, adapter_name)
+    _check_unmerged(model, "add_weighted_adapter")
+    factors = dict(zip(adapters, weights, strict=True))
+    sums = {}
+    for name, layer in lora_layers(model).items():
+        present = [adapter for adapter in adapters if adapter in layer.configs]
+        if any(layer.configs[adapter].use_dora for adapter in present):
+            raise AdapterError(f"layer {name}: DoRA adapters scale the base weight; a sum of them is no adapter")
+        if present:
+            sums[name] = layer.change(present), [factors[a] for a in present for _ in range(layer.rank_of(a))]
+    ranks = {name: change.right.shape[0] for name, (change, _) in sums.items()}
+    top = max(ranks.values())
+    patterns = {
+        _exactly(name): rank for name, rank in sorted(ranks.items(), key=lambda item: -len(item[0])) if rank != top
+    }
+    config = LoRAConfig(
+        r=top, lora_alpha=top, target_modules=list(ranks), rank_pattern=patterns, alpha_pattern=dict(patterns)
+    )
+    layers = lora_layers(model)
+    for name, (change, each) in sums.items():
+        layer = layers[name]
+        layer.add_adapter(adapter_name, config, name)
+        layer.set_pair(adapter_name, change.left * change.left.new_tensor(each), change.right)
+    _activate(model, [adapter_name])
+
+
+def _exactly(name: str) -> str:
+    return name.replace(".", r"\.")
+
+
+def set_form(model: nn.Module, form: str) -> None:
+    """Choose how adapted layers compute: ``"separate"`` thin products, or one ``"merged"`` product with ``W + scaling·BA``.
+
+    Both give the same to rounding. Layers with integer codes compute separately in either.
+
+    Raises:
+        UsageError: another form.
+    """
+    if form not in FORMS:
+        raise UsageError(f"form: must be one of {', '.join(FORMS)}, got {form!r}")
+    for layer in lora_layers(model).values():
+        layer.form = "separate" if getattr(layer.unmerged_base, "_is_integer", False) else form
+
+
+def require_adapter(model: nn.Module, adapter: str) -> None:
+    """Refuse a name that no adapter of the model has."""
+    known = adapter_names(model)
+    if adapter not in known:
+        raise AdapterError(f"adapter {adapter!r}: not on this model, which has {', '.join(known) or 'none'}")
+
+
+def _check_name(model: nn.Module, adapter: object) -> None:
+    if (
+        not isinstance(adapter, str)
+        or not adapter
+        or "." in adapter
+        or hasattr(nn.ModuleDict, adapter)
+        or hasattr(nn.ParameterDict, adapter)
+    ):
+        raise UsageError(
+            f"adapter_name: must be a non-empty text without dots that is no attribute of a module, got {adapter!r}"
+        )
+    if adapter in adapter_names(model):
+        raise UsageError(f"adapter_name: the model already has an adapter {adapter!r}; delete it or take another name")
+
+
+def _check_unmerged(model: nn.Module, what: str) -> None:
+    for name, layer in lora_layers(model).items():
+        if layer.merged_adapters:
+            raise UsageError(
+                f"{what}: adapters are merged (layer {name}: {', '.join(layer.merged_adapters)}); unmerge_lora first"
+            )
