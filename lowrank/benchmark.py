@@ -180,6 +180,7 @@ def benchmark(
         CalibrationError: inputs that the model cannot run on.
 
     Example:
+        >>> import torch
         >>> from lowrank.layers import QuantizedLinear
         >>> dense = nn.Sequential(nn.Linear(64, 64))
         >>> small = nn.Sequential(QuantizedLinear.from_linear(dense[0]))
@@ -296,10 +297,9 @@ def _row_count(call: _Call, layer: CompressedLayer) -> int:
         return 0
     if not x.is_floating_point():
         return x.numel()
-    if len(layer.shape) > 2:
-        # A convolution: samples times positions, before its stride.
-        return x.numel() // max(x.shape[-(len(layer.shape) - 1)], 1)
-    return x.numel() // max(x.shape[-1], 1)
+    # A convolution's channels stand before its positions, which are counted before its stride.
+    features = -max(len(list(layer.shape)) - 1, 1)
+    return x.numel() // max(x.shape[features], 1)
 
 
 def _quotient(above: Sequence[float], below: Sequence[float]) -> Spread:

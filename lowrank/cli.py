@@ -148,6 +148,13 @@ def analyze(
     show_default=True,
     help="int8: integer products; float: weight-only.",
 )
+@click.option(
+    "--objective",
+    type=click.Choice(["size", "latency"]),
+    default="size",
+    show_default=True,
+    help="latency: the fastest model within --error-budget, for calls of --batch-size samples.",
+)
 @click.option("--plan", "plan_file", type=_ANY_PATH, help="Apply a saved plan.json instead of searching.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and the predicted sizes; write nothing.")
 @click.option("--overwrite", is_flag=True, help="Replace OUTPUT, in one step and only when all is done.")

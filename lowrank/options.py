@@ -102,6 +102,9 @@ class Options:
                 f"metric {metric!r}: needs calibration batches; without any only metric='weight' can be promised"
             )
         self._check_later()
+        if self.objective == "latency" and not planned and not (calibrated and self.error_budget is not None):
+            missing = "calibration batches, whose token counts it plans for" if not calibrated else "an error_budget"
+            raise UsageError(f'objective="latency": needs {missing}')
         for name, value, allowed in (
             ("activations", self.activations, ("auto", "int8", "float")),
             ("on_nonfinite", self.on_nonfinite, ("raise", "copy")),
@@ -149,8 +152,6 @@ class Options:
             raise UsageError(f'objective: must be "size" or "latency", got {self.objective!r}')
         if self.loss_aware not in ("auto", True, False):
             raise UsageError(f'loss_aware: must be "auto", True or False, got {self.loss_aware!r}')
-        if self.objective == "latency":
-            raise NotImplementedError('objective="latency": not in this version of lowrank; use objective="size"')
         if self.loss_aware is True:
             raise NotImplementedError('loss_aware=True: not in this version of lowrank; use loss_aware="auto"')
         if self.heal:

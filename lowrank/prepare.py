@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lowrank.batches import Batch, Split, sample_count, split_batches
 from lowrank.batchnorm import fold_sharing
@@ -16,9 +16,11 @@ from lowrank.calibration import collect_statistics
 from lowrank.errors import NumericsError, UsageError
 from lowrank.evaluation import Evaluator
 from lowrank.factors import check_rank
+from lowrank.latency import Speed
 from lowrank.linalg import check_finite
 from lowrank.modules import Skipped, Survey, Target, matching, survey
 from lowrank.options import Options, check_format
+from lowrank.packed import packed_kind
 from lowrank.planner import LayerChoices
 from lowrank.probes import Sensitivity, exact_sensitivities, layer_choices, probe_layers
 from lowrank.statistics import InputStatistics, TokenCounts
@@ -43,6 +45,7 @@ class Job:
     split: Split | None
     layers: list[LayerChoices]
     notes: list[str] = field(default_factory=list)
+    speed: Speed | None = None
 
     def metadata(self, options: Options) -> dict[str, Any]:
         """What applying a plan again needs to know."""
@@ -52,6 +55,7 @@ class Job:
             "seed": options.seed,
             "split": 0 if self.split is None else self.split.ways,
             **({"fold_batchnorm": True} if options.fold_batchnorm else {}),
+            **({"objective": "latency", "timings": self.speed.table.name} if self.speed is not None else {}),
         }
 
 
@@ -68,10 +72,8 @@ def find_work(model: nn.Module, options: Options) -> Survey:
     for target in found.targets:
         try:
             for member in target.members:
-                for kind in ("weight", "bias"):
-                    tensor = getattr(member.module, kind, None)
-                    if isinstance(tensor, Tensor):
-                        check_finite(tensor.detach(), f"layer {member.name}, {kind}")
+                for kind, tensor in member.module.named_parameters():
+                    check_finite(tensor.detach(), f"layer {member.name}, {kind}")
         except NumericsError as error:
             if options.on_nonfinite == "raise":
                 raise NumericsError(f'{error}; on_nonfinite="copy" leaves such a layer as it is') from error
@@ -130,7 +132,12 @@ def gather(model: nn.Module, found: Survey, split: Split | None, options: Option
     statistics: Mapping[str, InputStatistics | TokenCounts] = {}
     data_aware = split is not None and options.metric != "weight"
     if split is not None and data_aware:
-        modules = {member.name: member.module for target in found.targets for member in target.members}
+        modules = {
+            member.name: member.module
+            for target in found.targets
+            for member in target.members
+            if packed_kind(member.module) is None
+        }
         statistics = collect_statistics(model, split.statistics, modules, progress=options.progress, seed=options.seed)
     shops = []
     for target in found.targets:
@@ -232,7 +239,9 @@ def _forced(shop: Workshop, value: Any, where: str) -> list[Choice]:
         )
     modes: list[str | None] = [None]
     if rounded and shop.target.linears:
-        modes = [wanted["activations"]] if "activations" in wanted else ["int8", "float"]
+        modes = list(shop.modes(wanted.get("activations", "auto")))
+        if wanted.get("activations", modes[0]) not in modes:
+            raise UsageError(f"{where}: this {shop.target.kind} layer is weight-only, got {wanted['activations']!r}")
     thin: list[tuple[int | None, str | None]] = [(None, None)]
     if factored:
         thin = [(each, cut) for cut in schemes for each in ([rank] if rank is not None else shop.ranks(name, cut))]

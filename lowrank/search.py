@@ -284,7 +284,9 @@ def _safe_to_small(finalists: Iterable[Finalist]) -> list[Finalist]:
     return sequence
 
 
-def _size(plan: Plan) -> tuple[int, int]:
+def _size(plan: Plan) -> tuple[float, int]:
+    if plan.metadata.get("objective") == "latency" and plan.objective_value is not None:
+        return plan.objective_value, plan.bytes
     return plan.bytes, sum(entry.bytes for entry in plan.entries if entry.activations == "float")
 
 

@@ -394,7 +394,6 @@ def test_arguments_that_mean_nothing_are_refused(options: dict[str, Any], messag
     "options",
     [
         {"heal": True},
-        {"objective": "latency"},
         {"loss_aware": True},
         {"formats": ("int4",)},
         {"overrides": {"0": "int4"}},
