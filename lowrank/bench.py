@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lowrank.errors import CheckpointError, UsageError
 from lowrank.factors import check_rank
-from lowrank.layers import CompressedLayer
+from lowrank.layers import CompressedLayer, call_every_layer
 from lowrank.modules import replace_module
 from lowrank.planner import Candidate, Plan, PlanEntry
 from lowrank.workshop import Choice, Workshop
@@ -57,6 +57,7 @@ class Bench:
         for member in shop.target.members:
             module = self._originals[member.name] if choice.format == "dense" else built[member.name]
             replace_module(self.model, member.names, module)
+        call_every_layer(self.model)
         self._installed[name] = choice
 
     def install_plan(self, plan: Plan) -> nn.Module:
@@ -105,6 +106,7 @@ class Bench:
             if choice.format != "dense":
                 for member in shop.target.members:
                     replace_module(self.reference, member.names, shop.build(choice)[member.name])
+        call_every_layer(self.reference)
         return self.reference
 
 
@@ -131,6 +133,11 @@ def check_choice(shop: Workshop, choice: Choice) -> None:
     if choice.format != "dense" and choice.format not in shop.formats:
         raise CheckpointError(
             f"plan: layer {shop.name} can be dense or {', '.join(shop.formats)}, got {choice.format!r}; correct the plan"
+        )
+    if choice.rounded and choice.activations not in (None, *shop.modes("auto")):
+        raise CheckpointError(
+            f"plan: layer {shop.name} is weight-only or looked up: activations cannot be {choice.activations!r}; "
+            "correct the plan"
         )
     if not choice.factored:
         return

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -118,6 +118,17 @@ class _Collector:
         return value
 
 
+@contextlib.contextmanager
+def _no_fast_path() -> Iterator[None]:
+    """torch's transformer encoders call their layers, with padded tensors, instead of reading their weights."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
 def collect_statistics(
     model: nn.Module,
     batches: Sequence[Batch] | Iterable[Any],
@@ -163,6 +174,7 @@ def _collect(
     seen_by = ""
     with contextlib.ExitStack() as stack:
         stack.enter_context(evaluating(model))
+        stack.enter_context(_no_fast_path())
         for name, module in targets.items():
             handle = module.register_forward_pre_hook(collector.hook(name), with_kwargs=True)
             stack.callback(handle.remove)
@@ -199,6 +211,8 @@ def first_nonfinite(model: nn.Module, batch: Batch) -> str | None:
 
     def check(name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
+            # Recurrent layers give their states too, and take packed sequences.
+            output = output[0] if isinstance(output, tuple) else output
             if (
                 not found
                 and isinstance(output, Tensor)
@@ -211,6 +225,7 @@ def first_nonfinite(model: nn.Module, batch: Batch) -> str | None:
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(evaluating(model))
+        stack.enter_context(_no_fast_path())
         for name, module in model.named_modules():
             if not any(True for _ in module.children()):
                 stack.callback(module.register_forward_hook(check(name)).remove)

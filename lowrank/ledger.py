@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -40,11 +40,12 @@ def layer_rows(survey: Survey, compressed: nn.Module, workshops: Mapping[str, Wo
     shops = {member.name: shop for shop in workshops.values() for member in shop.target.members}
     before_seen: set[int] = set()
     after_seen: set[int] = set()
+    named = {name for member in survey.members for name in member.names}
     rows = []
     for member in survey.members:
         module = compressed.get_submodule(member.name) if member.name else compressed
         before, weights = _own(member.module, before_seen)
-        after, _ = _own(module, after_seen)
+        after = sum(_own(part, after_seen)[0] for part in _parts(module, member.name, named))
         shop = shops.get(member.name)
         row = LayerRow(
             name=member.name,
@@ -56,9 +57,7 @@ def layer_rows(survey: Survey, compressed: nn.Module, workshops: Mapping[str, Wo
             bits_per_weight=8 * after / weights if weights else None,
             reason=reasons.get(member.name, "not a target"),
         )
-        if isinstance(module, CompressedLayer) and shop is not None:
-            weight_error, activation_error = shop.errors_of(module)
-            first = shop.target.members[0].name
+        if isinstance(module, CompressedLayer) and module is not member.module:
             row = replace(
                 row,
                 format=module.format,
@@ -66,6 +65,13 @@ def layer_rows(survey: Survey, compressed: nn.Module, workshops: Mapping[str, Wo
                 bits=module.bits,
                 activations=getattr(module, "activations", None) if module.bits is not None else None,
                 scheme=getattr(module, "scheme", None),
+                reason=f"taken with {member.name.rpartition('.')[0]}",
+            )
+        if isinstance(module, CompressedLayer) and shop is not None:
+            weight_error, activation_error = shop.errors_of(module)
+            first = shop.target.members[0].name
+            row = replace(
+                row,
                 weight_error=weight_error,
                 activation_error=activation_error if shop.reached else None,
                 reason=None if member.name == first else f"tied with {first}",
@@ -74,6 +80,15 @@ def layer_rows(survey: Survey, compressed: nn.Module, workshops: Mapping[str, Wo
             row = replace(row, weight_error=0.0, activation_error=0.0, reason="dense is the plan's choice")
         rows.append(row)
     return rows
+
+
+def _parts(module: nn.Module, name: str, named: Container[str]) -> Iterator[nn.Module]:
+    """The module, and those that it has brought along: the projections of attention have no row of their own."""
+    yield module
+    if isinstance(module, CompressedLayer):
+        for inner_name, inner in module.named_modules(prefix=name):
+            if inner is not module and inner_name not in named:
+                yield inner
 
 
 def _stored(module: nn.Module) -> Iterator[Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -11,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.errors import UsageError
-from lowrank.layers import CompressedLayer
+from lowrank.layers import RECURRENT, CompressedLayer
 from lowrank.layers.source import is_conv1d
+from lowrank.packed import packed_kind, unfit_packed, weight_matrices
 
 __all__ = [
     "Member",
@@ -30,6 +32,7 @@ __all__ = [
 TARGET_KINDS = ("linear", "conv", "embedding")
 # A tensor's element count beyond which torch's integer kernels take 64-bit paths that this package has not tested.
 MAX_ELEMENTS = 2**31
+PART_OF_ATTENTION = "nn.MultiheadAttention reads this weight without calling the layer"
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class Target:
     """Modules that hold one weight: usually a single one, several where the weight is tied.
 
     Attributes:
-        kind: "linear", "conv" or "embedding" (of the first member).
+        kind: "linear", "conv" or "embedding" (of the first member); "recurrent" or "attention" for modules of several weights.
         members: the first one owns the weight's bytes in the report.
     """
 
@@ -69,7 +72,9 @@ class Target:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the weight: (out, in), (out, in / groups, *kernel) or (num_embeddings, embedding_dim)."""
+        """Of the weight: (out, in), (out, in / groups, *kernel) or (num_embeddings, embedding_dim); of the first of several."""
+        if packed_kind(self.owner) is not None:
+            return tuple(next(iter(weight_matrices(self.owner).values())).shape)
         if self.kind == "conv":
             assert isinstance(self.owner.weight, Tensor)
             return tuple(self.owner.weight.shape)
@@ -162,7 +167,7 @@ def survey(model: nn.Module, *, targets: Sequence[str] = TARGET_KINDS, ignore: S
 
     Args:
         model: any module with children.
-        targets: kinds to compress: "linear", "conv", "embedding".
+        targets: kinds to compress: "linear" (recurrent layers and attention included), "conv", "embedding".
         ignore: globs over full module names; one that covers a container covers what is inside.
 
     Raises:
@@ -194,9 +199,16 @@ def survey(model: nn.Module, *, targets: Sequence[str] = TARGET_KINDS, ignore: S
     skipped: list[Skipped] = []
     groups: dict[tuple[int, ...], list[Member]] = {}
     refused: dict[tuple[int, ...], str] = {}
+    holders = Counter(id(weight) for member in members for weight in member.module.parameters(recurse=False))
     for member in members:
         reason = _refusal(member, parents.get(id(member.module)), targets, ignored)
         key = _weight_key(member.module)
+        if packed_kind(member.module) is not None:
+            matrices = weight_matrices(member.module).values()
+            if reason is None and any(holders[id(weight)] > 1 for weight in matrices):
+                reason = "shares a weight with another module"
+            if reason is not None:
+                refused.update({(id(weight),): member.name for weight in matrices})
         if reason is not None:
             skipped.append(Skipped(member, reason))
             if key is not None:
@@ -218,6 +230,8 @@ def survey(model: nn.Module, *, targets: Sequence[str] = TARGET_KINDS, ignore: S
 
 
 def _weight_key(module: nn.Module) -> tuple[int, ...] | None:
+    if packed_kind(module) is not None:
+        return tuple(id(weight) for weight in weight_matrices(module).values())
     weight = getattr(module, "_parameters", {}).get("weight")
     if weight is None:
         return None
@@ -230,18 +244,13 @@ def _refusal(member: Member, parent: nn.Module | None, targets: Sequence[str], i
     module = member.module
     if isinstance(module, CompressedLayer):
         return "already compressed"
-    if any(name in ignored for name in member.names):
+    inside = [name for name, _ in module.named_children()] if packed_kind(module) is not None else []
+    if any(name in ignored for name in (*member.names, *(f"{member.name}.{child}" for child in inside))):
         return "ignored"
     if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
         return "lazy, its weight is not yet initialised: run the model once first"
-    if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
-        return "not a target yet"
-    if isinstance(module, nn.MultiheadAttention):
-        return "packed projection of nn.MultiheadAttention, not a target yet"
     if isinstance(parent, nn.MultiheadAttention):
-        return "nn.MultiheadAttention reads this weight without calling the layer"
-    if isinstance(parent, nn.TransformerEncoderLayer) and isinstance(module, nn.Linear):
-        return "the fast path of nn.TransformerEncoderLayer reads this weight without calling the layer"
+        return f"{PART_OF_ATTENTION}: it is taken, or left, with the whole"
     if torch.nn.utils.parametrize.is_parametrized(module) or any(
         hasattr(module, name) for name in ("weight_g", "weight_orig", "weight_u")
     ):
@@ -249,8 +258,9 @@ def _refusal(member: Member, parent: nn.Module | None, targets: Sequence[str], i
     kind = _kind(module)
     if kind is None:
         return _unknown(module)
-    if kind not in targets:
-        return f"{kind} layers are not among targets"
+    wanted = "linear" if packed_kind(module) is not None else kind
+    if wanted not in targets:
+        return f"{wanted} layers are not among targets"
     return _unfit(module)
 
 
@@ -260,12 +270,12 @@ def _kind(module: nn.Module) -> str | None:
         return "conv"
     if type(module) is nn.Embedding:
         return "embedding"
-    return "linear" if type(module) is nn.Linear or is_conv1d(module) else None
+    return "linear" if type(module) is nn.Linear or is_conv1d(module) else packed_kind(module)
 
 
 def _unknown(module: nn.Module) -> str:
     """Why a module that is no kind of target is none."""
-    for parent in (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d):
+    for parent in (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.MultiheadAttention, *RECURRENT):
         if isinstance(module, parent):
             return f"a subclass of nn.{parent.__name__} whose forward may differ"
     if isinstance(module, nn.modules.conv._ConvTransposeNd):
@@ -279,25 +289,14 @@ def _unknown(module: nn.Module) -> str:
 
 def _unfit(module: nn.Module) -> str | None:
     """Why this layer of a known kind cannot be factored or rounded."""
-    weight = module._parameters.get("weight")
-    if weight is None or type(weight) not in (nn.Parameter, Tensor) or type(weight.data) is not Tensor:
-        return f"weight is a {type(getattr(weight, 'data', weight)).__name__}, not a plain tensor (already quantised?)"
-    if weight.is_meta:
-        return "weight is on the meta device: it holds no numbers"
-    if not weight.is_floating_point() or weight.dtype not in (
-        torch.float16,
-        torch.bfloat16,
-        torch.float32,
-        torch.float64,
-    ):
-        return f"weight of dtype {weight.dtype} is not a float16, bfloat16, float32 or float64 tensor"
-    dimensions = 2
-    if isinstance(module, (nn.Conv1d, nn.Conv2d)):
-        dimensions += len(module.kernel_size)
-    if weight.ndim != dimensions or weight.numel() == 0:
-        return f"weight of shape {tuple(weight.shape)} has nothing to compress"
-    if weight.numel() > MAX_ELEMENTS:
-        return f"weight of {weight.numel():,} elements is over the limit of 2^31"
+    if packed_kind(module) is None:
+        dimensions = 2 + (len(module.kernel_size) if isinstance(module, (nn.Conv1d, nn.Conv2d)) else 0)
+        reason = _unfit_weight(module._parameters.get("weight"), dimensions)
+    else:
+        reasons = (_unfit_weight(weight, 2) for weight in weight_matrices(module).values())
+        reason = unfit_packed(module) or next((each for each in reasons if each is not None), None)
+    if reason is not None:
+        return reason
     hooks: list[Mapping[int, object]] = [
         module._forward_hooks,
         module._forward_pre_hooks,
@@ -310,6 +309,25 @@ def _unfit(module: nn.Module) -> str | None:
         return "its forward was replaced on the instance"
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         return "nn.Embedding with max_norm changes its weight while it runs"
+    return None
+
+
+def _unfit_weight(weight: Tensor | None, dimensions: int) -> str | None:
+    if weight is None or type(weight) not in (nn.Parameter, Tensor) or type(weight.data) is not Tensor:
+        return f"weight is a {type(getattr(weight, 'data', weight)).__name__}, not a plain tensor (already quantised?)"
+    if weight.is_meta:
+        return "weight is on the meta device: it holds no numbers"
+    if not weight.is_floating_point() or weight.dtype not in (
+        torch.float16,
+        torch.bfloat16,
+        torch.float32,
+        torch.float64,
+    ):
+        return f"weight of dtype {weight.dtype} is not a float16, bfloat16, float32 or float64 tensor"
+    if weight.ndim != dimensions or weight.numel() == 0:
+        return f"weight of shape {tuple(weight.shape)} has nothing to compress"
+    if weight.numel() > MAX_ELEMENTS:
+        return f"weight of {weight.numel():,} elements is over the limit of 2^31"
     return None
 
 

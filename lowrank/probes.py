@@ -96,9 +96,8 @@ def _probe(
         measured = measure(choice)
         return measured, measured / lost if lost > 0.0 else 0.0
 
-    multiplies = bool(shop.target.linears)
-    weight_only = "float" if multiplies else None
-    rounding = measure(Choice("int8", None, 8, weight_only))
+    multiplies = "int8" in shop.modes("auto")
+    rounding = measure(Choice("int8", None, 8, shop.modes("float")[0]))
     integer = 0.0
     if multiplies and activations != "float":
         integer = max(measure(Choice("int8", None, 8, "int8")) - rounding, 0.0)
@@ -194,6 +193,6 @@ def uniform_choices(workshops: Mapping[str, Workshop], activations: str) -> dict
     """Every target in int8 where that is smaller than dense."""
     found = {}
     for name, shop in workshops.items():
-        choice = Choice("int8", None, 8, activations if shop.target.linears else None)
+        choice = Choice("int8", None, 8, shop.modes(activations)[0])
         found[name] = choice if shop.bytes(choice) < shop.bytes(Choice("dense")) else Choice("dense")
     return found

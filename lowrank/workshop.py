@@ -154,7 +154,7 @@ class Workshop:
         weight_error = (float(difference.square().sum()) / self.square_sum) ** 0.5 if self.square_sum else 0.0
         return weight_error, (max(self._norm(difference), 0.0) / self.energy) ** 0.5 if self.energy > 0.0 else 0.0
 
-    def errors_of(self, layer: CompressedLayer) -> tuple[float, float]:
+    def errors_of(self, layer: CompressedLayer) -> tuple[float, float | None]:
         """(weight_error, activation_error) of a layer built here, of its weights alone."""
         return self.error_of(layer.dense_weight())
 
@@ -254,11 +254,15 @@ class Workshop:
                 kept.append(choice)
         return kept
 
+    def modes(self, activations: str) -> tuple[str | None, ...]:
+        """How a rounded layer may take its activations where ``activations`` is asked for ("auto": both ways)."""
+        if not self.target.linears:
+            return (None,)
+        return ("int8", "float") if activations == "auto" else (activations,)
+
     def choices(self, formats: Sequence[str], activations: str, *, never_below_int8: bool = False) -> list[Choice]:
         """Every choice smaller than the dense layer."""
-        modes: tuple[str | None, ...] = ("int8", "float") if activations == "auto" else (activations,)
-        if not self.target.linears:
-            modes = (None,)
+        modes = self.modes(activations)
         formats = [name for name in formats if name in self.formats]
         found = [Choice("int8", None, 8, mode) for mode in modes] if "int8" in formats else []
         if not never_below_int8 and "lowrank" in formats:

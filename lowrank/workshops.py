@@ -5,10 +5,16 @@ from __future__ import annotations
 from lowrank.modules import Target
 from lowrank.statistics import InputStatistics, TokenCounts
 from lowrank.workshop import Workshop
+from lowrank.workshop_packed import PackedWorkshop
 
 __all__ = ["open_workshop"]
 
-_OF_KIND: dict[str, type[Workshop]] = {"linear": Workshop, "embedding": Workshop}
+_OF_KIND: dict[str, type[Workshop]] = {
+    "linear": Workshop,
+    "embedding": Workshop,
+    "recurrent": PackedWorkshop,
+    "attention": PackedWorkshop,
+}
 
 
 def open_workshop(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -47,10 +49,9 @@ def test_every_module_with_weights_is_a_target_or_skipped_with_a_reason() -> Non
             "drop": nn.Dropout(),
         }
     )
-    assert _targets(model) == ["fc", "c1", "emb", "conv"]
+    assert _targets(model) == ["fc", "c1", "emb", "conv", "lstm", "gru", "mha"]
     reasons = _reasons(model)
-    assert set(reasons) == {"lstm", "gru", "norm", "bn", "mha", "mha.out_proj"}
-    assert all(reasons[name] == "not a target yet" for name in ("lstm", "gru"))
+    assert set(reasons) == {"norm", "bn", "mha.out_proj"}
     assert "without calling" in reasons["mha.out_proj"]
     assert [member.name for member in survey(model).members] == [
         "fc",
@@ -66,10 +67,52 @@ def test_every_module_with_weights_is_a_target_or_skipped_with_a_reason() -> Non
     ]
 
 
-def test_the_fast_path_of_transformer_encoder_layers_is_refused_by_name() -> None:
+def test_several_weights_in_one_module_are_a_target_or_refused_by_name() -> None:
     model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16), nn.Linear(8, 2))
-    assert _targets(model) == ["1"]
-    assert "fast path" in _reasons(model)["0.linear1"]
+    assert _targets(model) == ["0.self_attn", "0.linear1", "0.linear2", "1"]
+    assert _targets(model, ignore=["0.self_attn.out_proj"]) == ["0.linear1", "0.linear2", "1"]
+    found = {target.name: (target.kind, target.shape) for target in survey(model).targets}
+    assert found["0.self_attn"] == ("attention", (24, 8))
+
+    class Special(nn.LSTM):
+        pass
+
+    tied = nn.GRU(4, 4)
+    tied.weight_hh_l0 = nn.Parameter(torch.zeros(12, 4))
+    hooked = nn.MultiheadAttention(4, 2)
+    hooked.register_forward_hook(lambda module, args, output: None)
+    mixed = nn.GRU(4, 4)
+    mixed.weight_ih_l0 = nn.Parameter(torch.zeros(12, 4).double())
+    shared = nn.ModuleDict({"first": nn.GRU(4, 4), "second": tied, "linear": nn.Linear(4, 12)})
+    shared["first"].weight_hh_l0 = shared["linear"].weight
+    model = nn.ModuleDict(
+        {
+            "special": Special(4, 4),
+            "bias_kv": nn.MultiheadAttention(4, 2, add_bias_kv=True),
+            "zero": nn.MultiheadAttention(4, 2, add_zero_attn=True),
+            "weight_norm": nn.utils.parametrizations.weight_norm(nn.LSTM(4, 4), "weight_hh_l0"),
+            "hooked": hooked,
+            "mixed": mixed,
+            "shared": shared,
+            "meta": nn.LSTM(4, 4, device="meta"),
+            "cell": nn.RNNCell(4, 4),
+        }
+    )
+    assert _targets(model) == ["shared.second", "cell"]
+    reasons = _reasons(model)
+    for name, words in {
+        "special": r"subclass of nn\.LSTM",
+        "bias_kv": "add_bias_kv",
+        "zero": "add_zero_attn",
+        "weight_norm": "parametrized",
+        "hooked": "hooks",
+        "mixed": "dtype",
+        "shared.first": "shares a weight",
+        "shared.linear": "tied with shared.first",
+        "meta": "meta device",
+    }.items():
+        assert re.search(words, reasons[name]), (name, reasons[name])
+    assert "not among targets" in _reasons(model, targets=["embedding"])["cell"]
 
 
 def test_parametrized_hooked_and_subclassed_layers_are_refused_by_name() -> None:

@@ -23,7 +23,8 @@ from lowrank.checkpoint.manifest import (
 )
 from lowrank.errors import CheckpointError, UsageError
 from lowrank.files import TensorSource, printable
-from lowrank.layers import CompressedLayer
+from lowrank.layers import CompressedLayer, call_every_layer
+from lowrank.packed import packed_kind, weight_matrices
 
 __all__ = ["load_model"]
 
@@ -147,6 +148,13 @@ def _check_fit(skeleton: nn.Module, manifest: Manifest, source: TensorSource, wh
             raise CheckpointError(
                 f"{where}: layer {printable(name)!r} is {list(found)} in the model, but {config['shape']} in the file"
             )
+        for option, value in (config.get("options") or {}).items():
+            # Of modules with several weights, whose first one does not tell how many there are; dropout may differ.
+            if option != "dropout" and getattr(module, option, value) != value:
+                raise CheckpointError(
+                    f"{where}: layer {printable(name)!r} has {printable(option)} {getattr(module, option)} in the model, "
+                    f"but {printable(value)} in the file"
+                )
     entries = source.entries
     replaced = {id(modules[name]) for name in manifest.layers}
     inside = {name for name, module in modules.items() if id(module) in replaced}
@@ -169,6 +177,8 @@ def _check_fit(skeleton: nn.Module, manifest: Manifest, source: TensorSource, wh
 def _matrix_shape(module: nn.Module) -> tuple[int, ...] | None:
     if isinstance(module, CompressedLayer):
         return tuple(module.shape)
+    if packed_kind(module) is not None:
+        return tuple(next(iter(weight_matrices(module).values())).shape)
     weight = getattr(module, "weight", None)
     return tuple(weight.shape) if isinstance(weight, torch.Tensor) else None
 
@@ -236,6 +246,7 @@ def _fill(
             config = {**config, "dtype": str(dtype).removeprefix("torch.")}
         layers[id(modules[name])] = build_layer(name, config, printable(origin), torch.device("meta"))
     model = _replace(skeleton, layers)
+    call_every_layer(model)
     state = {name: tensors[manifest.resolve(name)] for name in model.state_dict()}
     model.load_state_dict(state, strict=True, assign=True)
     _tie(model, manifest)

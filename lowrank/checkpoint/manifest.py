@@ -89,7 +89,8 @@ def prefix_of(name: str) -> str:
 
 def is_scale(leaf: str) -> bool:
     """Whether a tensor of a compressed layer is a quantisation scale, to be kept in float32."""
-    return leaf == "scale" or leaf.endswith("_scale")
+    own = leaf.rpartition(".")[2]
+    return own == "scale" or own.endswith("_scale")
 
 
 def open_checkpoint(directory: Path) -> tuple[Manifest, TensorSource]:
@@ -193,6 +194,9 @@ def _check_layer(
         require_int(config["rank"], f"{label}: rank", 1, full)
     if config.get("bits") is not None:
         require_int(config["bits"], f"{label}: bits", 2, 8)
+    options = config.get("options")
+    if isinstance(options, dict) and "num_layers" in options:
+        require_int(options["num_layers"], f"{label}: num_layers", 1, len(entries))
     names: set[str] = set()
     for leaf, expected in layer_tensors(name, config, where).items():
         stored = manifest.resolve(prefix_of(name) + leaf)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lowrank.batchnorm import FoldedBatchNorm
-from lowrank.checkpoint.manifest import FORMAT_VERSION, MANIFEST_NAME, manifest_limit_bytes, prefix_of
+from lowrank.checkpoint.manifest import FORMAT_VERSION, MANIFEST_NAME, enclosing, manifest_limit_bytes, prefix_of
 from lowrank.errors import CheckpointError, UsageError
 from lowrank.files import (
     INDEX_NAME,
@@ -129,11 +129,14 @@ def save_compressed(
     _check_report(report, total)
     forbidden = [] if source is None else [source]
     real = check_destination(directory, overwrite, forbidden, total + _SIDE_BYTES)
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, CompressedLayer)}
+    compressed = {name: module for name, module in model.named_modules() if isinstance(module, CompressedLayer)}
+    # A layer that is part of another one is built with it.
+    layers = {name: layer for name, layer in compressed.items() if enclosing(name, compressed) is None}
     config = _hugging_face_config(model, ties)
     guard = None
     if config is not None and layers:
-        guard = prefix_of(next(iter(layers))) + "weight"
+        first, layer = next(iter(layers.items()))
+        guard = prefix_of(first) + layer.original_key
         if guard in tensors or guard in ties:
             raise CheckpointError(f"tensor {printable(guard)!r}: a compressed layer must not store a `weight`")
         tensors = {guard: torch.empty(0), **tensors}

@@ -129,9 +129,18 @@ class QuantizedMultiheadAttention(CompressedLayer):
             getattr(self, name).activations = check_activations(value)
 
     @property
+    def _is_packed(self) -> bool:
+        return self.kdim == self.vdim == self.embed_dim
+
+    @property
     def shape(self) -> tuple[int, int]:
-        """(3 · embed_dim, embed_dim), of the packed projection."""
-        return 3 * self.embed_dim, self.embed_dim
+        """Of the first weight: (3 · embed_dim, embed_dim) where the dense module packs three in one."""
+        return (3 if self._is_packed else 1) * self.embed_dim, self.embed_dim
+
+    @property
+    def original_key(self) -> str:
+        """See :meth:`CompressedLayer.original_key`."""
+        return "in_proj_weight" if self._is_packed else "q_proj_weight"
 
     def scale_lengths(self) -> dict[str, int]:
         """None of its own: the projections hold them."""
@@ -140,7 +149,7 @@ class QuantizedMultiheadAttention(CompressedLayer):
     def dense_weights(self) -> dict[str, Tensor]:
         """Float32 weights by their names in the dense module."""
         parts = [getattr(self, name).dense_weight() for name in _PROJECTIONS]
-        if self.kdim == self.vdim == self.embed_dim:
+        if self._is_packed:
             return {"in_proj_weight": torch.cat(parts[:3]), "out_proj.weight": parts[3]}
         names = ("q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj.weight")
         return dict(zip(names, parts, strict=True))

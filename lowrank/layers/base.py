@@ -66,6 +66,11 @@ class CompressedLayer(nn.Module):
         """Bytes of the tensors that a file holds for this layer."""
         return sum(tensor.nbytes for tensor in self.state_dict().values())
 
+    @property
+    def original_key(self) -> str:
+        """A tensor that the dense layer has in a file and this one has not."""
+        return "weight"
+
     def scale_lengths(self) -> dict[str, int]:
         """How many numbers each scale of this layer has, by its name; empty for float factors."""
         return {"scale": self.shape[0] if self.rank is None else self.rank} if self._is_integer else {}
