@@ -22,7 +22,7 @@ from lowrank.layers import (
 )
 from lowrank.layers.source import is_conv1d
 
-__all__ = ["BaseFacts", "adapter_dtype", "base_bias", "base_weight", "facts_of", "factor_pair", "family", "row_norms"]
+__all__ = ["BaseFacts", "adapter_dtype", "base_bias", "base_weight", "exact_weight", "facts_of", "factor_pair", "family", "row_norms"]
 
 LINEAR_KINDS = (SVDCompressedLinear, QuantizedLowRankLayer, QuantizedLinear)
 EMBEDDING_KINDS = (LowRankEmbedding, QuantizedEmbedding, QuantizedLowRankEmbedding)
@@ -63,6 +63,17 @@ def base_weight(base: nn.Module) -> Tensor:
     weight = base.weight
     assert isinstance(weight, Tensor)
     return weight.detach().T if is_conv1d(base) or isinstance(base, nn.Embedding) else weight.detach()
+
+
+def exact_weight(base: nn.Module) -> Tensor:
+    """The weight (out, in, *kernel) in float64, products of factors and of codes and scales not rounded on the way."""
+    pair = factor_pair(base, torch.float64)
+    if pair is not None:
+        return pair[0] @ pair[1]
+    if isinstance(base, (QuantizedLinear, QuantizedEmbedding)):
+        weight = base.codes.double() * base.scale.double()[:, None]
+        return weight.T if isinstance(base, QuantizedEmbedding) else weight
+    return base_weight(base).double()
 
 
 def base_bias(base: nn.Module) -> Tensor | None:

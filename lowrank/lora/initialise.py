@@ -13,7 +13,7 @@ from lowrank.layers import CompressedLayer
 from lowrank.layers.linear import balanced
 from lowrank.layers.source import is_conv1d
 from lowrank.linalg import safe_svd
-from lowrank.lora.bases import base_bias, base_weight, family
+from lowrank.lora.bases import base_bias, base_weight, exact_weight, family
 from lowrank.lora.layer import LoRALayer
 from lowrank.statistics import InputStatistics, TokenCounts
 
@@ -78,12 +78,12 @@ def start_from_residual(
         raise AdapterError(
             f"layer {name}: its original must be a dense {family(base)}, got a {type(original).__name__}"
         )
-    wanted, has = base_weight(original), base_weight(base)
+    wanted, has = exact_weight(original), exact_weight(base)
     if wanted.shape != has.shape:
         raise AdapterError(
             f"layer {name}: the original's weight is {tuple(wanted.shape)}, this one's {tuple(has.shape)}"
         )
-    residual = (wanted.double().to(has.device) - has.double()).flatten(1)
+    residual = (wanted.to(has.device) - has).flatten(1)
     if not bool(residual.any()):
         return
     if layer.family == "embedding":

@@ -108,7 +108,8 @@ class LoRALayer(nn.Module):
         facts = facts_of(self.base_layer)
         self._make(adapter, config, name, config.rank_of(name))
         self._start(adapter, config.init_lora_weights)
-        self.lora_dropout[adapter] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
+        dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
+        self.lora_dropout[adapter] = dropout.train(self.training)
         self.configs[adapter] = config
         self.scaling[adapter] = config.scaling_of(name)
         if config.learnable_scale:

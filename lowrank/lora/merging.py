@@ -24,7 +24,7 @@ from lowrank.layers.linear import balanced
 from lowrank.layers.quantized_lowrank import dense_product, round_factors
 from lowrank.layers.source import is_conv1d
 from lowrank.linalg import safe_svd
-from lowrank.lora.bases import base_weight, factor_pair
+from lowrank.lora.bases import base_weight, exact_weight, factor_pair
 from lowrank.lora.layer import Change, LoRALayer, MergeRow
 from lowrank.lora.layers import conv_geometry
 from lowrank.quantization import quantize_rows
@@ -63,7 +63,7 @@ def merged_base(
         merged, note = _merge_codes(name, base, change, options)
     else:
         merged, note = _merge_dense(base, change)
-    before, after = base_weight(base).double().flatten(1), base_weight(merged).double().flatten(1)
+    before, after = exact_weight(base).flatten(1), exact_weight(merged).flatten(1)
     if not bool(torch.isfinite(after).all()):
         raise NumericsError(
             f"layer {name}: NaN or Inf after merging (dtype {base_weight(merged).dtype}); nothing was changed"
@@ -234,7 +234,7 @@ def _merge_codes(name: str, base: CompressedLayer, change: Change, options: Merg
             f"layer {name}: a {base.kind} holds one int8 matrix, and an adapter's change is often smaller than its steps; "
             "keep the adapter separate, or pass requantize=True to round the sum anew (the report says what that costs)"
         )
-    result = _changed(base_weight(base).double(), change)
+    result = _changed(exact_weight(base), change)
     note = "rounded anew"
     if isinstance(base, QuantizedEmbedding):
         codes, scale = quantize_rows(result.T, base.n_bits)

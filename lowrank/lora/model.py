@@ -78,7 +78,13 @@ def add_lora(
     find_targets(model, config)  # before a copy is made for nothing
     if not inplace:
         model = copy.deepcopy(model)
-    install(model, config, adapter_name, find_targets(model, config), original, statistics)
+    wide = install(model, config, adapter_name, find_targets(model, config), original, statistics)
+    if wide:
+        warnings.warn(
+            f"r: over min(out, in) on {len(wide)} layers (first {wide[0]}), where the rest adds parameters but no freedom",
+            UserWarning,
+            stacklevel=2,
+        )
     return model
 
 
@@ -89,8 +95,12 @@ def install(
     targets: Targets,
     original: nn.Module | None = None,
     statistics: Mapping[str, InputStatistics | TokenCounts] | None = None,
-) -> None:
-    """Add the adapter at these places; the model is as it was where that fails."""
+) -> list[str]:
+    """Add the adapter at these places; the model is as it was where that fails.
+
+    Returns:
+        Names of the layers whose smaller side is below the rank.
+    """
     shared = _shared_weights(model) if config.init_lora_weights == "pissa" else {}
     active = active_adapters(model)
     with contextlib.ExitStack() as undo:
@@ -119,12 +129,7 @@ def install(
         undo.pop_all()
     model.requires_grad_(False)
     _activate(model, [adapter])
-    if wide:
-        warnings.warn(
-            f"r: over min(out, in) on {len(wide)} layers (first {wide[0]}), where the rest adds parameters but no freedom",
-            UserWarning,
-            stacklevel=3,
-        )
+    return wide
 
 
 def _start(
