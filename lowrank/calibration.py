@@ -17,7 +17,7 @@ from lowrank.convolutions import ConvGeometry, patches, sample_patches
 from lowrank.errors import NumericsError
 from lowrank.statistics import InputStatistics, TokenCounts
 
-__all__ = ["PATCHES_PER_LAYER", "collect_statistics", "first_nonfinite"]
+__all__ = ["PATCHES_PER_LAYER", "collect_statistics", "first_nonfinite", "no_fast_path"]
 
 # Patches of a convolution that go into its moments. Neighbouring patches overlap, so more add little; at least so many for each
 # feature keep the moment of a wide layer well above its noise. Heuristics both.
@@ -119,8 +119,14 @@ class _Collector:
 
 
 @contextlib.contextmanager
-def _no_fast_path() -> Iterator[None]:
-    """torch's transformer encoders call their layers, with padded tensors, instead of reading their weights."""
+def no_fast_path() -> Iterator[None]:
+    """Within it torch's transformer encoders call their layers, with padded tensors, instead of reading their weights.
+
+    Example:
+        >>> with no_fast_path():
+        ...     torch.backends.mha.get_fastpath_enabled()
+        False
+    """
     enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -174,7 +180,7 @@ def _collect(
     seen_by = ""
     with contextlib.ExitStack() as stack:
         stack.enter_context(evaluating(model))
-        stack.enter_context(_no_fast_path())
+        stack.enter_context(no_fast_path())
         for name, module in targets.items():
             handle = module.register_forward_pre_hook(collector.hook(name), with_kwargs=True)
             stack.callback(handle.remove)
@@ -225,7 +231,7 @@ def first_nonfinite(model: nn.Module, batch: Batch) -> str | None:
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(evaluating(model))
-        stack.enter_context(_no_fast_path())
+        stack.enter_context(no_fast_path())
         for name, module in model.named_modules():
             if not any(True for _ in module.children()):
                 stack.callback(module.register_forward_hook(check(name)).remove)

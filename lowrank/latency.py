@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lowrank.batches import Batch, evaluating
 from lowrank.bench import choice_of
+from lowrank.calibration import no_fast_path
 from lowrank.errors import UsageError
 from lowrank.modules import is_conv1d
 from lowrank.planner import LayerChoices, Plan
@@ -49,6 +50,7 @@ def record_calls(
     calls: dict[str, Counter[int]] = {name: Counter() for name in modules}
     with contextlib.ExitStack() as stack:
         stack.enter_context(evaluating(model))
+        stack.enter_context(no_fast_path())
         for name, module in modules.items():
 
             def count(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = name) -> None:
