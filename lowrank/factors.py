@@ -12,7 +12,7 @@ from lowrank.errors import RankError
 from lowrank.linalg import safe_eigh, safe_svd
 from lowrank.statistics import InputStatistics, TokenCounts
 
-__all__ = ["Factors", "RankCurve", "check_rank", "factorize", "factorize_embedding"]
+__all__ = ["Factors", "RankCurve", "check_rank", "factorize", "factorize_embedding", "factorize_in_metric"]
 
 
 @dataclass(frozen=True)
@@ -128,6 +128,24 @@ def factorize(
     if statistics is None or statistics.count == 0:
         return _plain(matrix, name)
     moment = statistics.moment(centred=shift_bias, ridge=ridge).to(matrix.device)
+    mean = statistics.mean.to(matrix.device) if shift_bias else None
+    return factorize_in_metric(matrix, moment, mean, name=name)
+
+
+def factorize_in_metric(
+    matrix: Tensor, moment: Tensor, mean: Tensor | None = None, *, name: str = "weight"
+) -> RankCurve:
+    """Every rank's best factors in the metric of a given moment; see :func:`factorize`.
+
+    Args:
+        matrix: (out, in) float64.
+        moment: Σ, (in, in) float64.
+        mean: (in,) of the inputs, where the bias is to be corrected.
+
+    Example:
+        >>> factorize_in_metric(torch.eye(2).double(), torch.diag(torch.tensor([4.0, 0.0])).double()).errors.tolist()
+        [1.0, 0.0, 0.0]
+    """
     out_features, in_features = matrix.shape
     max_rank = min(out_features, in_features)
     if out_features <= in_features:
@@ -155,7 +173,7 @@ def factorize(
         _left=basis,
         _right=basis.T @ matrix,
         _weight=matrix,
-        _mean=statistics.mean.to(matrix.device) if shift_bias else None,
+        _mean=mean,
     )
 
 

@@ -32,6 +32,8 @@ FLOORS: dict[str, int] = {
     "plan": 20,
     "report_rows": 20,
     "factors": 20,
+    "spatial_factors": 22,
+    "conv_factors": 25,
     "planner": 30,
     "report_charts": 25,
     "report_frontier": 28,
