@@ -65,7 +65,7 @@ from lowrank.planner import Candidate, LayerChoices, Plan, PlanEntry, plan_forma
 from lowrank.report import CompressionReport, LayerRow
 from lowrank.spectrum import Spectrum, analyze_weight
 from lowrank.statistics import InputStatistics
-from lowrank.training import TrainingResult, finetune
+from lowrank.training import HealReport, HealResult, TrainingResult, finetune, heal
 from lowrank.version import __version__
 
 __all__ = [
@@ -115,8 +115,11 @@ __all__ = [
     "BenchmarkReport",
     "benchmark",
     # Training
+    "HealReport",
+    "HealResult",
     "TrainingResult",
     "finetune",
+    "heal",
     # LoRA
     "AdapterSummary",
     "LoRAConfig",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lowrank.training.data import language_model_batches
 from lowrank.training.finetuning import finetune
+from lowrank.training.healing import HealReport, HealResult, heal
 from lowrank.training.history import TrainingResult
 
-__all__ = ["TrainingResult", "finetune", "language_model_batches"]
+__all__ = ["HealReport", "HealResult", "TrainingResult", "finetune", "heal", "language_model_batches"]

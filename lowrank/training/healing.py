@@ -1,0 +1,282 @@
+"""``heal``: win back what compression lost, without a label."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from lowrank.batches import Batch, prepare_batches, sample_count
+from lowrank.errors import CalibrationError, NumericsError, UsageError
+from lowrank.evaluation import Evaluator
+from lowrank.training.data import derived_seed
+from lowrank.training.distillation import Distillation, is_logits
+from lowrank.training.forms import TrainableForm
+from lowrank.training.options import learning_rate_factor
+from lowrank.training.pool import SamplePool
+
+__all__ = ["HealReport", "HealResult", "heal"]
+
+# Samples set aside to compare before and after: enough to tell a gain from none, few enough to leave the rest to learn from.
+_SET_ASIDE_SHARE, _MAX_SET_ASIDE = 0.1, 256
+_MIN_SAMPLES = 8
+WARMUP = 0.05
+
+
+@dataclass
+class HealReport:
+    """What healing did, measured on samples it was not trained on.
+
+    Attributes:
+        metric: "output" (‖f(x)−f'(x)‖/‖f(x)‖) or, for logits, "kl" (nats).
+        error_before, error_after: on those samples; ``error_after`` is the returned model's.
+        kept: "after", or "before" where training made it no better and the model is the one that was passed in.
+        what: "factors" or "adapters".
+        trained: numbers that were trained.
+        steps: that were run.
+        samples, samples_held_out: trained on, and set aside.
+        bytes: of the model's tensors, the same before and after.
+        losses: of every step.
+        run: seconds.
+    """
+
+    metric: str
+    error_before: float
+    error_after: float
+    kept: str
+    what: str
+    trained: int
+    steps: int
+    samples: int
+    samples_held_out: int
+    bytes: int
+    losses: list[float] = field(default_factory=list)
+    run: dict[str, float] = field(default_factory=dict, compare=False)
+
+    def to_json(self) -> str:
+        """All but how long it took, which differs between equal runs."""
+        return json.dumps({key: value for key, value in asdict(self).items() if key != "run"}, indent=1)
+
+
+@dataclass
+class HealResult:
+    """The healed model, of the same formats and bytes, and the report."""
+
+    model: nn.Module
+    report: HealReport
+
+
+def heal(
+    compressed: nn.Module,
+    original: nn.Module,
+    calibration: Iterable[Any],
+    *,
+    steps: int | None = None,
+    epochs: int | None = None,
+    lr: float = 1e-3,
+    what: str = "auto",
+    hidden_weight: float = 1.0,
+    batch_size: int = 32,
+    validation: Iterable[Any] | None = None,
+    vary: bool = True,
+    max_grad_norm: float = 1.0,
+    output_fn: Callable[[Any], Tensor] | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> HealResult:
+    """Train a compressed model to do what its original does, on inputs alone.
+
+    The compressed model's hidden states (outputs of the blocks that the model repeats; else of the compressed layers)
+    and outputs are drawn to the original's: see :class:`lowrank.training.distillation.Distillation` for the loss. Float
+    factors, biases and norms are trained as they are; int8 factors are rounded in every forward pass, straight through
+    in the backward, and end in the same format, rank and number of bytes. Of dense int8 layers only the bias moves.
+
+    Both models are run in evaluation mode, and neither is changed.
+
+    Args:
+        compressed: with compressed layers (or adapters).
+        original: the model it was made from, or stands for: takes the same inputs.
+        calibration: batches without labels, as :func:`lowrank.compress_model` takes them.
+        steps, epochs: at most one of them; by default 20 epochs, but 100 to 500 steps.
+        lr: peak learning rate of AdamW, without weight decay; it rises over a twentieth of the steps and falls as a
+            cosine.
+        what: "factors", "adapters" (what :func:`lowrank.add_lora` added, of the active adapter), or "auto": adapters
+            where there are any.
+        hidden_weight: of the hidden states against the output.
+        batch_size: samples a step, where dimension 0 counts samples.
+        validation: batches to compare before and after; else a tenth of the samples (256 at most) is set aside.
+        vary: token samples are varied (spans joined, tokens exchanged): the original says what is right for any input,
+            so little text goes further.
+        max_grad_norm: gradients are clipped to it.
+        output_fn: picks the tensor to match out of the model's output.
+        seed: of the split, the order and the variation; same input, seed and thread count give the same bytes.
+        progress: a bar with the loss on standard error.
+
+    Returns:
+        The better of the healed model and a copy of the one passed in, and what was measured.
+
+    Raises:
+        UsageError: an argument that means nothing, or nothing to train.
+        CalibrationError: data that cannot be used.
+        NumericsError: a loss that is NaN or infinite; the step is named.
+
+    Example:
+        >>> from lowrank.layers import SVDCompressedLinear
+        >>> original = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 4))
+        >>> compressed = nn.Sequential(SVDCompressedLinear.from_linear(original[0], rank=6), nn.Tanh(), original[2])
+        >>> report = heal(compressed, original, [torch.randn(256, 16)], steps=60, progress=False).report
+        >>> report.kept, report.error_after < report.error_before
+        ('after', True)
+    """
+    started = time.perf_counter()
+    _check(steps, epochs, lr, hidden_weight, batch_size, max_grad_norm)
+    batches = prepare_batches(original, calibration)
+    checks = None if validation is None else prepare_batches(original, validation, "validation")
+    train, held = _set_aside(batches, checks, seed)
+    metric = _metric_for(original, held[0], output_fn)
+    judge = Evaluator(original, held, metric, output_fn)
+    before = judge.measure(compressed).value
+    healed = copy.deepcopy(compressed)
+    modes = [(module, module.training) for model in (healed, original) for module in model.modules()]
+    size = _bytes(healed)
+    form = TrainableForm(healed, what)
+    per_epoch = max(math.ceil(sample_count(train) / batch_size), 1)
+    total = steps or (epochs * per_epoch if epochs else min(max(20 * per_epoch, 100), 500))
+    pool = SamplePool.of(train, vocabulary=_vocabulary(original) if vary else 0)
+    try:
+        healed.eval()
+        original.eval()
+        loss = Distillation(healed, original, hidden_weight, output_fn)
+        losses = _train(form, loss, pool, total, lr, batch_size, max_grad_norm, seed, progress)
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        form.close()
+    after = judge.measure(healed).value
+    better = after < before
+    if better and _bytes(healed) != size:
+        raise AssertionError(f"healing changed the size from {size} to {_bytes(healed)} bytes")
+    report = HealReport(
+        metric=metric,
+        error_before=before,
+        error_after=after if better else before,
+        kept="after" if better else "before",
+        what=form.what,
+        trained=sum(parameter.numel() for parameter in form.parameters),
+        steps=total,
+        samples=sample_count(train),
+        samples_held_out=sample_count(held),
+        bytes=size,
+        losses=losses,
+        run={"seconds": time.perf_counter() - started},
+    )
+    return HealResult(healed if better else copy.deepcopy(compressed), report)
+
+
+def _train(
+    form: TrainableForm,
+    distillation: Distillation,
+    pool: SamplePool,
+    total: int,
+    lr: float,
+    batch_size: int,
+    max_grad_norm: float,
+    seed: int,
+    progress: bool,
+) -> list[float]:
+    optimizer = torch.optim.AdamW(form.parameters, lr=lr, weight_decay=0.0, foreach=False)
+    drawn = _forever(pool, batch_size, seed)
+    losses: list[float] = []
+    with torch.enable_grad(), tqdm(total=total, desc="heal", disable=not progress) as bar:
+        for step in range(total):
+            loss = distillation.loss(next(drawn))
+            value = float(loss.detach())
+            if not math.isfinite(value):
+                raise NumericsError(f"heal: the loss is {value} at step {step + 1}; lower lr (now {lr:g})")
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(form.parameters, max_grad_norm)
+            optimizer.param_groups[0]["lr"] = lr * learning_rate_factor(
+                step, total, math.ceil(WARMUP * total), "cosine"
+            )
+            optimizer.step()
+            losses.append(value)
+            bar.set_postfix(loss=f"{value:.4g}", refresh=False)
+            bar.update()
+    return losses
+
+
+def _forever(pool: SamplePool, batch_size: int, seed: int) -> Iterator[Batch]:
+    epoch = 0
+    while True:
+        yield from pool.epoch(batch_size, torch.Generator().manual_seed(derived_seed(seed, 3, epoch)))
+        epoch += 1
+
+
+def _set_aside(batches: Sequence[Batch], checks: list[Batch] | None, seed: int) -> tuple[list[Batch], list[Batch]]:
+    """Samples to train on, and samples to compare on."""
+    if checks is not None:
+        return list(batches), checks
+    total = sample_count(batches)
+    if total < _MIN_SAMPLES:
+        raise CalibrationError(
+            f"calibration: {total} samples (index of dimension 0); at least {_MIN_SAMPLES} are needed, or validation batches"
+        )
+    aside = min(max(round(_SET_ASIDE_SHARE * total), 2), _MAX_SET_ASIDE)
+    chosen = torch.zeros(total, dtype=torch.bool)
+    chosen[torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:aside]] = True
+    train: list[Batch] = []
+    held: list[Batch] = []
+    start = 0
+    for batch in batches:
+        mine = chosen[start : start + batch.size]
+        start += batch.size
+        for part, wanted in ((train, ~mine), (held, mine)):
+            indices = torch.nonzero(wanted).flatten()
+            if len(indices):
+                part.append(batch.select(indices))
+    return train, held
+
+
+def _metric_for(original: nn.Module, batch: Batch, output_fn: Callable[[Any], Tensor] | None) -> str:
+    if output_fn is not None:
+        return "output"
+    with torch.no_grad():
+        return "kl" if is_logits(batch.run(original)) else "output"
+
+
+def _vocabulary(model: nn.Module) -> int:
+    """Number of token ids of a model in transformers' manner; 0 where it does not say."""
+    find = getattr(model, "get_input_embeddings", None)
+    count = getattr(find(), "num_embeddings", 0) if callable(find) else 0
+    return count if isinstance(count, int) else 0
+
+
+def _bytes(model: nn.Module) -> int:
+    unique = {tensor.data_ptr(): tensor.nbytes for tensor in model.state_dict().values() if tensor.numel()}
+    return sum(unique.values())
+
+
+def _check(
+    steps: int | None, epochs: int | None, lr: float, hidden_weight: float, batch_size: int, max_grad_norm: float
+) -> None:
+    if steps is not None and epochs is not None:
+        raise UsageError(f"epochs, steps: give at most one of them, got {epochs} and {steps}")
+    for name, count in (("steps", steps), ("epochs", epochs), ("batch_size", batch_size)):
+        if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
+            raise UsageError(f"{name}: must be an integer of at least 1, got {count!r}")
+    for name, value, low in (
+        ("lr", lr, False),
+        ("max_grad_norm", max_grad_norm, False),
+        ("hidden_weight", hidden_weight, True),
+    ):
+        if not math.isfinite(value) or value < 0 or (value == 0 and not low):
+            raise UsageError(f"{name}: must be a finite number {'of at least' if low else 'above'} 0, got {value!r}")

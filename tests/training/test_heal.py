@@ -1,0 +1,243 @@
+"""heal: less error at the same bytes, formats kept, nobody else's model touched."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from helpers import seeded
+from torch import nn
+
+from lowrank.batches import Batch
+from lowrank.errors import CalibrationError, UsageError
+from lowrank.evaluation import Evaluator
+from lowrank.layers import QuantizedLinear, QuantizedLowRankLayer, SVDCompressedLinear
+from lowrank.training import heal
+from lowrank.training.blocks import repeated_blocks
+from lowrank.training.distillation import Distillation, tapped_modules
+from lowrank.training.forms import RoundedFactors, TrainableForm
+from lowrank.training.pool import SamplePool
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up, self.down, self.norm = nn.Linear(width, 2 * width), nn.Linear(2 * width, width), nn.LayerNorm(width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(x + self.down(torch.tanh(self.up(x))))
+
+
+class Net(nn.Module):
+    def __init__(self, width: int = 24) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(Block(width) for _ in range(3))
+        self.head = nn.Linear(width, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+def compressed(original: nn.Module, kind: str, rank: int = 8) -> nn.Module:
+    model = copy.deepcopy(original)
+    for block in model.blocks:
+        for name in ("up", "down"):
+            layer: nn.Module = SVDCompressedLinear.from_linear(getattr(block, name), rank=rank)
+            if kind == "lowrank-int8":
+                layer = QuantizedLowRankLayer.from_factors(layer)
+            elif kind == "int8":
+                layer = QuantizedLinear.from_linear(getattr(block, name), bits=3)
+            setattr(block, name, layer)
+    return model
+
+
+def inputs(count: int = 256, seed: int = 0, width: int = 24) -> list[torch.Tensor]:
+    # Most of the variance in few directions, as in real hidden states: factors of plain SVD do not know that.
+    mix = torch.randn(width, width, generator=seeded(9)) * torch.logspace(0.5, -1.5, width)[:, None]
+    return list((torch.randn(count, width, generator=seeded(seed)) @ mix).split(32))
+
+
+def error(model: nn.Module, original: nn.Module, seed: int) -> float:
+    batches = [Batch((x,), size=len(x)) for x in inputs(128, seed)]
+    return Evaluator(original, batches, "output").measure(model).value
+
+
+@pytest.mark.parametrize(("kind", "gain"), [("lowrank", 0.55), ("lowrank-int8", 0.6), ("int8", 0.95)])
+def test_healing_lowers_the_error_on_data_not_seen_at_the_same_bytes(kind: str, gain: float) -> None:
+    original = Net()
+    model = compressed(original, kind)
+    states = copy.deepcopy(original.state_dict()), copy.deepcopy(model.state_dict())
+    result = heal(model, original, inputs(), steps=150, lr=5e-3, progress=False)
+    before, after = error(model, original, 77), error(result.model, original, 77)
+    assert after < gain * before
+    assert result.report.kept == "after"
+    assert result.report.error_after < result.report.error_before
+    healed = result.model.state_dict()
+    assert {name: (t.shape, t.dtype) for name, t in healed.items()} == {
+        name: (t.shape, t.dtype) for name, t in states[1].items()
+    }
+    for state, owner in zip(states, (original, model), strict=True):
+        assert all(torch.equal(state[name], tensor) for name, tensor in owner.state_dict().items())
+    kinds = [type(module) for module in model.modules()]
+    assert [type(module) for module in result.model.modules()] == kinds
+    assert [p.requires_grad for p in result.model.parameters()] == [p.requires_grad for p in model.parameters()]
+    codes = [name for name in healed if name.endswith("codes") and not torch.equal(healed[name], states[1][name])]
+    assert bool(codes) == (kind == "lowrank-int8")
+
+
+def test_the_same_seed_gives_the_same_bytes() -> None:
+    original = Net()
+    model = compressed(original, "lowrank")
+    one = heal(model, original, inputs(), steps=5, progress=False)
+    torch.manual_seed(123)
+    two = heal(model, original, inputs(), steps=5, progress=False)
+    assert one.report == two.report
+    assert one.report.to_json() == two.report.to_json()
+    assert all(torch.equal(a, b) for a, b in zip(one.model.parameters(), two.model.parameters(), strict=True))
+
+
+def test_training_that_harms_is_thrown_away() -> None:
+    original = Net()
+    model = compressed(original, "lowrank", rank=20)
+    result = heal(model, original, inputs(), steps=3, lr=5.0, progress=False)
+    assert result.report.kept == "before"
+    assert result.report.error_after == result.report.error_before
+    assert result.model is not model
+    assert all(torch.equal(a, b) for a, b in zip(result.model.parameters(), model.parameters(), strict=True))
+
+
+def test_modes_and_flags_come_back() -> None:
+    original = Net().train()
+    model = compressed(original, "lowrank")
+    model.blocks[0].up.left.requires_grad_(False)
+    result = heal(model, original, inputs(), steps=2, progress=False)
+    assert original.training
+    assert not result.model.blocks[0].up.left.requires_grad
+    assert result.model.blocks[0].up.right.requires_grad
+    assert result.model.blocks[0].up.truncation_error is None
+
+
+def test_a_language_model_is_matched_by_kl_on_varied_text() -> None:
+    pytest.importorskip("transformers")
+    from tiny_models import make_causal_model
+
+    original = make_causal_model()
+    model = copy.deepcopy(original)
+    for layer in model.model.layers:
+        layer.mlp.up_proj = SVDCompressedLinear.from_linear(layer.mlp.up_proj, rank=6)
+        layer.mlp.down_proj = SVDCompressedLinear.from_linear(layer.mlp.down_proj, rank=6)
+    ids = torch.randint(4, 25, (96, 9), generator=seeded())
+    batches = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in ids.split(16)]
+    report = heal(model, original, batches, epochs=12, lr=5e-3, progress=False).report
+    assert (report.metric, report.kept, report.steps) == ("kl", "after", 36)
+    assert report.error_after < 0.8 * report.error_before
+    assert (report.samples, report.samples_held_out) == (86, 10)
+
+
+def test_taps_are_the_blocks_that_both_have_else_the_compressed_layers() -> None:
+    original = Net()
+    assert repeated_blocks(original) == ["blocks.0", "blocks.1", "blocks.2"]
+    assert tapped_modules(compressed(original, "lowrank"), original) == ["blocks.0", "blocks.1", "blocks.2"]
+    flat = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    smaller = nn.Sequential(SVDCompressedLinear.from_linear(flat[0], rank=2), flat[1])
+    assert tapped_modules(smaller, flat) == ["0"]
+
+
+def test_the_loss_is_zero_for_the_original_and_padding_counts_nowhere() -> None:
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.body = nn.Embedding(20, 8), nn.ModuleList([Block(8), Block(8)])
+
+        def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
+            x = self.embed(input_ids)
+            for block in self.body:
+                x = block(x)
+            return {"last_hidden_state": x}
+
+    torch.manual_seed(0)
+    original = Tokens().eval()
+    assert float(Distillation(original, original, 1.0).loss(_tokens([[1, 5, 6], [1, 7, 0]])).detach()) == 0.0
+    other = copy.deepcopy(original)
+    with torch.no_grad():
+        other.embed.weight[0] += 3.0
+    loss = Distillation(other, original, 1.0)
+    assert float(loss.loss(_tokens([[1, 5, 6], [1, 7, 0]])).detach()) == 0.0
+    assert float(loss.loss(_tokens([[1, 5, 6], [1, 0, 7]])).detach()) > 0.0
+
+
+def _tokens(rows: list[list[int]]) -> Batch:
+    ids = torch.tensor(rows)
+    mask = torch.ones_like(ids)
+    mask[:, -1] = (ids[:, -1] != 0).long()
+    return Batch((), {"input_ids": ids, "attention_mask": mask}, len(rows))
+
+
+def test_the_pool_gives_every_sample_once_an_epoch_unpadded_and_in_the_ids_of_the_vocabulary() -> None:
+    generator = seeded()
+    rows = [torch.randint(3, 50, (int(length),), generator=generator) for length in torch.randint(2, 12, (40,))]
+    rows = [torch.cat([torch.tensor([1]), row, torch.tensor([2])]) for row in rows]
+    batches = []
+    for start in range(0, 40, 8):
+        part = rows[start : start + 8]
+        ids = nn.utils.rnn.pad_sequence(part, batch_first=True, padding_value=49)
+        mask = torch.stack([(torch.arange(ids.shape[1]) < len(row)).long() for row in part])
+        batches.append(Batch((), {"input_ids": ids, "attention_mask": mask}, 8))
+    plain = SamplePool.of(batches)
+    seen = []
+    for batch in plain.epoch(7, seeded(1)):
+        for ids, mask in zip(batch.kwargs["input_ids"], batch.kwargs["attention_mask"], strict=True):
+            seen.append(tuple(ids[mask.bool()].tolist()))
+            assert set(ids[~mask.bool()].tolist()) <= {49}
+    assert sorted(seen) == sorted(tuple(row.tolist()) for row in rows)
+    varied = SamplePool.of(batches, vocabulary=60)
+    changed = 0
+    for batch in varied.epoch(7, seeded(2)):
+        for ids, mask in zip(batch.kwargs["input_ids"], batch.kwargs["attention_mask"], strict=True):
+            row = ids[mask.bool()]
+            assert int(row[0]) == 1 and int(row[-1]) == 2 and 0 <= int(row.min()) <= int(row.max()) < 60
+            changed += tuple(row.tolist()) not in seen
+    assert 15 < changed < 40
+
+
+def test_rounding_in_the_forward_pass_is_the_rounding_of_the_format() -> None:
+    torch.manual_seed(0)
+    layer = QuantizedLowRankLayer.from_linear(nn.Linear(12, 9), rank=5)
+    form = RoundedFactors(layer)
+    with torch.no_grad():
+        form.left.mul_(1.3).add_(torch.randn(9, 5) * 0.01)
+    rounded = form.rounded()
+    x = torch.randn(7, 12)
+    wanted = x.double() @ rounded.dense_weight().double().T + layer.bias.detach().double()
+    torch.testing.assert_close(form(x).detach().double(), wanted, rtol=1e-5, atol=1e-5)
+    form(x).sum().backward()
+    right = form.rounded().dequantize().right
+    # Straight through: the gradient of left is what the rounded right factor lets through, whatever left was rounded to.
+    share = (form.right.detach().abs().amax(1) / right.detach().abs().amax(1))[:, None] * right.detach()
+    wanted = torch.ones(9, 7) @ (x @ share.T)
+    torch.testing.assert_close(form.left.grad, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_arguments_and_data_that_mean_nothing_are_refused() -> None:
+    original = Net()
+    model = compressed(original, "lowrank")
+    for arguments, message in (
+        ({"steps": 1, "epochs": 1}, "at most one of them"),
+        ({"steps": 0}, "steps: must be an integer of at least 1, got 0"),
+        ({"lr": float("nan")}, "lr: must be a finite number above 0"),
+        ({"what": "all"}, "what: must be one of auto, factors, adapters"),
+        ({"what": "adapters"}, r"no adapters to train; add one with lowrank\.add_lora"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            heal(model, original, inputs(), progress=False, **arguments)
+    assert all(p.requires_grad for p in model.parameters())
+    with pytest.raises(CalibrationError, match="at least 8 are needed"):
+        heal(model, original, [torch.randn(4, 24)], progress=False)
+    with pytest.raises(CalibrationError, match="is empty"):
+        heal(model, original, [], progress=False)
+    with pytest.raises(UsageError, match="no factors to train; compress the model first"):
+        TrainableForm(nn.Sequential(nn.Linear(4, 4, bias=False)), "factors")
