@@ -16,7 +16,7 @@ from lowrank.batches import Batch, evaluating, prepare_batches
 from lowrank.errors import UsageError
 from lowrank.files import printable
 from lowrank.kernels import routes_in_use
-from lowrank.layers import CompressedLayer
+from lowrank.layers import CompressedLayer, compressed_layers
 from lowrank.stopwatch import Spread, host_facts, interleaved, spread
 
 __all__ = ["BenchmarkReport", "BenchmarkRow", "benchmark"]
@@ -220,7 +220,7 @@ def _pass_over(model: nn.Module, batches: Sequence[Batch]) -> Callable[[], None]
 def _layer_rows(
     model: nn.Module, against: nn.Module | None, batch: Batch, rounds: int, at_least: float, progress: bool
 ) -> list[BenchmarkRow]:
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, CompressedLayer)]
+    layers = list(compressed_layers(model).items())
     originals = dict(against.named_modules()) if against is not None else {}
     rows = []
     with tqdm(total=len(layers), desc="timing layers", delay=2, disable=not progress) as bar:
@@ -241,15 +241,22 @@ def _captured(model: nn.Module, layers: Mapping[str, nn.Module], batch: Batch) -
 
             def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = name) -> None:
                 # Copies: what the model does to a tensor after the call must not change what is timed.
-                calls[name].append((tuple(map(_copy, args)), {key: _copy(value) for key, value in kwargs.items()}))
+                # One copy of a tensor passed twice: attention is faster where query and key are the same.
+                copies: dict[int, Tensor] = {}
+                values = tuple(_copy(value, copies) for value in args)
+                calls[name].append((values, {key: _copy(value, copies) for key, value in kwargs.items()}))
 
             stack.callback(layer.register_forward_pre_hook(record, with_kwargs=True).remove)
         batch.run(model)
     return calls
 
 
-def _copy(value: Any) -> Any:
-    return value.detach().clone() if isinstance(value, Tensor) else value
+def _copy(value: Any, copies: dict[int, Tensor]) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    if id(value) not in copies:
+        copies[id(value)] = value.detach().clone()
+    return copies[id(value)]
 
 
 def _row(

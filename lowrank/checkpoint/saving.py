@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lowrank.batchnorm import FoldedBatchNorm
-from lowrank.checkpoint.manifest import FORMAT_VERSION, MANIFEST_NAME, enclosing, manifest_limit_bytes, prefix_of
+from lowrank.checkpoint.manifest import FORMAT_VERSION, MANIFEST_NAME, manifest_limit_bytes, prefix_of
 from lowrank.errors import CheckpointError, UsageError
 from lowrank.files import (
     INDEX_NAME,
@@ -24,7 +24,7 @@ from lowrank.files import (
     write_safetensors,
     write_text,
 )
-from lowrank.layers import CompressedLayer
+from lowrank.layers import CompressedLayer, compressed_layers
 from lowrank.version import __version__
 
 __all__ = ["save_compressed", "stored_tensors"]
@@ -129,9 +129,8 @@ def save_compressed(
     _check_report(report, total)
     forbidden = [] if source is None else [source]
     real = check_destination(directory, overwrite, forbidden, total + _SIDE_BYTES)
-    compressed = {name: module for name, module in model.named_modules() if isinstance(module, CompressedLayer)}
     # A layer that is part of another one is built with it.
-    layers = {name: layer for name, layer in compressed.items() if enclosing(name, compressed) is None}
+    layers = compressed_layers(model)
     config = _hugging_face_config(model, ties)
     guard = None
     if config is not None and layers:

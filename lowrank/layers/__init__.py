@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lowrank.layers import operators as _operators  # noqa: F401  (registers torch.ops.lowrank)
 from lowrank.layers.attention import QuantizedMultiheadAttention, call_every_layer
-from lowrank.layers.base import CompressedLayer, check_scales
+from lowrank.layers.base import CompressedLayer, check_scales, compressed_layers
 from lowrank.layers.embedding import LowRankEmbedding
 from lowrank.layers.linear import SVDCompressedLinear
 from lowrank.layers.quantized import QuantizedLinear
@@ -26,6 +26,7 @@ __all__ = [
     "CompressedLayer",
     "LAYER_KINDS",
     "check_scales",
+    "compressed_layers",
     # in place of nn.Linear
     "QuantizedLinear",
     "QuantizedLowRankLayer",

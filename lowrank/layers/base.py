@@ -10,7 +10,15 @@ from torch import Tensor, nn
 
 from lowrank.errors import CheckpointError, RankError, UsageError
 
-__all__ = ["ACTIVATIONS", "CompressedLayer", "check_activations", "check_scales", "check_size", "dtype_from_name"]
+__all__ = [
+    "ACTIVATIONS",
+    "CompressedLayer",
+    "check_activations",
+    "check_scales",
+    "check_size",
+    "compressed_layers",
+    "dtype_from_name",
+]
 
 ACTIVATIONS = ("int8", "float")
 _Layer = TypeVar("_Layer", bound="CompressedLayer")
@@ -121,6 +129,23 @@ class CompressedLayer(nn.Module):
         # Recomputed on the next forward; a copy made for the original's tensors would only take space.
         state.pop("_derived", None)
         return state
+
+
+def compressed_layers(model: nn.Module) -> dict[str, CompressedLayer]:
+    """The compressed layers of a model by name, without those that are part of another one.
+
+    Example:
+        >>> from lowrank.layers import QuantizedLinear, QuantizedMultiheadAttention
+        >>> list(compressed_layers(nn.Sequential(QuantizedLinear(4, 2), QuantizedMultiheadAttention(4, 2))))
+        ['0', '1']
+    """
+    found: dict[str, CompressedLayer] = {}
+    parts: set[int] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, CompressedLayer) and id(module) not in parts:
+            found[name] = module
+            parts.update(id(part) for part in module.modules())
+    return found
 
 
 def check_scales(layer: nn.Module, name: str) -> None:
