@@ -17,8 +17,8 @@ from lowrank.kernels.activations import quantize_tokens, to_float, wide_matmul
 __all__ = ["IntegerWeight", "reset_routes", "route"]
 
 # Sums reach 2^61 (three pieces of a token times 131,071 codes); larger scales could make them overflow float32.
-_LARGE_SCALE = 2.0**60
-_ROOM = 2.0**-63
+LARGE_SCALE = 2.0**60
+ROOM = 2.0**-63
 # Between the products of two factors the scale is used relative to a power of two where it leaves this range, so that
 # float32 neither overflows nor loses digits there. 2^±40 leaves room for sums of 131,071 codes on both sides.
 _PLAIN_SCALE = 2.0**40
@@ -45,7 +45,7 @@ class IntegerWeight:
         self._gain = self._room = None
         largest = float(scale.max())
         if len(codes) == 1:
-            self._room = None if largest <= _LARGE_SCALE else _ROOM
+            self._room = None if largest <= LARGE_SCALE else ROOM
         elif not 1.0 / _PLAIN_SCALE <= largest <= _PLAIN_SCALE and 0.0 < largest < math.inf:
             self._gain = 2.0 ** math.frexp(largest)[1]
             self._scale = (scale.double() / self._gain).float()
@@ -60,7 +60,7 @@ class IntegerWeight:
         )
 
     def product(self, x: Tensor, bias: Tensor | None, pieces: int) -> Tensor:
-        """(M, K) to (M, N) of the same dtype.
+        """(..., K) to (..., N) of the same dtype.
 
         Args:
             x: float32; with ``pieces`` also float64.
@@ -80,7 +80,10 @@ class IntegerWeight:
             integer.count("native")
             return call(x, bias, pieces)
         product = self._wide_product if pieces else self._rounded_product
-        return product(x, bias, pieces)
+        if x.ndim == 2:
+            return product(x, bias, pieces)
+        rows = product(x.reshape(x.shape[:-1].numel(), x.shape[-1]), bias, pieces)
+        return rows.view(*x.shape[:-1], rows.shape[1])
 
     def _rounded_product(self, x: Tensor, bias: Tensor | None, pieces: int) -> Tensor:
         codes, step, offset = quantize_tokens(x)

@@ -15,9 +15,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lowrank.convolutions import ConvGeometry
 from lowrank.errors import ResourceError
 
-__all__ = ["NativeLinear", "library", "torch_route"]
+__all__ = ["NativeConv", "NativeLinear", "library", "torch_route"]
 
 # 255 · 128 · 65535 < 2³¹: sums stay in int32 after the zero point is taken off.
 LONGEST = 65_535
@@ -27,6 +28,7 @@ _SIGNATURES = {
     "lowrank_supported": ([], _int),
     "lowrank_packed_bytes": ([_int64, _int64], _int64),
     "lowrank_pack": ([_address, _int64, _int64, _int64, _int64, _address, _address], None),
+    "lowrank_conv": ([_address, _address, _address, _address, *[_int64] * 5, _int], _int),
     "lowrank_linear": ([_address, _address, _int64, _address, _address, _int64, _int, _int], _int),
 }
 _loaded: list[ctypes.CDLL | None] = []
@@ -102,6 +104,16 @@ class _Layer(ctypes.Structure):
     )
 
 
+class _Conv(ctypes.Structure):
+    _fields_ = (
+        *((name, _int64) for name in ("channels", "kernel_rows", "kernel_columns")),
+        *((name, _int64) for name in ("row_step", "column_step", "row_dilation", "column_dilation")),
+        *((name, _int64) for name in ("top", "bottom", "left", "right")),
+        ("weight", _Matrix),
+        ("scale", _address),
+    )
+
+
 class NativeLinear:
     """Packed codes of one matrix or two, and the call that multiplies by them.
 
@@ -129,7 +141,7 @@ class NativeLinear:
         self._call = loaded.lowrank_linear
 
     def __call__(self, x: Tensor, bias: Tensor | None, pieces: int) -> Tensor:
-        """(M, K) float32 on the CPU to (M, N) float32.
+        """(..., K) float32 on the CPU to (..., N) float32.
 
         Args:
             pieces: 0 rounds each token to int8; 1 to 3 takes it as a fixed-point number of so many digits.
@@ -137,23 +149,80 @@ class NativeLinear:
         Raises:
             ResourceError: no memory.
         """
-        if x.stride(1) != 1:
+        if x.ndim != 2:
             x = x.contiguous()
+            result = x.new_empty(*x.shape[:-1], self._outputs)
+            tokens, apart = result.numel() // self._outputs, x.shape[-1]
+        else:
+            if x.stride(1) != 1:
+                x = x.contiguous()
+            tokens, apart = x.shape[0], x.stride(0)
+            result = x.new_empty(tokens, self._outputs)
         if bias is not None and not bias.is_contiguous():
             bias = bias.contiguous()
-        result = x.new_empty(x.shape[0], self._outputs)
         failed = self._call(
             self._address,
             x.data_ptr(),
-            x.stride(0),
+            apart,
             result.data_ptr(),
             None if bias is None else bias.data_ptr(),
-            x.shape[0],
+            tokens,
             pieces,
             torch.get_num_threads(),
         )
         if failed:
-            raise ResourceError(f"no memory for the codes of {x.shape[0]} tokens; give fewer at a time")
+            raise ResourceError(f"no memory for the codes of {tokens} tokens; give fewer at a time")
+        return result
+
+
+class NativeConv:
+    """Packed codes of a convolution with zeros around the image and one group, and the call that multiplies by them.
+
+    Args:
+        loaded: what :func:`library` gave.
+        codes: (out, in, *kernel) int8, one or two spatial dimensions.
+        scale: (out,) float32.
+        geometry: of the convolution; ``groups`` 1, ``padding_mode`` ``"zeros"``.
+    """
+
+    def __init__(self, loaded: ctypes.CDLL, codes: Tensor, scale: Tensor, geometry: ConvGeometry) -> None:
+        self._outputs, channels = codes.shape[:2]
+        # A line is an image of one row.
+        rows, columns = (1, *codes.shape[2:])[-2:]
+        last = codes.view(self._outputs, channels, rows, columns).permute(0, 2, 3, 1)
+        matrix = torch.nn.functional.pad(last, (0, -channels % 4)).reshape(self._outputs, -1)
+        packed, self._kept = pack(loaded, matrix)
+        self._scale = scale.contiguous()
+        steps, dilations = (1, *geometry.stride)[-2:], (1, *geometry.dilation)[-2:]
+        pads = ((0, 0), *geometry.pads)[-2:]
+        self._layer = _Conv(
+            channels, rows, columns, *steps, *dilations, *pads[0], *pads[1], packed, self._scale.data_ptr()
+        )
+        self._address = ctypes.addressof(self._layer)
+        self._call = loaded.lowrank_conv
+
+    def __call__(self, x: Tensor, bias: Tensor | None, size: tuple[int, ...]) -> Tensor:
+        """(B, in, *size before) float32 on the CPU to (B, out, *size) float32.
+
+        Raises:
+            ResourceError: no memory.
+        """
+        x = x.contiguous()
+        if bias is not None and not bias.is_contiguous():
+            bias = bias.contiguous()
+        result = x.new_empty(x.shape[0], self._outputs, *size)
+        failed = self._call(
+            self._address,
+            x.data_ptr(),
+            result.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            x.shape[0],
+            *(1, *x.shape[2:])[-2:],
+            *(1, *size)[-2:],
+            torch.get_num_threads(),
+        )
+        if failed:
+            raise ResourceError(f"no memory for the codes of {x.shape[0]} samples; give fewer at a time")
         return result
 
 

@@ -91,18 +91,15 @@ class IntegerLinear(CompressedLayer):
                 f"got {x.dtype} {tuple(x.shape)}"
             )
         dtype = x.dtype
-        rows = x if x.ndim == 2 else x.reshape(x.shape[:-1].numel(), self.in_features)
         if dtype is torch.float32 or (dtype is torch.float64 and self.activations == "float"):
             working = dtype
         else:
             working = torch.float32
-            rows = rows.to(working)
+            x = x.to(working)
         if bias is not None and bias.dtype is not working:
             bias = bias.to(working)
-        result = self.prepared().product(rows, bias, 0 if self.activations == "int8" else pieces_for(dtype))
-        if result.dtype is not dtype:
-            result = result.to(dtype)
-        return result if x.ndim == 2 else result.view(*x.shape[:-1], self.out_features)
+        result = self.prepared().product(x, bias, 0 if self.activations == "int8" else pieces_for(dtype))
+        return result if result.dtype is dtype else result.to(dtype)
 
     def config(self) -> dict[str, Any]:
         """See :meth:`CompressedLayer.config`."""

@@ -46,6 +46,18 @@ typedef struct {
     int32_t zero;
 } row_scale;
 
+/* What a token's rounding depends on, and the rounding: code = low byte of x · inverse + shift. */
+typedef struct {
+    float high, low, largest; /* max(x, 0), min(x, 0), max |x| */
+    int finite;
+} token_extent;
+typedef struct {
+    float inverse, shift;
+    int zero;
+} rounding;
+token_extent extent_of(const float *x, int64_t count);
+rounding rounding_for(token_extent extent, row_scale *scale);
+
 /* `count` floats of one token to u8 codes; filled up with anything to a multiple of 16. */
 void round_token(const float *x, int64_t count, uint8_t *codes, row_scale *scale);
 void round_token_symmetric(const float *x, int64_t count, uint8_t *codes, row_scale *scale);
@@ -61,5 +73,15 @@ typedef struct {
 } finish;
 void finish_tile(const int32_t *sums, int tokens, int pieces, const row_scale *scales, const packed_matrix *matrix,
                  int64_t panel, int vectors, const finish *how);
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+static inline __mmask16 first_lanes(int64_t count) { return (__mmask16)(count >= 16 ? 0xFFFF : count <= 0 ? 0 : (1u << count) - 1u); }
+#endif
+static inline token_extent joined(token_extent a, token_extent b) {
+    const token_extent both = {a.high > b.high ? a.high : b.high, a.low < b.low ? a.low : b.low,
+                               a.largest > b.largest ? a.largest : b.largest, a.finite && b.finite};
+    return both;
+}
 
 #endif

@@ -12,14 +12,7 @@
 #define TINY 0x1p-126f
 #define SMALLEST_EXACT 0x1p-100f
 
-typedef struct {
-    float high, low, largest; /* max(x, 0), min(x, 0), max |x| */
-    int finite;
-} extent;
-
-static inline __mmask16 first_lanes(int64_t count) { return (__mmask16)(count >= 16 ? 0xFFFF : (1u << count) - 1u); }
-
-static extent extent_of(const float *x, int64_t count) {
+token_extent extent_of(const float *x, int64_t count) {
     __m512 high[4], low[4], odd[4];
     const __m512 zero = _mm512_setzero_ps();
     for (int i = 0; i < 4; i++) high[i] = low[i] = odd[i] = zero;
@@ -43,7 +36,7 @@ static extent extent_of(const float *x, int64_t count) {
         low[0] = _mm512_min_ps(low[0], low[i]);
         odd[0] = _mm512_add_ps(odd[0], odd[i]);
     }
-    extent found;
+    token_extent found;
     found.high = _mm512_reduce_max_ps(high[0]);
     found.low = _mm512_reduce_min_ps(low[0]);
     found.largest = fmaxf(found.high, -found.low);
@@ -60,8 +53,7 @@ static void round_with(const float *x, int64_t count, uint8_t *codes, float inve
     }
 }
 
-void round_token(const float *x, int64_t count, uint8_t *codes, row_scale *scale) {
-    const extent found = extent_of(x, count);
+rounding rounding_for(token_extent found, row_scale *scale) {
     const float unit = (float)(1.0 / 254.0);
     float step = found.high * unit - found.low * unit;
     step = step < TINY ? TINY : step;
@@ -71,11 +63,17 @@ void round_token(const float *x, int64_t count, uint8_t *codes, row_scale *scale
     scale->more = 1.0f;
     scale->zero = found.finite ? (int32_t)offset + 128 : 128;
     /* 128 more than int8 codes: u8. Even, so that ties still go to the same side. */
-    round_with(x, count, codes, inverse, offset + MAGIC + 128.0f);
+    const rounding how = {inverse, offset + MAGIC + 128.0f, scale->zero};
+    return how;
+}
+
+void round_token(const float *x, int64_t count, uint8_t *codes, row_scale *scale) {
+    const rounding how = rounding_for(extent_of(x, count), scale);
+    round_with(x, count, codes, how.inverse, how.shift);
 }
 
 void round_token_symmetric(const float *x, int64_t count, uint8_t *codes, row_scale *scale) {
-    const extent found = extent_of(x, count);
+    const token_extent found = extent_of(x, count);
     float step = found.largest * (float)(2.0 / 254.0);
     step = step < TINY ? TINY : step;
     scale->step = found.finite ? step : NAN;
@@ -92,7 +90,7 @@ static float power_of_two(int exponent) {
 }
 
 void split_token(const float *x, int64_t count, int pieces, uint8_t *codes, int64_t stride, row_scale *scale) {
-    const extent found = extent_of(x, count);
+    const token_extent found = extent_of(x, count);
     const float largest = found.largest < SMALLEST_EXACT ? SMALLEST_EXACT : found.largest;
     uint32_t bits;
     memcpy(&bits, &largest, 4);
