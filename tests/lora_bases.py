@@ -85,7 +85,9 @@ def product(kind: str, x: Tensor, weight: Tensor) -> Tensor:
 def adapted(kind: str, dtype: torch.dtype = torch.float32, *, adapter: str = "default", **options: object) -> nn.Module:
     """The base with one adapter whose A and B are both drawn at random."""
     model = lowrank.add_lora(
-        build(kind, dtype), lowrank.LoRAConfig(**({"r": RANK, "lora_alpha": 6, "target_modules": ["0"]} | options)), adapter  # type: ignore[arg-type]
+        build(kind, dtype),
+        lowrank.LoRAConfig(**({"r": RANK, "lora_alpha": 6, "target_modules": ["0"]} | options)),
+        adapter,  # type: ignore[arg-type]
     )
     randomise(model, adapter)
     return model

@@ -22,7 +22,17 @@ from lowrank.layers import (
 )
 from lowrank.layers.source import is_conv1d
 
-__all__ = ["BaseFacts", "adapter_dtype", "base_bias", "base_weight", "exact_weight", "facts_of", "factor_pair", "family", "row_norms"]
+__all__ = [
+    "BaseFacts",
+    "adapter_dtype",
+    "base_bias",
+    "base_weight",
+    "exact_weight",
+    "facts_of",
+    "factor_pair",
+    "family",
+    "row_norms",
+]
 
 LINEAR_KINDS = (SVDCompressedLinear, QuantizedLowRankLayer, QuantizedLinear)
 EMBEDDING_KINDS = (LowRankEmbedding, QuantizedEmbedding, QuantizedLowRankEmbedding)
@@ -130,8 +140,8 @@ def row_norms(base: nn.Module, left: Tensor, right: Tensor) -> Tensor:
     """
     pair = factor_pair(base, left.dtype)
     if pair is None:
-        weight = base_weight(base).to(left.dtype).flatten(1)
-        return torch.linalg.vector_norm(weight + left @ right, dim=1)
+        weight = exact_weight(base) if left.dtype is torch.float64 else base_weight(base).to(left.dtype)
+        return torch.linalg.vector_norm(weight.flatten(1) + left @ right, dim=1)
     lefts, rights = torch.cat([pair[0], left], dim=1), torch.cat([pair[1], right])
     return ((lefts @ (rights @ rights.T)) * lefts).sum(dim=1).clamp_min(0.0).sqrt()
 

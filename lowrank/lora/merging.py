@@ -162,17 +162,17 @@ def _appended(base: nn.Module, change: Change) -> nn.Module:
         left_codes, right_codes, scale = _rounded(left, right, base.n_bits)
         codes = torch.cat([base.left_codes, left_codes], dim=1), torch.cat([base.right_codes, right_codes])
         return _quantized(base, *codes, torch.cat([base.scale, scale]))
-    added = Factors(change.left, change.right)
     if isinstance(base, LowRankEmbedding):
         left, right = balanced(Factors(change.right.T, change.left.T), base.left.dtype)
-        return _low_rank(base, torch.cat([base.left.detach(), left], dim=1), torch.cat([base.right.detach(), right]))
+        kept = base.right.detach()
+        if change.rows is not None:
+            kept = (kept.double() * change.rows).to(kept.dtype)
+        return _low_rank(base, torch.cat([base.left.detach(), left], dim=1), torch.cat([kept, right]))
     assert isinstance(base, SVDCompressedLinear)
-    left, right = balanced(added, base.left.dtype)
-    kept = (
-        base.left.detach()
-        if change.rows is None
-        else (base.left.detach().double() * change.rows[:, None]).to(left.dtype)
-    )
+    left, right = balanced(Factors(change.left, change.right), base.left.dtype)
+    kept = base.left.detach()
+    if change.rows is not None:
+        kept = (kept.double() * change.rows[:, None]).to(kept.dtype)
     return _low_rank(base, torch.cat([kept, left], dim=1), torch.cat([base.right.detach(), right]))
 
 

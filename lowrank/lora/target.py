@@ -98,7 +98,7 @@ def find_targets(model: nn.Module, config: LoRAConfig, *, strict: bool = True) -
         elif _holds_weights(place.module):
             left[place.name] = reason
     if strict:
-        _check_entries(places, adapted, left, config, every_name)
+        _check_entries(places, (*adapted, *saved), left, config, every_name)
     if not adapted and not saved:
         raise UsageError("target_modules: nothing in the model fits it; " + _why_nothing(left))
     return Targets(tuple(adapted), saved, left)
@@ -194,10 +194,10 @@ def _output_head(model: nn.Module, config: LoRAConfig) -> nn.Module | None:
 
 
 def _check_entries(
-    places: Sequence[Place], adapted: Sequence[Place], left: dict[str, str], config: LoRAConfig, names: Sequence[str]
+    places: Sequence[Place], fit: Sequence[Place], left: dict[str, str], config: LoRAConfig, names: Sequence[str]
 ) -> None:
     targets = [] if _all_linear(config) else _listed(config.target_modules)
-    fitting = [name for place in adapted for name in place.names]
+    fitting = [name for place in fit for name in place.names]
     for argument, entries in (
         ("target_modules", targets),
         ("exclude_modules", _listed(config.exclude_modules)),

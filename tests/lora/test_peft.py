@@ -128,7 +128,10 @@ def test_keys_shapes_and_fields_are_those_of_peft(tmp_path: Path) -> None:
     theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**arguments))
     lowrank.save_adapter(ours, tmp_path / "ours")
     theirs.save_pretrained(tmp_path / "theirs")
-    headers = [lowrank.files.read_safetensors_header(tmp_path / who / "adapter_model.safetensors") for who in ("ours", "theirs")]
+    headers = [
+        lowrank.files.read_safetensors_header(tmp_path / who / "adapter_model.safetensors")
+        for who in ("ours", "theirs")
+    ]
     shapes = [{name: entry.shape for name, entry in header.tensors.items()} for header in headers]
     assert shapes[0] == shapes[1]
     documents = [json.loads((tmp_path / who / "adapter_config.json").read_text()) for who in ("ours", "theirs")]
@@ -205,7 +208,10 @@ def test_all_linear_means_the_same_modules_as_in_peft() -> None:
     assert "lm_head" in lowrank.adapter_summary(ours).left
     printed = str(lowrank.adapter_summary(ours)).splitlines()[-1]
     trainable, total = theirs.get_nb_trainable_parameters()
-    assert printed == f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
+    assert (
+        printed
+        == f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
+    )
 
 
 @pytest.mark.parametrize(

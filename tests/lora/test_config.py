@@ -1,0 +1,97 @@
+"""An adapter's configuration: ranges, patterns, and PEFT's fields."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pytest
+from torch import nn
+
+import lowrank
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"r": 0}, {"r": -1}, {"r": 2.0}, {"r": True}, {"r": "8"}, {"r": None},
+        {"lora_alpha": math.nan}, {"lora_alpha": math.inf}, {"lora_alpha": "16"}, {"lora_alpha": True},
+        {"lora_dropout": 1.0}, {"lora_dropout": -0.1}, {"lora_dropout": math.nan}, {"lora_dropout": "0"},
+        {"rank_pattern": {"a": 0}}, {"rank_pattern": ["a"]}, {"rank_pattern": {"(": 2}}, {"alpha_pattern": {"a": math.nan}},
+        {"init_lora_weights": "olora"}, {"init_lora_weights": 2}, {"use_dora": 1}, {"target_modules": "("}, {"target_modules": [""]},
+        {"layers_to_transform": [0]}, {"layers_pattern": "h"},
+        {"layers_to_transform": [-1], "target_modules": ["a"]},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_out_of_range_is_bad_input(arguments: dict[str, Any]) -> None:
+    name = next(iter(arguments))
+    with pytest.raises(lowrank.LowRankError, match=name) as caught:
+        lowrank.LoRAConfig(**arguments)
+    assert caught.value.exit_code == 3
+
+
+def test_a_rank_over_the_smaller_side_is_a_warning() -> None:
+    model = nn.Sequential(nn.Linear(4, 9), nn.Linear(9, 12))
+    with pytest.warns(UserWarning, match=r"r: over min\(out, in\) on 1 layers \(first 0\)"):
+        adapted = lowrank.add_lora(model, lowrank.LoRAConfig(r=8))
+    assert lowrank.trainable_parameters(adapted)[0] == 8 * (4 + 9) + 8 * (9 + 12)
+
+
+def test_scalings_and_patterns() -> None:
+    config = lowrank.LoRAConfig(
+        r=4, lora_alpha=8, rank_pattern={"query": 16, r"1\.key": 2}, alpha_pattern={"layer.0.query": 32}
+    )
+    names = ("layer.0.query", "layer.1.query", "layer.1.key", "layer.0.key", "subquery")
+    assert [config.rank_of(name) for name in names] == [16, 16, 2, 4, 4]
+    assert [config.scaling_of(name) for name in names] == [2.0, 0.5, 4.0, 2.0, 2.0]
+    assert config.replace(use_rslora=True).scaling_of("layer.0.query") == 8.0
+
+
+def test_defaults_are_those_of_peft() -> None:
+    peft = pytest.importorskip("peft")
+    theirs = peft.LoraConfig().to_dict()
+    ours = lowrank.LoRAConfig().to_peft()
+    differ = {name for name in ours if ours[name] != theirs[name]}
+    # Saved files say inference_mode true, also PEFT's; the version is that of PEFT where it wrote the file.
+    assert differ == {"inference_mode", "peft_version"}
+    assert set(ours) == set(theirs)
+
+
+def test_peft_fields_round_trip() -> None:
+    config = lowrank.LoRAConfig(
+        r=3, lora_alpha=5.5, lora_dropout=0.25, target_modules=["a", "b"], exclude_modules=["c"], use_rslora=True,
+        use_dora=True, rank_pattern={"a": 2}, alpha_pattern={"b": 1}, modules_to_save=["head"], layers_to_transform=[0, 2],
+        layers_pattern="h", extra={"task_type": "CAUSAL_LM", "revision": "main"},
+    )  # fmt: skip
+    document = json.loads(json.dumps(config.to_peft()))
+    again = lowrank.LoRAConfig.from_peft(document)
+    assert again.to_peft() == document
+    assert again.target_modules == ["a", "b"] and again.extra["task_type"] == "CAUSAL_LM"
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "accepted"),
+    [
+        ("bias", "none", True), ("bias", "all", False),
+        ("lora_bias", False, True), ("lora_bias", True, False),
+        ("use_qalora", True, False), ("layer_replication", [[0, 2]], False), ("trainable_token_indices", [1], False),
+        ("target_parameters", ["experts.weight"], False), ("alora_invocation_tokens", [3], False),
+        ("init_lora_weights", "olora", False), ("init_lora_weights", "orthogonal", True), ("init_lora_weights", "pissa", True),
+        ("not_yet_invented", None, True), ("not_yet_invented", {}, True), ("not_yet_invented", 3, False),
+        ("task_type", "SEQ_CLS", True), ("peft_version", "9.9", True),
+    ],
+)  # fmt: skip
+def test_a_field_that_would_be_ignored_is_refused_by_name(field: str, value: object, accepted: bool) -> None:
+    document = {"peft_type": "LORA", "r": 2, field: value}
+    if accepted:
+        assert lowrank.LoRAConfig.from_peft(document).r == 2
+        return
+    with pytest.raises(lowrank.AdapterError, match=field):
+        lowrank.LoRAConfig.from_peft(document, "f.json")
+
+
+def test_other_kinds_of_adapter_are_refused() -> None:
+    with pytest.raises(lowrank.AdapterError, match="f.json: peft_type must be 'LORA', got 'IA3'"):
+        lowrank.LoRAConfig.from_peft({"peft_type": "IA3"}, "f.json")
