@@ -65,8 +65,8 @@ class CompressedLayer(nn.Module):
         return None
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """(out_features, in_features), or (num_embeddings, embedding_dim)."""
+    def shape(self) -> tuple[int, ...]:
+        """(out_features, in_features), (num_embeddings, embedding_dim), or (out, in / groups, *kernel)."""
         raise NotImplementedError
 
     @property
