@@ -6,7 +6,7 @@ An embedding counts as a linear layer on one-hot inputs: out is the embedding di
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -68,8 +68,8 @@ def family(module: nn.Module) -> str | None:
 def base_weight(base: nn.Module) -> Tensor:
     """The weight (out, in, *kernel) that a layer stands for, without a gradient; a view where the layer is dense."""
     if isinstance(base, CompressedLayer):
-        weight = base.dense_weight().detach()
-        return weight.T if isinstance(base, EMBEDDING_KINDS) else weight
+        dense = base.dense_weight().detach()
+        return dense.T if isinstance(base, EMBEDDING_KINDS) else dense
     weight = base.weight
     assert isinstance(weight, Tensor)
     return weight.detach().T if is_conv1d(base) or isinstance(base, nn.Embedding) else weight.detach()
@@ -99,7 +99,8 @@ def facts_of(base: nn.Module) -> BaseFacts:
         if isinstance(base, EMBEDDING_KINDS):
             rows, columns = columns, rows
         elif len(base.shape) > 2:
-            columns = base.geometry.groups * columns
+            geometry: Any = base.geometry
+            columns = geometry.groups * columns
         tensor = next(iter(base.state_dict().values()))
         return BaseFacts(columns, rows, tensor.device, base.dtype)
     weight = base.weight
@@ -141,7 +142,8 @@ def row_norms(base: nn.Module, left: Tensor, right: Tensor) -> Tensor:
     pair = factor_pair(base, left.dtype)
     if pair is None:
         weight = exact_weight(base) if left.dtype is torch.float64 else base_weight(base).to(left.dtype)
-        return torch.linalg.vector_norm(weight.flatten(1) + left @ right, dim=1)
+        norms: Tensor = torch.linalg.vector_norm(weight.flatten(1) + left @ right, dim=1)
+        return norms
     lefts, rights = torch.cat([pair[0], left], dim=1), torch.cat([pair[1], right])
     return ((lefts @ (rights @ rights.T)) * lefts).sum(dim=1).clamp_min(0.0).sqrt()
 

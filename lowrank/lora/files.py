@@ -175,7 +175,7 @@ def _load(
     names = {name: place.name for place in targets.adapted for name in place.names}
     missing = [layer for layer in by_layer if layer not in names]
     if missing:
-        reason = targets.left.get(missing[0], "the model has no such module")
+        reason = targets.left.get(missing[0]) or _why_not(model, missing[0])
         raise CheckpointError(
             f"{where}: holds an adapter for {printable(missing[0])} ({len(missing)} such layers), which this model cannot "
             f"take: {reason}"
@@ -206,6 +206,13 @@ def _load(
         for layer in lora_layers(model).values():
             layer.set_active(before)
         raise
+
+
+def _why_not(model: nn.Module, name: str) -> str:
+    try:
+        return f"no adapter fits a {type(model.get_submodule(name)).__name__}"
+    except AttributeError:
+        return "the model has no such module"
 
 
 def _sorted_by_layer(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:

@@ -78,11 +78,12 @@ class LoRALayer(nn.Module):
         self.base_layer.requires_grad_(False)
         facts = facts_of(base_layer)
         self.in_features, self.out_features = facts.in_features, facts.out_features
-        self.lora_A = nn.ModuleDict()
-        self.lora_B = nn.ModuleDict()
-        self.lora_dropout = nn.ModuleDict()
-        self.lora_magnitude_vector = nn.ModuleDict()
-        self.lora_scale = nn.ParameterDict()
+        # Any: torch types the entries of these as Tensor | Module.
+        self.lora_A: Any = nn.ModuleDict()
+        self.lora_B: Any = nn.ModuleDict()
+        self.lora_dropout: Any = nn.ModuleDict()
+        self.lora_magnitude_vector: Any = nn.ModuleDict()
+        self.lora_scale: Any = nn.ParameterDict()
         self.configs: dict[str, LoRAConfig] = {}
         self.scaling: dict[str, float] = {}
         self.active_adapters: tuple[str, ...] = ()
@@ -200,7 +201,8 @@ class LoRALayer(nn.Module):
     def gain(self, adapter: str) -> float | Tensor:
         """The scaling, times the learned factor where there is one."""
         if adapter in self.lora_scale:
-            return self.scaling[adapter] * self.lora_scale[adapter]
+            learned: Tensor = self.scaling[adapter] * self.lora_scale[adapter]
+            return learned
         return self.scaling[adapter]
 
     def norms(self, adapter: str) -> Tensor:

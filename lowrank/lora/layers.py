@@ -62,8 +62,8 @@ class LoRAEmbedding(LoRALayer):
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
-        self.lora_embedding_A = nn.ParameterDict()
-        self.lora_embedding_B = nn.ParameterDict()
+        self.lora_embedding_A: Any = nn.ParameterDict()
+        self.lora_embedding_B: Any = nn.ParameterDict()
 
     def _holders(self) -> tuple[Any, ...]:
         return (*super()._holders(), self.lora_embedding_A, self.lora_embedding_B)
@@ -90,7 +90,8 @@ class LoRAEmbedding(LoRALayer):
     def lora_product(self, adapter: str, x: Tensor) -> Tensor:
         """See :meth:`LoRALayer.lora_product`."""
         rows = F.embedding(x, self.lora_embedding_A[adapter].T, getattr(self.base_layer, "padding_idx", None))
-        return rows @ self.lora_embedding_B[adapter].T
+        product: Tensor = rows @ self.lora_embedding_B[adapter].T
+        return product
 
     def product_with(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """See :meth:`LoRALayer.product_with`."""

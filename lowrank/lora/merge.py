@@ -144,7 +144,7 @@ def _options(rank: object, max_error: object, requantize: bool) -> MergeOptions:
         isinstance(max_error, bool) or not isinstance(max_error, (int, float)) or not 0.0 <= max_error < math.inf
     ):
         raise RankError(f"max_error: must be a finite number of at least 0, got {max_error!r}")
-    return MergeOptions(rank, max_error, bool(requantize))  # type: ignore[arg-type]
+    return MergeOptions(rank, max_error, bool(requantize))
 
 
 def unmerge_lora(model: nn.Module) -> nn.Module:

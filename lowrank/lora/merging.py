@@ -24,7 +24,7 @@ from lowrank.layers.linear import balanced
 from lowrank.layers.quantized_lowrank import dense_product, round_factors
 from lowrank.layers.source import is_conv1d
 from lowrank.linalg import safe_svd
-from lowrank.lora.bases import base_weight, exact_weight, factor_pair
+from lowrank.lora.bases import base_bias, base_weight, exact_weight, factor_pair
 from lowrank.lora.layer import Change, LoRALayer, MergeRow
 from lowrank.lora.layers import conv_geometry
 from lowrank.quantization import quantize_rows
@@ -219,9 +219,9 @@ def _low_rank(base: SVDCompressedLinear | LowRankEmbedding, left: Tensor, right:
     with torch.no_grad():
         layer.left.copy_(left)
         layer.right.copy_(right)
-        bias = getattr(base, "bias", None)
-        if bias is not None:
-            layer.bias.copy_(bias)
+        mine, its = base_bias(layer), base_bias(base)
+        if mine is not None and its is not None:
+            mine.copy_(its)
     return layer
 
 

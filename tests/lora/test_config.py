@@ -93,5 +93,5 @@ def test_a_field_that_would_be_ignored_is_refused_by_name(field: str, value: obj
 
 
 def test_other_kinds_of_adapter_are_refused() -> None:
-    with pytest.raises(lowrank.AdapterError, match="f.json: peft_type must be 'LORA', got 'IA3'"):
+    with pytest.raises(lowrank.AdapterError, match=r"f\.json: peft_type must be 'LORA', got 'IA3'"):
         lowrank.LoRAConfig.from_peft({"peft_type": "IA3"}, "f.json")

@@ -26,7 +26,9 @@ def bits(model: nn.Module) -> dict[str, Tensor]:
 
 def same_bits(model: nn.Module, before: dict[str, Tensor]) -> bool:
     now = model.state_dict()
-    return set(now) == set(before) and all(torch.equal(now[name], before[name]) for name in before)
+    if set(now) != set(before):
+        return False
+    return all(torch.equal(now[name].view(torch.uint8), before[name].view(torch.uint8)) for name in before)
 
 
 def exact_sum(model: nn.Module, **_: object) -> Tensor:
@@ -195,7 +197,7 @@ def test_a_nonfinite_adapter_is_refused_and_nothing_is_merged(value: float) -> N
     before = bits(model)
     with pytest.raises(lowrank.NumericsError, match="layer 1: the adapter holds NaN or Inf"):
         lowrank.merge_lora(model)
-    assert all(torch.equal(a, b) or name == "1.lora_B.default.weight" for (name, a), b in zip(bits(model).items(), before.values(), strict=True))  # fmt: skip
+    assert same_bits(model, before)
     assert not lora_layers(model)["0"].merged_adapters
 
 

@@ -191,8 +191,8 @@ def test_one_adapter_each_equals_its_own_model() -> None:
     for name, seed in (("a", 1), ("b", 2)):
         randomise(together, name, seed)
         alone = lowrank.add_lora(
-            base, next(l.configs[name] for l in lora_layers(together).values() if name in l.configs), name
-        )  # noqa: E741
+            base, next(e.configs[name] for e in lora_layers(together).values() if name in e.configs), name
+        )
         randomise(alone, name, seed)
         for layer_name, layer in lora_layers(alone).items():
             for one, other in zip(

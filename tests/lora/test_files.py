@@ -1,0 +1,156 @@
+"""Adapter files that are damaged, of another model, or not to be trusted."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lora_bases import close, randomise
+from torch import Tensor, nn
+
+import lowrank
+from lowrank.files import read_safetensors_header, read_tensor, write_safetensors
+from lowrank.lora.model import adapter_names, lora_layers
+
+
+def model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4))
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    adapted = lowrank.add_lora(model(), lowrank.LoRAConfig(r=2, use_dora=True))
+    randomise(adapted)
+    return lowrank.save_adapter(adapted, tmp_path / "adapter")
+
+
+def rewrite(folder: Path, change: Any) -> None:
+    path = folder / "adapter_model.safetensors"
+    header = read_safetensors_header(path)
+    tensors = {name: read_tensor(header, name) for name in header.tensors}
+    change(tensors)
+    path.unlink()
+    write_safetensors(path, tensors, header.metadata)
+
+
+def set_nan(tensors: dict[str, Tensor]) -> None:
+    tensors["base_model.model.2.lora_B.weight"][0, 0] = float("nan")
+
+
+def reshape(tensors: dict[str, Tensor]) -> None:
+    tensors["base_model.model.0.lora_A.weight"] = torch.zeros(2, 7)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("base_model.model.0.lora_A.weight"), "layer 0: must have lora_A, lora_B, lora_magnitude_vector, got"),
+        (lambda t: t.pop("base_model.model.2.lora_magnitude_vector"), "layer 2: must have"),
+        (reshape, r"layer 0.lora_A: the model needs shape \(2, 6\), the file holds \(2, 7\)"),
+        (set_nan, "layer 2.lora_B: holds NaN or Inf"),
+        (lambda t: t.update({"base_model.model.5.lora_A.weight": torch.zeros(2, 2)}), "an adapter for 5 .*no such module"),
+        (lambda t: t.update({"base_model.model.1.lora_A.weight": torch.zeros(2, 2)}), "an adapter for 1 .*no adapter fits a Tanh"),
+        (lambda t: t.update({"base_model.model.0.weight": torch.zeros(2)}), "1 tensors have no place in this model, .*0.weight"),
+    ],
+    ids=["no A", "no magnitude", "shape", "NaN", "no module", "wrong module", "rest"],
+)  # fmt: skip
+def test_tensors_that_do_not_fit(saved: Path, change: Any, message: str) -> None:
+    rewrite(saved, change)
+    base = model()
+    before = {name: id(module) for name, module in base.named_modules()}
+    with pytest.raises(lowrank.CheckpointError, match=message) as caught:
+        lowrank.load_adapter(base, saved, inplace=True)
+    assert caught.value.exit_code == 3
+    assert {name: id(module) for name, module in base.named_modules()} == before
+
+
+def test_files_that_are_not_there_or_not_read(saved: Path, tmp_path: Path) -> None:
+    with pytest.raises(lowrank.CheckpointError, match="not a directory with an adapter"):
+        lowrank.load_adapter(model(), tmp_path / "nowhere")
+    (saved / "adapter_model.safetensors").rename(saved / "adapter_model.bin")
+    with pytest.raises(lowrank.CheckpointError, match="a pickle, which is never read"):
+        lowrank.load_adapter(model(), saved)
+    (saved / "adapter_model.bin").unlink()
+    with pytest.raises(lowrank.CheckpointError, match=r"adapter_model\.safetensors: missing"):
+        lowrank.load_adapter(model(), saved)
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"r": NaN}', '{"r": 1, "r": 2}', '{"peft_type": "LORA", "r": -3}'])
+def test_configurations_that_are_damaged(saved: Path, text: str) -> None:
+    (saved / "adapter_config.json").write_text(text)
+    with pytest.raises(lowrank.LowRankError) as caught:
+        lowrank.load_adapter(model(), saved)
+    assert caught.value.exit_code == 3
+
+
+def test_a_truncated_file(saved: Path) -> None:
+    path = saved / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(lowrank.CheckpointError, match="cut short"):
+        lowrank.load_adapter(model(), saved)
+
+
+def test_saving_is_whole_or_not_at_all_and_the_same_bytes(saved: Path, tmp_path: Path) -> None:
+    adapted = lowrank.load_adapter(model(), saved)
+    with pytest.raises(lowrank.UsageError, match="not empty"):
+        lowrank.save_adapter(adapted, saved)
+    lowrank.save_adapter(adapted, tmp_path / "again")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "again" / name).read_bytes() == (saved / name).read_bytes()
+    lowrank.save_adapter(adapted, saved, overwrite=True)
+    assert sorted(path.name for path in saved.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    with pytest.raises(lowrank.StorageError):
+        lowrank.save_adapter(adapted, tmp_path / "missing" / "adapter")
+
+
+def test_which_adapter_is_saved(tmp_path: Path) -> None:
+    adapted = lowrank.add_lora(model(), lowrank.LoRAConfig(r=1), "one")
+    lowrank.add_lora(adapted, lowrank.LoRAConfig(r=2, target_modules=["2"]), "two", inplace=True)
+    lowrank.save_adapter(adapted, tmp_path / "active")
+    document = json.loads((tmp_path / "active" / "adapter_config.json").read_text())
+    assert document["r"] == 2 and document["target_modules"] == ["2"]
+    lowrank.save_adapter(adapted, tmp_path / "one", "one")
+    # "all-linear" is written out: on the compressed model the words would cover other layers.
+    assert json.loads((tmp_path / "one" / "adapter_config.json").read_text())["target_modules"] == ["0", "2"]
+    lowrank.set_adapter(adapted, ["one", "two"])
+    with pytest.raises(lowrank.UsageError, match="which of one, two"):
+        lowrank.save_adapter(adapted, tmp_path / "which")
+    with pytest.raises(lowrank.AdapterError, match="'three': not on this model"):
+        lowrank.save_adapter(adapted, tmp_path / "which", "three")
+
+
+def test_several_adapters_load_beside_each_other(saved: Path) -> None:
+    x = torch.randn(3, 6)
+    adapted = lowrank.load_adapter(model(), saved, "first")
+    alone = adapted(x)
+    lowrank.load_adapter(adapted, saved, "second", inplace=True)
+    assert adapter_names(adapted) == ["first", "second"]
+    assert torch.equal(adapted(x), alone)
+    with pytest.raises(lowrank.UsageError, match="already has an adapter 'second'"):
+        lowrank.load_adapter(adapted, saved, "second")
+
+
+def test_a_weighted_adapter_saves_and_loads(tmp_path: Path) -> None:
+    adapted = lowrank.add_lora(model(), lowrank.LoRAConfig(r=1), "one")
+    lowrank.add_lora(adapted, lowrank.LoRAConfig(r=2, target_modules=["2"]), "two", inplace=True)
+    randomise(adapted, "one")
+    randomise(adapted, "two")
+    lowrank.add_weighted_adapter(adapted, ["one", "two"], [0.5, 2.0], "both")
+    lowrank.save_adapter(adapted, tmp_path / "both")
+    x = torch.randn(3, 6)
+    loaded = lowrank.load_adapter(model(), tmp_path / "both")
+    assert [layer.rank_of("default") for layer in lora_layers(loaded).values()] == [1, 3]
+    close(loaded(x), adapted(x), torch.float32)
+
+
+def test_grouped_convolutions_keep_their_groups(tmp_path: Path) -> None:
+    base = nn.Sequential(nn.Conv1d(4, 6, 3, groups=2, padding=1, padding_mode="circular"))
+    adapted = lowrank.add_lora(base, lowrank.LoRAConfig(r=2, target_modules=["0"]))
+    randomise(adapted)
+    lowrank.save_adapter(adapted, tmp_path / "adapter")
+    x = torch.randn(2, 4, 7)
+    assert torch.equal(lowrank.load_adapter(base, tmp_path / "adapter")(x), adapted(x))
