@@ -21,6 +21,7 @@ from lowrank.cli_models import model_batches, open_model
 from lowrank.cli_options import Fraction, common_options, data_options
 from lowrank.cli_shell import check_file, emit, note, run, write_file
 from lowrank.cli_text import comparison_text, info_text, plan_text
+from lowrank.cli_training import finetune_command, merge_command
 from lowrank.compress import CompressionResult, compress_model, plan_model
 from lowrank.errors import CheckpointError, UsageError
 from lowrank.evaluation import compare_models
@@ -266,6 +267,8 @@ def info(directory: Path, as_json: bool, quiet: bool) -> None:
 
 app.add_command(benchmark_command)
 app.add_command(frontier_command)
+app.add_command(finetune_command)
+app.add_command(merge_command)
 
 
 @app.command("demo", short_help="Compress a real sentence-embedding model within a 10 % budget.")

@@ -78,6 +78,7 @@ FLOORS: dict[str, int] = {
     "cli_models": 115,
     "cli_benchmark": 120,
     "cli_frontier": 120,
+    "cli_training": 120,
     "demo": 120,
     "cli": 130,
     "__main__": 140,

@@ -82,6 +82,11 @@ class RunDirectory:
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors of the state (or of the outcome, where it is finished)."""
+        if self.finished and not (self.directory / TRAINED_NAME).exists():
+            raise UsageError(
+                f"output {printable(self.directory)}: holds the adapter of a finished run; load it with lowrank.load_adapter, "
+                "or train anew with overwrite=True (--overwrite)"
+            )
         at = self.directory / TRAINED_NAME if self.finished else self.directory / "checkpoint" / TENSORS_NAME
         source = open_tensors(at)
         return {name: source.read(name) for name in source.names}
@@ -96,10 +101,12 @@ class RunDirectory:
     def save_outcome(self, history: str, tensors: Mapping[str, Tensor], adapter: Path | None) -> None:
         """The whole directory anew: the adapter's files, or the trained tensors where there is no adapter."""
         with atomic_directory(self.directory, overwrite=True) as partial:
-            if adapter is not None:
+            if adapter is None:
+                trained = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+                write_safetensors(partial / TRAINED_NAME, trained)
+            else:
                 for path in adapter.iterdir():
                     shutil.copyfile(path, partial / path.name)
-            write_safetensors(partial / TRAINED_NAME, {name: tensor.detach().cpu() for name, tensor in tensors.items()})
             write_text(partial / HISTORY_NAME, history)
             write_text(partial / STATE_NAME, _dump({"facts": self.facts, "finished": True, "progress": {}}))
 

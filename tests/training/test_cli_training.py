@@ -1,0 +1,164 @@
+"""lowrank finetune and lowrank merge, as a new user would run them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="the extra hf is not installed")
+
+from tiny_models import WORDS, make_directory, make_text
+
+import lowrank
+from lowrank.cli import main
+
+
+@pytest.fixture(scope="module")
+def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, the same compressed, and texts."""
+    room = tmp_path_factory.mktemp("cli-training")
+    make_directory(room / "model", width=64)
+    make_text(room / "texts.txt", 64)
+    # Every word is followed by the next of the list: something to learn.
+    lines = [" ".join(WORDS[(start + step) % len(WORDS)] for step in range(8)) for start in range(24)]
+    (room / "order.txt").write_text("\n".join(lines * 2) + "\n")
+    (room / "held-out.txt").write_text("\n".join(lines[:12]) + "\n")
+    arguments = ["compress", str(room / "model"), "-o", str(room / "out"), "--size-budget", "40%", "-q"]
+    assert main([*arguments, "--calibration", str(room / "texts.txt")]) == 0
+    return room
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=torch.arange(4, 20)[None]).logits
+
+
+def failure(arguments: list[str], capfd: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    capfd.readouterr()
+    code = main(arguments)
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert len(err.splitlines()) == 1, err
+    return code, err.strip().removeprefix("lowrank: error: ")
+
+
+def test_texts_train_an_adapter_that_merges_into_the_compressed_model(
+    room: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    adapter, merged = room / "adapter", room / "merged"
+    arguments = ["finetune", str(room / "out"), "--data", str(room / "order.txt"), "-o", str(adapter), "-q"]
+    arguments += ["--validation", str(room / "held-out.txt"), "--metric", "perplexity", "--rank", "4", "--lr", "0.02"]
+    assert main([*arguments, "--epochs", "6", "--batch-size", "8", "--json"]) == 0
+    history = json.loads(capfd.readouterr().out)
+    assert history["best_value"] < 0.55 * history["evaluations"][0]["value"]
+    assert sorted(path.name for path in adapter.iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "history.json",
+        "state.json",
+    ]
+    adapted = lowrank.load_adapter(lowrank.load_model(room / "out"), adapter)
+    plain = lowrank.load_model(room / "out")
+    change = (logits(adapted) - logits(plain)).norm() / logits(plain).norm()
+    assert change > 0.3
+    assert main(["merge", str(room / "out"), str(adapter), "-o", str(merged), "--requantize", "-q"]) == 0
+    assert "layers" in capfd.readouterr().out
+    again = lowrank.load_model(merged)
+    difference = (logits(again) - logits(adapted)).norm() / (logits(adapted) - logits(plain)).norm()
+    assert difference < 0.25
+    assert {type(module) for module in again.modules()} == {type(module) for module in plain.modules()}
+    assert (merged / "tokenizer.json").is_file()
+
+
+def test_a_dense_model_merges_into_a_directory_that_transformers_loads(
+    room: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    adapter, merged = room / "dense-adapter", room / "dense-merged"
+    arguments = ["finetune", str(room / "model"), "--data", str(room / "order.txt"), "-o", str(adapter), "-q"]
+    assert main([*arguments, "--target-modules", "q_proj,v_proj", "--steps", "4", "--lr", "0.01"]) == 0
+    assert "trainable params: " in capfd.readouterr().out
+    assert main(["merge", str(room / "model"), str(adapter), "-o", str(merged), "-q"]) == 0
+    model = AutoModelForCausalLM.from_pretrained(merged)
+    adapted = lowrank.load_adapter(AutoModelForCausalLM.from_pretrained(room / "model"), adapter)
+    torch.testing.assert_close(logits(model), logits(adapted), rtol=1e-4, atol=1e-5)
+
+
+def test_healing_needs_no_labels(room: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    arguments = ["finetune", str(room / "out"), "--data", str(room / "texts.txt"), "-o", str(room / "healed"), "-q"]
+    arguments += ["--heal-from", str(room / "model"), "--rank", "4", "--steps", "20", "--batch-size", "16", "--json"]
+    assert main(arguments) == 0
+    report = json.loads(capfd.readouterr().out)
+    assert (report["what"], report["metric"], report["steps"]) == ("adapters", "kl", 20)
+    assert report["error_after"] <= report["error_before"]
+    assert (room / "healed" / "adapter_model.safetensors").is_file()
+
+
+def test_arrays_with_labels_train_a_classifier(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    config = BertConfig(
+        vocab_size=30, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, num_labels=2
+    )
+    torch.manual_seed(0)
+    BertForSequenceClassification(config).save_pretrained(tmp_path / "model")
+    ids = np.random.default_rng(0).integers(1, 30, (64, 6))
+    labels = (ids[:, 0] > 15).astype(np.uint8)
+    np.savez(tmp_path / "data.npz", input_ids=ids, labels=labels)
+    np.savez(tmp_path / "bare.npz", input_ids=ids)
+    start = [
+        "finetune",
+        str(tmp_path / "model"),
+        "-o",
+        str(tmp_path / "adapter"),
+        "-q",
+        "--batch-size",
+        "16",
+        "--rank",
+        "2",
+    ]
+    options = ["--data", str(tmp_path / "data.npz"), "--validation", str(tmp_path / "data.npz"), "--metric", "accuracy"]
+    assert main([*start, *options, "--lr", "0.02", "--epochs", "8", "--modules-to-save", "classifier", "--json"]) == 0
+    history = json.loads(capfd.readouterr().out)
+    assert history["trainable"] > 2 * 17
+    assert history["best_value"] > max(history["evaluations"][0]["value"], 0.7)
+    code, message = failure([*start, "--overwrite", "--data", str(tmp_path / "bare.npz")], capfd)
+    assert (code, "holds no array named labels, only input_ids" in message) == (3, True)
+
+
+def test_what_cannot_be_done_is_said_in_one_line(room: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    text, out = str(room / "order.txt"), str(room / "out")
+    (room / "full").mkdir()
+    (room / "full" / "mine.txt").write_text("mine")
+    new = str(room / "new")
+    cases = [
+        (["finetune", out, "--data", text, "-o", str(room / "full")], 2, "exists and is not empty"),
+        (["finetune", out, "--data", text, "-o", out, "--overwrite"], 2, "output"),
+        (["finetune", out, "--data", text, "-o", str(room / "no" / "new")], 5, "parent directory does not exist"),
+        (["finetune", out, "--data", text, "-o", new, "--rank", "0"], 3, "r: "),
+        (["finetune", out, "--data", text, "-o", new, "--alpha", "nan"], 3, "lora_alpha"),
+        (["finetune", out, "--data", text, "-o", new, "--dropout", "1"], 3, "lora_dropout"),
+        (["finetune", out, "--data", text, "-o", new, "--target-modules", "q_prj"], 2, "q_proj"),
+        (["finetune", out, "--data", text, "-o", new, "--steps", "1", "--epochs", "1"], 2, "give one of them"),
+        (["finetune", out, "--data", text, "-o", new, "--steps", "0"], 2, "steps: must be an integer of at least 1"),
+        (["finetune", out, "--data", text, "-o", new, "--metric", "accuracy"], 2, "validation"),
+        (["finetune", out, "--data", str(room / "none.txt"), "-o", new], 3, "no such file"),
+        (
+            ["finetune", out, "--data", text, "-o", new, "--heal-from", out, "--patience", "2"],
+            2,
+            "--patience: not with",
+        ),
+        (["merge", out, str(room / "model"), "-o", new], 3, "adapter_config.json: missing"),
+        (["merge", out, str(room / "nowhere"), "-o", new], 3, "not a directory with an adapter"),
+        (["merge", out, text, "-o", str(room / "full")], 2, "exists and is not empty"),
+    ]
+    for arguments, expected, part in cases:
+        code, message = failure([*arguments, "-q"], capfd)
+        assert (code, part in message) == (expected, True), (arguments, code, message)
+        assert not Path(new).exists()
+    assert (room / "full" / "mine.txt").read_text() == "mine"
