@@ -235,3 +235,32 @@ def test_grouped_convolutions_carry_groups_in_lora_a() -> None:
 def test_classic_counts(sizes: list[tuple[int, int]], rank: int, expected: tuple[int, int]) -> None:
     model = nn.Sequential(*(nn.Linear(*size) for size in sizes))
     assert lowrank.trainable_parameters(lowrank.add_lora(model, lowrank.LoRAConfig(r=rank))) == expected
+
+
+@KINDS
+@pytest.mark.parametrize("dora", [False, True], ids=["plain", "dora"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_an_adapted_layer_compiles_without_a_graph_break(kind: str, dora: bool) -> None:
+    torch.compiler.reset()
+    model = adapted(kind, use_dora=dora)
+    x = inputs(kind)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    outcome = compiled(x)
+    close(outcome, model(x), torch.float32)
+    wanted = torch.autograd.grad(model(x).sum(), only_layer(model).adapter_parameters("default"))
+    found = torch.autograd.grad(outcome.sum(), only_layer(model).adapter_parameters("default"))
+    for one, other in zip(found, wanted, strict=True):
+        close(one, other, torch.float32, safety=64)
+
+
+@KINDS
+def test_checkpointing_gives_the_same_gradients(kind: str) -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    model = adapted(kind, lora_dropout=0.25).train()
+    x, parameters = inputs(kind), only_layer(model).adapter_parameters("default")
+    torch.manual_seed(3)
+    wanted = torch.autograd.grad(model(x).square().sum(), parameters)
+    torch.manual_seed(3)
+    again = torch.autograd.grad(checkpoint(model, x, use_reentrant=False).square().sum(), parameters)  # type: ignore[union-attr]
+    assert all(torch.equal(one, other) for one, other in zip(again, wanted, strict=True))
