@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -200,7 +199,7 @@ def merge_command(
         _save_dense(model, output, overwrite, source)
     before, after = human_bytes(report.bytes_before), human_bytes(report.bytes_after)
     text = f"{report}\n\n{len(report.rows)} layers, {before} before and {after} after"
-    _finished(output, quiet, json.dumps([asdict(row) for row in report.rows], indent=1) if as_json else text)
+    _finished(output, quiet, json.dumps([row._asdict() for row in report.rows], indent=1) if as_json else text)
 
 
 def _targets(text: str | None) -> str | list[str] | None:

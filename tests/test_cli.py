@@ -18,7 +18,7 @@ from lowrank import cli, cli_models
 from lowrank.cli import app, main
 from lowrank.errors import LowRankError
 
-COMMANDS = ("analyze", "compress", "demo", "evaluate", "info")
+COMMANDS = ("analyze", "benchmark", "compress", "demo", "evaluate", "finetune", "frontier", "info", "merge")
 
 
 @pytest.fixture(scope="module")

@@ -50,7 +50,7 @@ def checkpointed(model: nn.Module) -> Iterator[int]:
     try:
         for block in blocks:
             # On the instance, so that the class and every other model stay as they are.
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
         yield len(blocks)
     finally:
         for block in blocks:
