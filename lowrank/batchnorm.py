@@ -39,17 +39,18 @@ def fold_batchnorm(model: nn.Module) -> tuple[nn.Module, list[tuple[str, str]]]:
 
     With running mean μ and variance σ², weight γ and bias β of the BatchNorm, row o of the kernel becomes ``W·γ/√(σ² + ε)`` and the bias
     ``(b − μ)·γ/√(σ² + ε) + β``, computed in float64: the same outputs in eval mode, up to rounding. Pairs are found by
-    ``torch.fx``: a convolution that runs once and whose output goes to a BatchNorm that runs once, and nowhere else.
+    ``torch.fx``: a convolution that runs once and whose output goes to a BatchNorm that runs once, and nowhere else. Where the whole
+    model cannot be traced, the parts of it that can be are looked at one by one, taken to be run by nothing but their own forward.
 
     Args:
-        model: any module that ``torch.fx`` can trace; it stays as it is.
+        model: any module that ``torch.fx`` can trace, whole or in parts; it stays as it is.
 
     Returns:
         The copy, with :class:`FoldedBatchNorm` in the places of the BatchNorms, and the pairs (convolution, BatchNorm) by name. Other
         BatchNorms stay.
 
     Raises:
-        UsageError: the model cannot be traced or copied.
+        UsageError: no part of the model that has such a pair can be traced, or the model cannot be copied.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU()).eval()
@@ -97,39 +98,59 @@ def fold_sharing(model: nn.Module) -> tuple[nn.Module, list[tuple[str, str]]]:
 def _pairs(model: nn.Module, modules: dict[str, nn.Module]) -> Iterable[tuple[str, str]]:
     """Names of convolutions and BatchNorms between which nothing else happens."""
     modes = {module: module.training for module in model.modules()}
+    reasons: list[str] = []
     try:
         # In eval mode, because that is the mode whose arithmetic is folded.
-        graph = fx.Tracer().trace(model.eval())
-    except _TRACE_ERRORS as error:
-        reason = (str(error).splitlines() or [""])[0][:200]
-        raise UsageError(
-            f"fold_batchnorm: torch.fx cannot trace this {type(model).__name__} ({type(error).__name__}: {reason}), so that it is not "
-            "known what follows what; leave fold_batchnorm off, BatchNorm then stays as it is"
-        ) from error
+        graphs = list(_graphs(model.eval(), "", reasons))
     finally:
         for module, training in modes.items():
             module.training = training
-    calls = [node for node in graph.nodes if node.op == "call_module"]
-    used = Counter(id(modules[str(node.target)]) for node in calls)
-    read = {str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}
+    found = []
+    calls = [(prefix, node) for prefix, graph in graphs for node in graph.nodes if node.op == "call_module"]
+    used = Counter(id(modules[prefix + str(node.target)]) for prefix, node in calls)
+    read = {
+        prefix + str(node.target).rpartition(".")[0]
+        for prefix, graph in graphs
+        for node in graph.nodes
+        if node.op == "get_attr"
+    }
     weights = Counter(id(module._parameters.get("weight")) for module in set(modules.values()))
-    for node in calls:
-        norm = modules[str(node.target)]
+    for prefix, node in calls:
         before = node.args[0] if len(node.args) == 1 and not node.kwargs else None
         if not isinstance(before, fx.Node) or before.op != "call_module":
             continue
-        conv = modules[str(before.target)]
+        names = prefix + str(before.target), prefix + str(node.target)
+        conv, norm = modules[names[0]], modules[names[1]]
         if (
             _PARTNERS.get(type(conv)) is type(norm)
             and len(before.users) == 1
             and used[id(conv)] == used[id(norm)] == 1
             and weights[id(conv.weight)] == 1
             and norm.running_mean is not None
-            and not {str(before.target), str(node.target)} & read
+            and not set(names) & read
             and _untouched(conv)
             and _untouched(norm)
         ):
-            yield str(before.target), str(node.target)
+            found.append(names)
+    if reasons and not found:
+        raise UsageError(
+            f"fold_batchnorm: torch.fx cannot trace this {type(model).__name__} ({reasons[0]}), so that it is not known what follows "
+            "what; leave fold_batchnorm off, BatchNorm then stays as it is"
+        )
+    return found
+
+
+def _graphs(module: nn.Module, prefix: str, reasons: list[str]) -> Iterable[tuple[str, fx.Graph]]:
+    """The graph of the module; where it cannot be traced, of the largest modules inside that can be, each with its prefix."""
+    try:
+        yield prefix, fx.Tracer().trace(module)
+    except _TRACE_ERRORS as error:
+        first = (str(error).splitlines() or [""])[0][:200]
+        reasons.append(f"{type(error).__name__}: {first}")
+        # Leaves alone say nothing about what comes before or after them.
+        for name, child in module.named_children():
+            if any(True for _ in child.children()):
+                yield from _graphs(child, f"{prefix}{name}.", reasons)
 
 
 def _untouched(module: nn.Module) -> bool:

@@ -21,7 +21,7 @@ __all__ = ["PATCHES_PER_LAYER", "collect_statistics", "first_nonfinite", "no_fas
 
 # Patches of a convolution that go into its moments. Neighbouring patches overlap, so more add little; at least so many for each
 # feature keep the moment of a wide layer well above its noise. Heuristics both.
-PATCHES_PER_LAYER = 2**15
+PATCHES_PER_LAYER = 2**14
 PATCHES_PER_FEATURE = 8
 
 

@@ -130,3 +130,37 @@ def test_a_convolution_whose_weight_is_tied_keeps_its_batchnorm() -> None:
     model[2].weight = model[0].weight
     folded, pairs = fold_batchnorm(model)
     assert pairs == [] and folded[2].weight is folded[0].weight is not model[0].weight
+
+
+def test_parts_of_a_model_that_cannot_be_traced_as_a_whole_are_folded() -> None:
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = Block()
+            self.blocks = nn.ModuleList([Block(), Block()])
+            self.conv, self.bn = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            for block in self.blocks:
+                x = block(x) if x.sum() > 0 else x
+            return self.bn(self.conv(x))
+
+    model = lively(Branching()).double()
+    folded, pairs = fold_batchnorm(model)
+    parts = ("stem", "blocks.0", "blocks.1")
+    assert pairs == [(f"{part}.conv{i}", f"{part}.bn{i}") for part in parts for i in (1, 2)]
+    assert type(folded.bn) is nn.BatchNorm2d
+    x = torch.randn(2, 4, 6, 6, dtype=torch.float64, generator=seeded())
+    torch.testing.assert_close(folded(x), model(x), rtol=1e-12, atol=1e-12)
+
+
+def test_a_network_of_transformers_is_folded_in_parts() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
+    torch.manual_seed(0)
+    model = lively(transformers.ResNetForImageClassification(config)).double()
+    folded, pairs = fold_batchnorm(model)
+    assert len(pairs) == sum(isinstance(module, nn.BatchNorm2d) for module in model.modules()) >= 5
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64, generator=seeded())
+    torch.testing.assert_close(folded(x).logits, model(x).logits, rtol=1e-10, atol=1e-12)
