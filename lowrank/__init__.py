@@ -26,10 +26,14 @@ from lowrank.factors import Factors, RankCurve, factorize
 from lowrank.frontier import FrontierPoint, FrontierReport, measure_frontier
 from lowrank.layers import (
     LowRankEmbedding,
+    QuantizedConv1d,
+    QuantizedConv2d,
     QuantizedEmbedding,
     QuantizedGRU,
     QuantizedGRUCell,
     QuantizedLinear,
+    QuantizedLowRankConv1d,
+    QuantizedLowRankConv2d,
     QuantizedLowRankEmbedding,
     QuantizedLowRankLayer,
     QuantizedLSTM,
@@ -37,6 +41,8 @@ from lowrank.layers import (
     QuantizedMultiheadAttention,
     QuantizedRNN,
     QuantizedRNNCell,
+    SVDCompressedConv1d,
+    SVDCompressedConv2d,
     SVDCompressedLinear,
 )
 from lowrank.lora import (
@@ -65,7 +71,15 @@ from lowrank.planner import Candidate, LayerChoices, Plan, PlanEntry, plan_forma
 from lowrank.report import CompressionReport, LayerRow
 from lowrank.spectrum import Spectrum, analyze_weight
 from lowrank.statistics import InputStatistics
-from lowrank.training import HealReport, HealResult, TrainingResult, finetune, heal
+from lowrank.training import (
+    HealReport,
+    HealResult,
+    TrainingResult,
+    allocate_ranks,
+    finetune,
+    heal,
+    language_model_batches,
+)
 from lowrank.version import __version__
 
 __all__ = [
@@ -82,17 +96,23 @@ __all__ = [
     "factorize",
     # Layers
     "LowRankEmbedding",
+    "QuantizedConv1d",
+    "QuantizedConv2d",
     "QuantizedEmbedding",
     "QuantizedGRU",
     "QuantizedGRUCell",
     "QuantizedLSTM",
     "QuantizedLSTMCell",
     "QuantizedLinear",
+    "QuantizedLowRankConv1d",
+    "QuantizedLowRankConv2d",
     "QuantizedLowRankEmbedding",
     "QuantizedLowRankLayer",
     "QuantizedMultiheadAttention",
     "QuantizedRNN",
     "QuantizedRNNCell",
+    "SVDCompressedConv1d",
+    "SVDCompressedConv2d",
     "SVDCompressedLinear",
     # Planning and compression
     "Candidate",
@@ -118,8 +138,10 @@ __all__ = [
     "HealReport",
     "HealResult",
     "TrainingResult",
+    "allocate_ranks",
     "finetune",
     "heal",
+    "language_model_batches",
     # LoRA
     "AdapterSummary",
     "LoRAConfig",

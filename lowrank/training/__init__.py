@@ -6,5 +6,6 @@ from lowrank.training.data import language_model_batches
 from lowrank.training.finetuning import finetune
 from lowrank.training.healing import HealReport, HealResult, heal
 from lowrank.training.history import TrainingResult
+from lowrank.training.ranks import allocate_ranks
 
-__all__ = ["HealReport", "HealResult", "TrainingResult", "finetune", "heal", "language_model_batches"]
+__all__ = ["HealReport", "HealResult", "TrainingResult", "allocate_ranks", "finetune", "heal", "language_model_batches"]
