@@ -6,6 +6,7 @@ import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
@@ -35,22 +36,28 @@ def planner_of(job: Job, options: Options) -> Callable[[float], Plan]:
     Where the budget has room for every layer in a compressed format, dense is no longer offered: a tiny layer kept dense to spare a
     little error for integer activations elsewhere would make the model larger than plain int8.
     """
-    metadata = job.metadata(options)
+    metadata = _metadata(job, options)
+    fast_within = metadata.get("target_bytes")
     # For speed a layer may well stay dense: the others then have more of the budget to get faster with.
     small = [_without_dense(layer) for layer in job.layers] if job.speed is None else job.layers
     least = math.fsum(min(candidate.error for candidate in layer.candidates) for layer in small)
 
     def plan_for(total: float) -> Plan:
-        if math.isfinite(total) and job.speed is not None and options.size_budget is not None:
+        if math.isfinite(total) and fast_within is not None:
             with contextlib.suppress(BudgetError):
-                # Out of reach together; by the error alone then, and the size is refused at the end.
-                allowed = _target_bytes(job, options)
-                return plan_formats(job.layers, error_budget=total, size_budget=allowed, metadata=metadata)
+                # Out of reach together; by the error alone then, and whatever keeps the size too is preferred.
+                return plan_formats(job.layers, error_budget=total, size_budget=fast_within, metadata=metadata)
         if math.isfinite(total):
             return plan_formats(small if least <= total else job.layers, error_budget=total, metadata=metadata)
         return plan_formats(job.layers, size_budget=_target_bytes(job, options), metadata=metadata)
 
     return plan_for
+
+
+def _metadata(job: Job, options: Options) -> dict[str, Any]:
+    """The job's; for a plan made for speed within a size also what the size leaves, so that plans can be compared."""
+    bound = job.speed is not None and options.size_budget is not None
+    return job.metadata(options) | ({"target_bytes": _target_bytes(job, options)} if bound else {})
 
 
 def _without_dense(layer: LayerChoices) -> LayerChoices:
@@ -89,7 +96,7 @@ def uniform_plans(job: Job, options: Options) -> list[tuple[str, Plan]]:
             fitting = [item for item in layer.candidates if choice_of(item) == wanted[layer.name]]
             layers.append(replace(layer, candidates=tuple(fitting or layer.candidates[:1])))
         label = "int8 throughout" + (", weight-only" if mode == "float" else "")
-        plans.append((label, plan_formats(layers, error_budget=UNLIMITED, metadata=job.metadata(options))))
+        plans.append((label, plan_formats(layers, error_budget=UNLIMITED, metadata=_metadata(job, options))))
     return plans
 
 

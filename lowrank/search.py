@@ -284,9 +284,10 @@ def _safe_to_small(finalists: Iterable[Finalist]) -> list[Finalist]:
     return sequence
 
 
-def _size(plan: Plan) -> tuple[float, int]:
+def _size(plan: Plan) -> tuple[float, ...]:
+    """What the smaller of two plans has less of; for plans made for speed: bytes over their size budget, then seconds."""
     if plan.metadata.get("objective") == "latency" and plan.objective_value is not None:
-        return plan.objective_value, plan.bytes
+        return max(plan.bytes - plan.metadata.get("target_bytes", math.inf), 0), plan.objective_value, plan.bytes
     return plan.bytes, sum(entry.bytes for entry in plan.entries if entry.activations == "float")
 
 
