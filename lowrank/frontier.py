@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from lowrank.batches import Batch, prepare_batches, sample_count
 from lowrank.choose import gauges_of, planner_of, uniform_plans
 from lowrank.compress import prepare_job
-from lowrank.errors import BudgetError, CheckpointError, UsageError
-from lowrank.files import check_destination, lock_destination, parse_json, printable, read_bounded
-from lowrank.frontier_report import STATE_NAME, FrontierReport, plan_name
+from lowrank.errors import BudgetError, UsageError
+from lowrank.files import check_destination, lock_destination
+from lowrank.frontier_report import STATE_NAME, FrontierReport
+from lowrank.frontier_state import Done, State, arguments_of
 from lowrank.ledger import frontier_point, layer_rows
 from lowrank.modules import unwrapped
 from lowrank.options import Options, check_budgets
 from lowrank.plan import Plan
 from lowrank.prepare import Job
-from lowrank.report_frontier import FrontierPoint, points_from_json
+from lowrank.report_frontier import FrontierPoint
 from lowrank.search import Gauge, Reading
 from lowrank.version import __version__
 from lowrank.workshop import Choice
@@ -40,8 +41,6 @@ RANGES = {"output": (0.01, 0.5), "weight": (0.005, 0.5), "kl": (0.002, 0.5), "pe
 # Plans tried for a point until its error on the search part is this near to the budget.
 ROUNDS = 3
 NEAR = 0.05
-# A state file of 64 points takes 30 kB, a plan of 10,000 layers 3 MB.
-MOST_BYTES = 64 << 20
 
 
 def default_budgets(metric: str, points: int = POINTS) -> tuple[float, ...]:
@@ -103,17 +102,19 @@ def measure_frontier(
     # Read once here: an iterator may not be read twice.
     batches = None if calibration is None else prepare_batches(original, calibration)
     checks = None if validation is None else prepare_batches(original, validation, "validation")
-    arguments = _arguments(original, batches, checks, wanted, checked)
+    arguments = arguments_of(original, batches, checks, wanted, checked)
     with _held(directory) as folder:
-        state = _State(arguments)
+        state = State(arguments)
         if folder is not None:
             check_destination(folder, overwrite or (folder / STATE_NAME).is_file())
             if not overwrite:
                 state.read(folder)
         if source is not None:
             state.totals["source"] = source
-        if len(state.done) < len(_steps(wanted, checked)):
-            _measure(original, batches, checks, wanted, checked, state, folder)
+        # Given budgets are measured as they are; only those of our own are filled up where several gave the same plan.
+        fill = 0 if budgets is not None else len(wanted)
+        if _next_step(state.done, wanted, checked, fill) is not None:
+            _measure(original, batches, checks, wanted, checked, state, folder, fill)
         return state.report()
 
 
@@ -152,146 +153,43 @@ def _checked(
     return wanted, replace(resolved, error_budget=middle)
 
 
-def _arguments(
-    model: nn.Module,
-    batches: Sequence[Batch] | None,
-    checks: Sequence[Batch] | None,
-    budgets: Sequence[float],
-    options: Options,
-) -> dict[str, Any]:
-    """Everything that the points depend on, as plain data."""
-    chosen = {
-        key: value for key, value in vars(options).items() if key not in ("progress", "error_budget", "output_fn")
-    }
-    if options.output_fn is not None:
-        chosen["output_fn"] = getattr(options.output_fn, "__qualname__", type(options.output_fn).__qualname__)
-    plain = {key: list(value) if isinstance(value, (tuple, list)) else value for key, value in chosen.items()}
-    return {
-        **{key: value for key, value in plain.items() if value is not None},
-        "budgets": list(budgets),
-        "lowrank": __version__,
-        "model": _digest(sorted(model.state_dict().items())),
-        "calibration": None if batches is None else _digest(_batch_items(batches)),
-        "validation": None if checks is None else _digest(_batch_items(checks)),
-    }
+def _uniform_steps(options: Options) -> list[str]:
+    """The formats that are given to every layer alike; measured first, since they calibrate the predictions."""
+    if "int8" not in options.formats or options.overrides:
+        return []
+    modes = ("int8", "float") if options.activations == "auto" else (options.activations,)
+    return [f"uniform {mode}" for mode in modes]
 
 
-def _batch_items(batches: Sequence[Batch]) -> Iterator[tuple[str, Any]]:
-    for batch in batches:
-        yield "size", batch.size
-        yield from ((str(index), value) for index, value in enumerate(batch.args))
-        yield from sorted(batch.kwargs.items())
+def _next_step(
+    done: Sequence[Done], budgets: Sequence[float], options: Options, fill: int
+) -> tuple[str, float | None] | None:
+    """What is measured next, and at which budget; a function of what is finished, so that a run goes on where it stopped."""
+    uniform = _uniform_steps(options)
+    index = len(done)
+    if index < len(uniform):
+        return uniform[index], None
+    index -= len(uniform)
+    if index < len(budgets):
+        return f"budget {budgets[index]!r}", budgets[index]
+    points = sorted((item.point for item in done if item.point is not None and item.point.error > 0.0), key=_size)
+    if len(points) >= fill or index >= 2 * fill:
+        return None
+    gaps = [
+        (above.size_ratio / below.size_ratio, math.sqrt(below.error * above.error))
+        for below, above in pairwise(points)
+        if below.error > above.error
+    ]
+    tried = {item.step for item in done}
+    for _, budget in sorted(gaps, reverse=True):
+        step = f"between {budget!r}"
+        if step not in tried:
+            return step, budget
+    return None
 
 
-def _digest(items: Iterable[tuple[str, Any]]) -> str:
-    """SHA-256 of names, dtypes, shapes and numbers."""
-    found = hashlib.sha256()
-    for name, value in items:
-        if isinstance(value, Tensor) and not value.is_meta:
-            dense = value.detach().cpu().contiguous()
-            found.update(f"{name}\0{dense.dtype}\0{tuple(dense.shape)}\0".encode())
-            found.update(dense.flatten().view(torch.uint8).numpy().data if dense.numel() else b"")
-        else:
-            found.update(f"{name}\0{value!r}\0".encode())
-    return found.hexdigest()
-
-
-@dataclass
-class _Done:
-    """A finished step: its point and plan (None where an earlier step gave the same plan), and the scale after it."""
-
-    step: str
-    scale: float
-    point: FrontierPoint | None
-    plan: Plan | None
-
-
-class _State:
-    """What a run has finished, and how it is kept."""
-
-    def __init__(self, arguments: dict[str, Any]) -> None:
-        self.arguments = arguments
-        self.done: list[_Done] = []
-        self.totals: dict[str, Any] = {}
-        self.notes: list[str] = []
-
-    def report(self) -> FrontierReport:
-        """The finished points by size."""
-        found = [(item.point, item.plan) for item in self.done if item.point is not None and item.plan is not None]
-        found.sort(key=lambda pair: (pair[0].size_ratio, pair[0].error, pair[0].label))
-        return FrontierReport([point for point, _ in found], [plan for _, plan in found], self.totals, self.notes)
-
-    def write(self, folder: Path) -> None:
-        """Keep what is finished, all at once or not at all."""
-        report = self.report()
-        steps = [
-            {
-                "step": item.step,
-                "scale": item.scale,
-                "point": None if item.point is None else report.points.index(item.point),
-            }
-            for item in self.done
-        ]
-        report.save(folder, arguments=self.arguments, steps=steps)
-
-    def read(self, folder: Path) -> None:
-        """Take up what an earlier run of the same arguments finished.
-
-        Raises:
-            CheckpointError: it had other arguments, or the directory is damaged.
-        """
-        path = folder / STATE_NAME
-        if not path.is_file():
-            return
-        where = printable(path)
-        data = parse_json(read_bounded(path, MOST_BYTES), source=where)
-        before = data.get("arguments") if isinstance(data, dict) else None
-        if not isinstance(before, dict):
-            raise CheckpointError(
-                f"{where}: does not say what its points were measured with; overwrite it (--overwrite)"
-            )
-        self._compare(before, where)
-        steps, points = data.get("steps"), points_from_json(data.get("points"), where)
-        if not isinstance(steps, list) or not isinstance(data.get("totals"), dict):
-            raise CheckpointError(f"{where}: damaged; overwrite it (--overwrite)")
-        plans = [
-            Plan.from_json(read_bounded(folder / "plans" / plan_name(index), MOST_BYTES), source=plan_name(index))
-            for index in range(len(points))
-        ]
-        for item in steps:
-            index = item.get("point") if isinstance(item, dict) else -1
-            good = index is None or (type(index) is int and 0 <= index < len(points))
-            if not good or not isinstance(item.get("step"), str) or not isinstance(item.get("scale"), float):
-                raise CheckpointError(f"{where}: damaged steps; overwrite it (--overwrite)")
-            point, plan = (None, None) if index is None else (points[index], plans[index])
-            self.done.append(_Done(item["step"], item["scale"], point, plan))
-        self.totals = data["totals"]
-        self.notes = [str(note) for note in data.get("notes", [])]
-
-    def _compare(self, before: dict[str, Any], where: str) -> None:
-        now = self.arguments
-        differing = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-        if not differing:
-            return
-        words = [
-            f"another {key}"
-            if key in ("model", "calibration", "validation")
-            else f"{key} {before.get(key)!r} then, {now.get(key)!r} now"
-            for key in differing
-        ]
-        raise CheckpointError(
-            f"{where}: its points were measured with {'; '.join(words)}; give the same again, name another directory, or "
-            "overwrite it (--overwrite)"
-        )
-
-
-def _steps(budgets: Sequence[float], options: Options) -> list[str]:
-    """What is measured, in order; the uniform formats first, since they calibrate the predictions."""
-    uniform = []
-    if "int8" in options.formats and not options.overrides:
-        modes = ("int8", "float") if options.activations == "auto" else (options.activations,)
-        uniform = [f"uniform {mode}" for mode in modes]
-    return [*uniform, *(f"budget {budget!r}" for budget in budgets)]
+def _size(point: FrontierPoint) -> float:
+    return point.size_ratio
 
 
 def _measure(
@@ -300,8 +198,9 @@ def _measure(
     checks: Sequence[Batch] | None,
     budgets: Sequence[float],
     options: Options,
-    state: _State,
+    state: State,
     folder: Path | None,
+    fill: int,
 ) -> None:
     """Measure the steps that are not done yet, and keep each as soon as it is."""
     job, verification = prepare_job(model, batches, checks, options, probing=True)
@@ -318,21 +217,20 @@ def _measure(
         "versions": {"lowrank": __version__, "torch": str(torch.__version__)},
     }
     state.notes = list(job.notes)
-    uniform = dict(zip(_steps((), options), uniform_plans(job, options), strict=True))
-    steps = _steps(budgets, options)
+    uniform = dict(zip(_uniform_steps(options), uniform_plans(job, options), strict=True))
     scale = state.done[-1].scale if state.done else 1.0
-    pending = steps[len(state.done) :]
-    for step in tqdm(pending, desc="frontier", unit="point", delay=2, disable=not options.progress):
-        if step in uniform:
+    bar = tqdm(desc="frontier", unit="point", delay=2, disable=not options.progress)
+    while (following := _next_step(state.done, budgets, options, fill)) is not None:
+        step, budget = following
+        if budget is None:
             label, plan = uniform[step]
-            budget = None
-            scale = _corrected(plan, search(job.bench.install_plan(plan)), scale, options) if not state.done else scale
+            if not state.done:
+                scale = _corrected(plan, search(job.bench.install_plan(plan)), scale, options)
         else:
-            budget = budgets[steps.index(step) - len(uniform)]
             label, (plan, scale) = f"budget {budget:.3g}", _plan_for(job, budget, scale, search, options)
         known = [item for item in state.done if item.plan is not None and _key(item.plan) == _key(plan)]
         if known:
-            state.done.append(_Done(step, scale, None, None))
+            state.done.append(Done(step, scale, None, None))
         else:
             reading = verify(job.bench.install_plan(plan)) if plan.error > 0.0 else Reading(0.0, math.inf)
             upper = reading.upper if math.isfinite(reading.upper) and state.totals["samples"] else None
@@ -341,9 +239,11 @@ def _measure(
             if error is not None:
                 made = frontier_point(plan, rest, before, error, True, budget, label)
                 point = replace(made, upper=upper)
-            state.done.append(_Done(step, scale, point, plan if point is not None else None))
+            state.done.append(Done(step, scale, point, plan if point is not None else None))
         if folder is not None:
             state.write(folder)
+        bar.update()
+    bar.close()
 
 
 def _plan_for(job: Job, budget: float, scale: float, search: Gauge, options: Options) -> tuple[Plan, float]:

@@ -160,7 +160,7 @@ def frontier_chart(points: Sequence[FrontierPoint], metric: str, *, budget: floa
                         report_charts.Dot(
                             100 * point.size_ratio,
                             factor * point.error,
-                            f"{point.label or title}: {percent(point.size_ratio, 3)} of the bytes, error {show(point.error)}",
+                            f"{one_line(point.label) or title}: {percent(point.size_ratio, 3)} of the bytes, error {show(point.error)}",
                         )
                         for point in alike
                     ],

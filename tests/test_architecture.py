@@ -70,6 +70,7 @@ FLOORS: dict[str, int] = {
     "compress": 100,
     "training": 105,
     "benchmark": 105,
+    "frontier_state": 70,
     "frontier": 105,
     "cli_shell": 110,
     "cli_data": 110,
