@@ -148,7 +148,9 @@ class ConvGeometry:
         missing = sorted(set(names) - set(data))
         if missing:
             raise UsageError(f"geometry: {', '.join(missing)} missing")
-        found = {name: tuple(data[name]) if isinstance(data[name], list) else data[name] for name in names}
+        found: dict[str, Any] = {
+            name: tuple(data[name]) if isinstance(data[name], list) else data[name] for name in names
+        }
         return cls(**found)
 
 

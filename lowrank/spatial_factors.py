@@ -11,9 +11,10 @@ __all__ = ["SpatialCurve"]
 
 # Relative to the mean diagonal: keeps normal equations solvable where patches leave directions unseen.
 _JITTER = 1e-12
-# Alternations and conjugate gradient steps in each, measured on ResNet-20: more gain less than 1 % of the error.
-ROUNDS = 2
-STEPS = 3
+# Alternations and conjugate gradient steps in each. On ResNet-20's layers one takes 1 to 5 % off the nested factors' error; thirty
+# take 1 % more off most of them, and thirty times as long.
+ROUNDS = 1
+STEPS = 2
 
 
 class SpatialCurve:

@@ -5,9 +5,12 @@ from __future__ import annotations
 from lowrank.layers import operators as _operators  # noqa: F401  (registers torch.ops.lowrank)
 from lowrank.layers.attention import QuantizedMultiheadAttention, call_every_layer
 from lowrank.layers.base import CompressedLayer, check_scales, compressed_layers
+from lowrank.layers.conv import SVDCompressedConv1d, SVDCompressedConv2d
 from lowrank.layers.embedding import LowRankEmbedding
 from lowrank.layers.linear import SVDCompressedLinear
 from lowrank.layers.quantized import QuantizedLinear
+from lowrank.layers.quantized_conv import QuantizedConv1d, QuantizedConv2d
+from lowrank.layers.quantized_conv_lowrank import QuantizedLowRankConv1d, QuantizedLowRankConv2d
 from lowrank.layers.quantized_embedding import QuantizedEmbedding, QuantizedLowRankEmbedding
 from lowrank.layers.quantized_lowrank import QuantizedLowRankLayer
 from lowrank.layers.recurrent import (
@@ -31,6 +34,13 @@ __all__ = [
     "QuantizedLinear",
     "QuantizedLowRankLayer",
     "SVDCompressedLinear",
+    # in place of nn.Conv1d and nn.Conv2d
+    "QuantizedConv1d",
+    "QuantizedConv2d",
+    "QuantizedLowRankConv1d",
+    "QuantizedLowRankConv2d",
+    "SVDCompressedConv1d",
+    "SVDCompressedConv2d",
     # in place of nn.Embedding
     "LowRankEmbedding",
     "QuantizedEmbedding",
@@ -57,6 +67,12 @@ LAYER_KINDS: dict[str, type[CompressedLayer]] = {
         LowRankEmbedding,
         QuantizedEmbedding,
         QuantizedLowRankEmbedding,
+        SVDCompressedConv1d,
+        SVDCompressedConv2d,
+        QuantizedConv1d,
+        QuantizedConv2d,
+        QuantizedLowRankConv1d,
+        QuantizedLowRankConv2d,
         *RECURRENT.values(),
         QuantizedMultiheadAttention,
     )

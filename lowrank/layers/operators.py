@@ -7,13 +7,16 @@ activations had not been rounded.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from lowrank.convolutions import ConvGeometry
+from lowrank.kernels import IntegerConv
+from lowrank.layers.conv_integer import input_gradient
 from lowrank.layers.integer import IntegerLinear
 from lowrank.layers.quantized import QuantizedLinear
 from lowrank.layers.quantized_embedding import QuantizedLowRankEmbedding
@@ -21,26 +24,27 @@ from lowrank.layers.quantized_lowrank import QuantizedLowRankLayer
 
 __all__: list[str] = []
 
-# Layers made for the tensors of a graph, so that what a layer derives from its codes is derived once. They hold
-# aliases: the entry goes when the graph's own tensor goes.
-_layers: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+# What was made for the tensors of a graph, so that what is derived from codes is derived once. It holds aliases: the
+# entry goes when the graph's own tensor goes.
+_made: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def _layer(build: Callable[..., Any], *tensors: Tensor) -> Any:
-    first = tensors[0]
-    kept = _layers.get(first, {}).get(build)
-    if kept is not None and all(a.data_ptr() == b.data_ptr() for a, b in zip(kept[1], tensors, strict=True)):
-        return kept[0]
-    aliases = tuple(tensor.detach() for tensor in tensors)
-    layer = build(*aliases)
-    _layers.setdefault(first, {})[build] = (layer, aliases)
-    return layer
+def _kept(build: Callable[..., Any], *tensors: Tensor, more: tuple[Any, ...] = ()) -> Any:
+    """``build(*tensors, *more)``, made anew when a tensor is another one or was written to."""
+    entries = _made.setdefault(tensors[0], {})
+    state = [(tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
+    kept = entries.get((build, more))
+    if kept is None or kept[0] != state:
+        aliases = [tensor.detach() for tensor in tensors]
+        # The aliases keep the memory, so that its address stays a name for it.
+        entries[(build, more)] = kept = (state, build(*aliases, *more), aliases)
+    return kept[1]
 
 
 def _linear(
     build: Callable[..., Any], x: Tensor, tensors: tuple[Tensor, ...], bias: Tensor | None, mode: str
 ) -> Tensor:
-    layer: IntegerLinear = _layer(build, *tensors)
+    layer: IntegerLinear = _kept(build, *tensors)
     if layer.activations != mode:
         layer.activations = mode
     with torch.no_grad():
@@ -71,8 +75,52 @@ def lowrank_int8_embedding(
     ids: Tensor, left_codes: Tensor, right_codes: Tensor, scale: Tensor, dtype: torch.dtype
 ) -> Tensor:
     """:class:`QuantizedLowRankEmbedding`: (...) to (..., embedding_dim) of this dtype."""
-    layer: QuantizedLowRankEmbedding = _layer(QuantizedLowRankEmbedding.from_tensors, left_codes, right_codes, scale)
+    layer: QuantizedLowRankEmbedding = _kept(QuantizedLowRankEmbedding.from_tensors, left_codes, right_codes, scale)
     return _own(layer.looked_up(ids, dtype))
+
+
+@torch.library.custom_op("lowrank::int8_conv", mutates_args=())
+def int8_conv(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """One stage of an :class:`IntegerConvLayer`: (B, in, *size) float32 to (B, out, *output size), zeros around."""
+    geometry = _geometry(codes, stride, padding, dilation, groups)
+    kernel: IntegerConv = _kept(IntegerConv, codes, scale, more=(geometry,))
+    return _own(kernel.product(x, bias))
+
+
+def _geometry(
+    codes: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int
+) -> ConvGeometry:
+    return ConvGeometry(tuple(codes.shape[2:]), tuple(stride), tuple(padding), tuple(dilation), groups)
+
+
+@int8_conv.register_fake
+def _(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    # Written out: geometry's own checks would put guards on sizes that a graph leaves open.
+    size = [
+        (length + 2 * margin - step * (kernel - 1) - 1) // hop + 1
+        for length, margin, step, kernel, hop in zip(
+            x.shape[2:], padding, dilation, codes.shape[2:], stride, strict=True
+        )
+    ]
+    return x.new_empty(x.shape[0], codes.shape[0], *size)
 
 
 @int8_linear.register_fake
@@ -112,3 +160,22 @@ def _derivative(kind: type[IntegerLinear]) -> Callable[[Any, Tensor], tuple[Tens
 
 int8_linear.register_autograd(_derivative(QuantizedLinear), setup_context=_remember)
 lowrank_int8_linear.register_autograd(_derivative(QuantizedLowRankLayer), setup_context=_remember)
+
+
+def _remember_conv(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, codes, scale, bias, stride, padding, dilation, groups = inputs
+    ctx.save_for_backward(codes, scale)
+    ctx.size, ctx.biased = x.shape, bias is not None
+    ctx.geometry = _geometry(codes, stride, padding, dilation, groups)
+
+
+def _conv_derivative(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    to_input = to_bias = None
+    if ctx.needs_input_grad[0]:
+        to_input = input_gradient(gradient, *ctx.saved_tensors, ctx.geometry, ctx.size)
+    if ctx.biased and ctx.needs_input_grad[3]:
+        to_bias = gradient.transpose(0, 1).flatten(1).sum(dim=1)
+    return to_input, None, None, to_bias, None, None, None, None
+
+
+int8_conv.register_autograd(_conv_derivative, setup_context=_remember_conv)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lowrank.conv_factors import ConvCurve
 from lowrank.errors import RankError, UsageError
 from lowrank.factors import RankCurve, check_rank
 from lowrank.quantization import require_finite
@@ -101,7 +102,7 @@ def error_in(
 
 
 def choose_rank(
-    curve: RankCurve,
+    curve: RankCurve | ConvCurve,
     rank: int | None,
     max_error: float | None,
     measure: Callable[[int], float],
@@ -118,7 +119,7 @@ def choose_rank(
         measure: the error of the finished layer of a rank.
 
     Raises:
-        RankError: rank outside [1, min(out, in)], neither or both given, or no rank within ``max_error``.
+        RankError: rank outside [1, max_rank], neither or both given, or no rank within ``max_error``.
     """
     if (rank is None) == (max_error is None):
         raise RankError(f"rank, max_error: give exactly one, got rank={rank!r} and max_error={max_error!r}")
