@@ -7,7 +7,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from lowrank.conv_factors import ConvFactors, factorize_conv
+from lowrank.conv_factors import ConvCurve, ConvFactors, factorize_conv
 from lowrank.layers import (
     CompressedLayer,
     QuantizedConv1d,
@@ -51,9 +51,10 @@ class ConvWorkshop(Workshop):
         # A kernel one wide or high has nothing to cut in two along that side.
         cuttable = self.kernel.ndim == 4 and min(self.kernel.shape[2:]) > 1
         self.schemes = ("channel", "spatial") if cuttable else ("channel",)
-        self._curves: dict[str | None, object] = {}
+        self._curves: dict[str | None, ConvCurve] = {}
+        self._roundings: dict[str | None, Tensor] = {}
 
-    def curve_of(self, scheme: str | None):  # type: ignore[no-untyped-def]
+    def curve_of(self, scheme: str | None) -> ConvCurve:
         """One decomposition for every rank of one scheme."""
         if scheme not in self._curves:
             self._curves[scheme] = factorize_conv(
@@ -69,8 +70,7 @@ class ConvWorkshop(Workshop):
 
     def errors(self, scheme: str | None) -> Tensor:
         """(max_rank + 1,) relative error of the factors of each rank, in the metric of the patches."""
-        errors: Tensor = self.curve_of(scheme).errors
-        return errors
+        return self.curve_of(scheme).errors
 
     def max_rank(self, scheme: str | None) -> int:
         """The smaller side of the matrix that is factored, in each group."""
@@ -114,12 +114,9 @@ class ConvWorkshop(Workshop):
 
     def _rounding_by_rank(self, scheme: str | None) -> Tensor:
         """(largest offered rank + 1,) what rounding adds, summed over rank components, whose errors are independent."""
-        known = self.__dict__.setdefault("_roundings", {})
-        if scheme not in known:
-            factors: ConvFactors = self.curve_of(scheme).factors(self.max_rank(scheme))
-            known[scheme] = self._component_rounding(factors)
-        found: Tensor = known[scheme]
-        return found
+        if scheme not in self._roundings:
+            self._roundings[scheme] = self._component_rounding(self.curve_of(scheme).factors(self.max_rank(scheme)))
+        return self._roundings[scheme]
 
     def _component_rounding(self, factors: ConvFactors) -> Tensor:
         groups = self.groups
@@ -158,17 +155,18 @@ class ConvWorkshop(Workshop):
     def _layer(self, choice: Choice) -> CompressedLayer:
         bits, activations = choice.bits or 8, choice.activations or "int8"
         flat = isinstance(self.conv, nn.Conv1d)
+        if choice.rank is None and flat:
+            return QuantizedConv1d.from_conv1d(self.conv, bits=bits, activations=activations)
         if choice.rank is None:
-            if flat:
-                return QuantizedConv1d.from_conv1d(self.conv, bits=bits, activations=activations)
             return QuantizedConv2d.from_conv2d(self.conv, bits=bits, activations=activations)
-        factors = self.curve_of(choice.scheme).factors(choice.rank)
-        thin = SVDCompressedConv1d if flat else SVDCompressedConv2d
-        layer = thin.from_factors(factors, self.conv, choice.scheme or "channel")
-        if not choice.rounded:
-            return layer
-        rounded = QuantizedLowRankConv1d if flat else QuantizedLowRankConv2d
-        return rounded.from_factors(layer, bits=bits, activations=activations)
+        factors, scheme = self.curve_of(choice.scheme).factors(choice.rank), choice.scheme or "channel"
+        if flat:
+            thin = SVDCompressedConv1d.from_factors(factors, self.conv, scheme)
+            if not choice.rounded:
+                return thin
+            return QuantizedLowRankConv1d.from_factors(thin, bits=bits, activations=activations)
+        cut = SVDCompressedConv2d.from_factors(factors, self.conv, scheme)
+        return QuantizedLowRankConv2d.from_factors(cut, bits=bits, activations=activations) if choice.rounded else cut
 
 
 def _rounding_error(components: Tensor) -> Tensor:

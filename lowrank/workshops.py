@@ -5,6 +5,7 @@ from __future__ import annotations
 from lowrank.modules import Target
 from lowrank.statistics import InputStatistics, TokenCounts
 from lowrank.workshop import Workshop
+from lowrank.workshop_conv import ConvWorkshop
 from lowrank.workshop_packed import PackedWorkshop
 
 __all__ = ["open_workshop"]
@@ -12,6 +13,7 @@ __all__ = ["open_workshop"]
 _OF_KIND: dict[str, type[Workshop]] = {
     "linear": Workshop,
     "embedding": Workshop,
+    "conv": ConvWorkshop,
     "recurrent": PackedWorkshop,
     "attention": PackedWorkshop,
 }
@@ -28,8 +30,4 @@ def open_workshop(
         >>> type(open_workshop(survey(nn.Sequential(nn.Conv1d(4, 4, 3))).targets[0], None, None)).__name__
         'ConvWorkshop'
     """
-    if target.kind == "conv":
-        from lowrank.workshop_conv import ConvWorkshop
-
-        return ConvWorkshop(target, inputs, lookups, data_aware=data_aware)
     return _OF_KIND[target.kind](target, inputs, lookups, data_aware=data_aware)
