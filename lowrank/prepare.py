@@ -84,8 +84,8 @@ def find_work(model: nn.Module, options: Options) -> Survey:
         reasons = sorted({f"{item.member.name} ({item.reason})" for item in skipped})[:MAX_ROWS_IN_NOTE]
         held = "; ".join(reasons) or "none at all"
         raise UsageError(
-            "model: has no layer that can be compressed (nn.Linear, transformers' Conv1D, nn.Conv1d, nn.Conv2d, nn.Embedding); "
-            f"modules with weights: {held}"
+            "model: has no layer that can be compressed (nn.Linear, transformers' Conv1D, nn.Conv1d, nn.Conv2d, nn.Embedding, recurrent "
+            f"layers, nn.MultiheadAttention); modules with weights: {held}"
         )
     return Survey(tuple(sound), tuple(skipped), found.members)
 
