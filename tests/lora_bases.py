@@ -34,12 +34,20 @@ def _embedding(dtype: torch.dtype) -> nn.Embedding:
     return nn.Embedding(INPUTS, OUTPUTS, dtype=dtype)
 
 
+def _conv1d(dtype: torch.dtype) -> nn.Conv1d:
+    return nn.Conv1d(INPUTS, OUTPUTS, 3, stride=2, padding=2, dilation=2, dtype=dtype)
+
+
+def _conv2d(dtype: torch.dtype) -> nn.Conv2d:
+    return nn.Conv2d(4, OUTPUTS, (3, 2), padding=(1, 0), padding_mode="reflect", dtype=dtype)
+
+
 BASES: dict[str, Callable[[torch.dtype], nn.Module]] = {
     "linear": _linear,
     "no-bias": lambda dtype: nn.Linear(INPUTS, OUTPUTS, bias=False, dtype=dtype),
     "Conv1D": _conv1d_of_transformers,
-    "conv1d": lambda dtype: nn.Conv1d(INPUTS, OUTPUTS, 3, stride=2, padding=2, dilation=2, dtype=dtype),
-    "conv2d": lambda dtype: nn.Conv2d(4, OUTPUTS, (3, 2), padding=(1, 0), padding_mode="reflect", dtype=dtype),
+    "conv1d": _conv1d,
+    "conv2d": _conv2d,
     "same": lambda dtype: nn.Conv2d(4, OUTPUTS, 3, padding="same", bias=False, dtype=dtype),
     "embedding": _embedding,
     "lowrank": lambda dtype: lowrank.SVDCompressedLinear.from_linear(_linear(dtype), rank=5),
@@ -51,6 +59,15 @@ BASES: dict[str, Callable[[torch.dtype], nn.Module]] = {
     "lowrank-embedding": lambda dtype: lowrank.LowRankEmbedding.from_embedding(_embedding(dtype), rank=5),
     "int8-embedding": lambda dtype: lowrank.QuantizedEmbedding.from_embedding(_embedding(dtype)),
     "lowrank-int8-embedding": lambda dtype: lowrank.QuantizedLowRankEmbedding.from_embedding(_embedding(dtype), rank=5),
+    "lowrank-conv1d": lambda dtype: lowrank.SVDCompressedConv1d.from_conv1d(_conv1d(dtype), rank=5),
+    "lowrank-conv2d": lambda dtype: lowrank.SVDCompressedConv2d.from_conv2d(_conv2d(dtype), rank=5),
+    "spatial-conv2d": lambda dtype: lowrank.SVDCompressedConv2d.from_conv2d(_conv2d(dtype), rank=5, scheme="spatial"),
+    "int8-conv1d": lambda dtype: lowrank.QuantizedConv1d.from_conv1d(_conv1d(dtype)),
+    "int8-conv2d": lambda dtype: lowrank.QuantizedConv2d.from_conv2d(_conv2d(dtype)),
+    "lowrank-int8-conv1d": lambda dtype: lowrank.QuantizedLowRankConv1d.from_conv1d(_conv1d(dtype), rank=5),
+    "lowrank-int8-conv2d": lambda dtype: lowrank.QuantizedLowRankConv2d.from_conv2d(
+        _conv2d(dtype), rank=5, activations="float"
+    ),
 }
 INTEGER = {name for name in BASES if "int8" in name}
 DENSE = {"linear", "no-bias", "Conv1D", "conv1d", "conv2d", "same", "embedding"}
@@ -64,7 +81,9 @@ def build(kind: str, dtype: torch.dtype = torch.float32, *, seed: int = 0) -> nn
 def inputs(kind: str, dtype: torch.dtype = torch.float32) -> Tensor:
     if "embedding" in kind:
         return torch.arange(14).reshape(2, 7) % INPUTS
-    shape = {"conv1d": (2, INPUTS, 9), "conv2d": (2, 4, 5, 6), "same": (2, 4, 5, 5)}.get(kind, (2, 3, INPUTS))
+    shape = {"conv1d": (2, INPUTS, 9), "conv2d": (2, 4, 5, 6), "same": (2, 4, 5, 5)}.get(
+        kind.rsplit("-")[-1], (2, 3, INPUTS)
+    )
     return torch.randn(shape, generator=seeded(5), dtype=torch.float64).to(dtype)
 
 
@@ -73,9 +92,9 @@ def product(kind: str, x: Tensor, weight: Tensor) -> Tensor:
     if "embedding" in kind:
         return F.embedding(x, weight.T)
     x = x.double()
-    if kind == "conv1d":
+    if kind.endswith("conv1d"):
         return F.conv1d(x, weight, stride=2, padding=2, dilation=2)
-    if kind == "conv2d":
+    if kind.endswith("conv2d"):
         return F.conv2d(F.pad(x, (0, 0, 1, 1), mode="reflect"), weight)
     if kind == "same":
         return F.conv2d(F.pad(x, (1, 1, 1, 1)), weight)

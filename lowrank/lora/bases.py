@@ -6,7 +6,7 @@ An embedding counts as a linear layer on one-hot inputs: out is the embedding di
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,10 @@ from lowrank.layers import (
     QuantizedLowRankLayer,
     SVDCompressedLinear,
 )
+from lowrank.layers.conv import FactoredConv, SVDCompressedConv
+from lowrank.layers.conv_base import ConvLayer
+from lowrank.layers.quantized_conv import QuantizedConv
+from lowrank.layers.quantized_conv_lowrank import QuantizedLowRankConv
 from lowrank.layers.source import is_conv1d
 
 __all__ = [
@@ -60,8 +64,8 @@ def family(module: nn.Module) -> str | None:
         return "embedding"
     if isinstance(module, (nn.Conv1d, nn.Conv2d)):
         return "conv1d" if isinstance(module, nn.Conv1d) else "conv2d"
-    if isinstance(module, CompressedLayer) and len(module.shape) in (3, 4) and hasattr(module, "geometry"):
-        return "conv1d" if len(module.shape) == 3 else "conv2d"
+    if isinstance(module, ConvLayer):
+        return "conv1d" if module.dims == 1 else "conv2d"
     return None
 
 
@@ -79,9 +83,10 @@ def exact_weight(base: nn.Module) -> Tensor:
     """The weight (out, in, *kernel) in float64, products of factors and of codes and scales not rounded on the way."""
     pair = factor_pair(base, torch.float64)
     if pair is not None:
-        return pair[0] @ pair[1]
-    if isinstance(base, (QuantizedLinear, QuantizedEmbedding)):
-        weight = base.codes.double() * base.scale.double()[:, None]
+        product = pair[0] @ pair[1]
+        return product.view(base.shape) if isinstance(base, ConvLayer) else product
+    if isinstance(base, (QuantizedLinear, QuantizedEmbedding, QuantizedConv)):
+        weight = base.codes.double() * base.scale.double().view(-1, *[1] * (base.codes.ndim - 1))
         return weight.T if isinstance(base, QuantizedEmbedding) else weight
     return base_weight(base).double()
 
@@ -98,9 +103,8 @@ def facts_of(base: nn.Module) -> BaseFacts:
         rows, columns = base.shape[0], base.shape[1]
         if isinstance(base, EMBEDDING_KINDS):
             rows, columns = columns, rows
-        elif len(base.shape) > 2:
-            geometry: Any = base.geometry
-            columns = geometry.groups * columns
+        elif isinstance(base, ConvLayer):
+            columns = base.in_channels
         tensor = next(iter(base.state_dict().values()))
         return BaseFacts(columns, rows, tensor.device, base.dtype)
     weight = base.weight
@@ -118,7 +122,16 @@ def adapter_dtype(base: nn.Module) -> torch.dtype:
 
 
 def factor_pair(base: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-    """``left`` (out, rank) and ``right`` (rank, in) of a factored linear layer or embedding; ``None`` for others."""
+    """``left`` (out, rank) and ``right`` (rank, in · kernel) of a factored layer; ``None`` where a layer is no such product.
+
+    Of convolutions those in the channel form are, without groups.
+    """
+    if isinstance(base, FactoredConv) and (base.scheme != "channel" or base.groups > 1):
+        return None
+    if isinstance(base, SVDCompressedConv):
+        return base.left.detach().to(dtype).flatten(1), base.right.detach().to(dtype).flatten(1)
+    if isinstance(base, QuantizedLowRankConv):
+        return base.left_codes.to(dtype).flatten(1) * base.scale.to(dtype), base.right_codes.to(dtype).flatten(1)
     if isinstance(base, SVDCompressedLinear):
         return base.left.detach().to(dtype), base.right.detach().to(dtype)
     if isinstance(base, LowRankEmbedding):

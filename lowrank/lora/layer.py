@@ -345,6 +345,16 @@ class LoRALayer(nn.Module):
         """The base's."""
         return self.base_layer.bias
 
+    @property
+    def activations(self) -> Any:
+        """The base's, of a layer with integer codes."""
+        return self.base_layer.activations
+
+    @activations.setter
+    def activations(self, value: str) -> None:
+        for base in {self.base_layer, self.unmerged_base}:
+            base.activations = value
+
     def extra_repr(self) -> str:
         """What ``repr`` shows."""
         ranks = ", ".join(f"{name}: r={self.rank_of(name)}" for name in self.configs)

@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lowrank.convolutions import ConvGeometry
 from lowrank.errors import AdapterError
+from lowrank.layers.conv_base import ConvLayer, float_conv
 from lowrank.lora.bases import family
 from lowrank.lora.config import LoRAConfig
 from lowrank.lora.layer import LoRALayer
@@ -119,15 +121,15 @@ class _LoRAConvNd(LoRALayer):
         self.lora_A[adapter] = self._conv(self.in_features, rank, bias=False, **at)
         self.lora_B[adapter] = self._conv(rank, self.out_features, 1, bias=False)
 
-    @property
-    def groups(self) -> int:
-        """Of the base."""
-        return int(conv_geometry(self.base_layer)["groups"])
+    def _geometry(self) -> ConvGeometry:
+        base = self.base_layer
+        return base.geometry if isinstance(base, ConvLayer) else ConvGeometry.of(base)
 
     def pair(self, adapter: str) -> tuple[Tensor, Tensor]:
-        """B (out, r) and A (r, in · kernel); with groups, both spread out to their whole matrices.
+        """See :meth:`LoRALayer.pair`.
 
-        See :meth:`LoRALayer.pair`.
+        Raises:
+            AdapterError: with groups there are no such matrices.
         """
         down, up = self.lora_A[adapter], self.lora_B[adapter]
         if down.groups > 1 or up.groups > 1:
@@ -152,10 +154,7 @@ class _LoRAConvNd(LoRALayer):
 
     def product_with(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """See :meth:`LoRALayer.product_with`."""
-        # A module of the geometry already knows how to pad.
-        like = next(iter(self.lora_A.values()))
-        product: Tensor = like._conv_forward(x, weight, bias)
-        return product
+        return float_conv(x, weight, bias, self._geometry())
 
     def _as_magnitude(self, norms: Tensor) -> Tensor:
         return norms.view(1, -1, *[1] * (2 if self.family == "conv2d" else 1))

@@ -20,7 +20,10 @@ from lowrank.layers import (
     QuantizedLowRankLayer,
     SVDCompressedLinear,
 )
+from lowrank.layers.conv import FactoredConv, SVDCompressedConv
 from lowrank.layers.linear import balanced
+from lowrank.layers.quantized_conv import QuantizedConv
+from lowrank.layers.quantized_conv_lowrank import QuantizedLowRankConv
 from lowrank.layers.quantized_lowrank import dense_product, round_factors
 from lowrank.layers.source import is_conv1d
 from lowrank.linalg import safe_svd
@@ -30,6 +33,9 @@ from lowrank.lora.layers import conv_geometry
 from lowrank.quantization import quantize_rows
 
 __all__ = ["MergeOptions", "merged_base"]
+
+FactoredCodes = QuantizedLowRankLayer | QuantizedLowRankEmbedding | QuantizedLowRankConv
+FactoredFloats = SVDCompressedLinear | LowRankEmbedding | SVDCompressedConv
 
 
 @dataclass(frozen=True)
@@ -121,7 +127,7 @@ def _merge_factors(
     name: str, base: nn.Module, pair: tuple[Tensor, Tensor], change: Change, options: MergeOptions
 ) -> tuple[nn.Module, str]:
     """Append the adapter's components; past the smaller side of the weight, or where asked, truncate again."""
-    integer = isinstance(base, (QuantizedLowRankLayer, QuantizedLowRankEmbedding))
+    integer = isinstance(base, FactoredCodes)
     if integer and change.rows is not None and not options.requantize:
         raise AdapterError(
             f"layer {name}: DoRA scales every output, which codes with one scale a component cannot follow; pass "
@@ -156,24 +162,23 @@ def _truncated(left: Tensor, right: Tensor, options: MergeOptions, name: str) ->
 
 
 def _appended(base: nn.Module, change: Change) -> nn.Module:
-    if isinstance(base, (QuantizedLowRankLayer, QuantizedLowRankEmbedding)):
+    if isinstance(base, FactoredCodes):
         flip = isinstance(base, QuantizedLowRankEmbedding)
-        left, right = (change.right.T, change.left.T) if flip else (change.left, change.right)
-        left_codes, right_codes, scale = _rounded(left, right, base.n_bits)
-        codes = torch.cat([base.left_codes, left_codes], dim=1), torch.cat([base.right_codes, right_codes])
-        return _quantized(base, *codes, torch.cat([base.scale, scale]))
-    if isinstance(base, LowRankEmbedding):
-        left, right = balanced(Factors(change.right.T, change.left.T), base.left.dtype)
-        kept = base.right.detach()
-        if change.rows is not None:
-            kept = (kept.double() * change.rows).to(kept.dtype)
-        return _low_rank(base, torch.cat([base.left.detach(), left], dim=1), torch.cat([kept, right]))
-    assert isinstance(base, SVDCompressedLinear)
-    left, right = balanced(Factors(change.left, change.right), base.left.dtype)
-    kept = base.left.detach()
+        added = (change.right.T, change.left.T) if flip else (change.left, change.right)
+        left_codes, right_codes, scale = _rounded(*added, base.n_bits)
+        left_codes = torch.cat([base.left_codes.flatten(1), left_codes], dim=1)
+        right_codes = torch.cat([base.right_codes.flatten(1), right_codes])
+        return _quantized(base, left_codes, right_codes, torch.cat([base.scale, scale]))
+    assert isinstance(base, FactoredFloats)
+    kept = [base.left.detach().flatten(1), base.right.detach().flatten(1)]
+    flip = isinstance(base, LowRankEmbedding)
     if change.rows is not None:
-        kept = (kept.double() * change.rows[:, None]).to(kept.dtype)
-    return _low_rank(base, torch.cat([kept, left], dim=1), torch.cat([base.right.detach(), right]))
+        # Outputs are the columns of an embedding's right side.
+        side, rows = (1, change.rows) if flip else (0, change.rows[:, None])
+        kept[side] = (kept[side].double() * rows).to(kept[side].dtype)
+    added = (change.right.T, change.left.T) if flip else (change.left, change.right)
+    left, right = balanced(Factors(*added), base.left.dtype)
+    return _low_rank(base, torch.cat([kept[0], left], dim=1), torch.cat([kept[1], right]))
 
 
 def _rounded(left: Tensor, right: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -196,53 +201,61 @@ def _rebuilt(base: nn.Module, left: Tensor, right: Tensor) -> nn.Module:
     """A layer of the base's kind with these factors (out, r) and (r, in)."""
     if isinstance(base, (LowRankEmbedding, QuantizedLowRankEmbedding)):
         left, right = right.T, left.T
-    if isinstance(base, (QuantizedLowRankLayer, QuantizedLowRankEmbedding)):
+    if isinstance(base, FactoredCodes):
         return _quantized(base, *round_factors(left, right, base.n_bits)[:3])
-    assert isinstance(base, (SVDCompressedLinear, LowRankEmbedding))
+    assert isinstance(base, FactoredFloats)
     return _low_rank(base, *balanced(Factors(left, right), base.left.dtype))
 
 
-def _quantized(base: nn.Module, left_codes: Tensor, right_codes: Tensor, scale: Tensor) -> nn.Module:
-    if isinstance(base, QuantizedLowRankEmbedding):
-        return QuantizedLowRankEmbedding.from_tensors(
-            left_codes, right_codes, scale, base.padding_idx, bits=base.n_bits, dtype=base.dtype
-        )
-    assert isinstance(base, QuantizedLowRankLayer)
-    return QuantizedLowRankLayer.from_tensors(
-        left_codes, right_codes, scale, base.bias, bits=base.n_bits, activations=base.activations, dtype=base.dtype
-    )
+def _quantized(base: FactoredCodes, left_codes: Tensor, right_codes: Tensor, scale: Tensor) -> nn.Module:
+    """A layer like this one with other codes, given as matrices (… , rank) and (rank, …)."""
+    layer = _like(base, scale.numel(), {"error_bound": None}, scale.device)
+    assert isinstance(layer, FactoredCodes)
+    layer.left_codes = left_codes.reshape(layer.left_codes.shape).contiguous()
+    layer.right_codes = right_codes.reshape(layer.right_codes.shape).contiguous()
+    layer.scale = scale
+    return layer
 
 
-def _low_rank(base: SVDCompressedLinear | LowRankEmbedding, left: Tensor, right: Tensor) -> nn.Module:
-    config = base.config() | {"rank": left.shape[1], "truncation_error": None}
-    layer = type(base).from_config(config, device=left.device)
+def _low_rank(base: FactoredFloats, left: Tensor, right: Tensor) -> nn.Module:
+    layer = _like(base, left.shape[1], {"truncation_error": None}, left.device)
+    assert isinstance(layer, FactoredFloats)
     with torch.no_grad():
-        layer.left.copy_(left)
-        layer.right.copy_(right)
-        mine, its = base_bias(layer), base_bias(base)
-        if mine is not None and its is not None:
+        layer.left.copy_(left.reshape(layer.left.shape))
+        layer.right.copy_(right.reshape(layer.right.shape))
+    return layer
+
+
+def _like(base: CompressedLayer, rank: int | None, changes: dict[str, None], device: torch.device) -> CompressedLayer:
+    """A layer of the same configuration and bias, its other tensors still to be filled."""
+    layer = type(base).from_config(base.config() | changes | {"rank": rank}, device=device)
+    mine, its = base_bias(layer), base_bias(base)
+    if mine is not None and its is not None:
+        with torch.no_grad():
             mine.copy_(its)
     return layer
 
 
 def _merge_codes(name: str, base: CompressedLayer, change: Change, options: MergeOptions) -> tuple[nn.Module, str]:
-    """A dense int8 matrix has no room beside its codes: it is rounded anew, only where that was asked for."""
-    if not isinstance(base, (QuantizedLinear, QuantizedEmbedding)):
+    """One int8 matrix has no room beside its codes: it is rounded anew, only where that was asked for."""
+    if isinstance(base, FactoredConv):
+        raise AdapterError(
+            f'layer {name}: scheme="{base.scheme}" is a product of two one-dimensional kernels, which an adapter\'s kernel is '
+            'not; keep the adapter separate, or compress this layer with scheme="channel"'
+        )
+    if not isinstance(base, (QuantizedLinear, QuantizedEmbedding, QuantizedConv)):
         raise AdapterError(f"layer {name}: merging into a {base.kind} is not supported; keep the adapter separate")
     if not options.requantize:
         raise AdapterError(
             f"layer {name}: a {base.kind} holds one int8 matrix, and an adapter's change is often smaller than its steps; "
             "keep the adapter separate, or pass requantize=True to round the sum anew (the report says what that costs)"
         )
-    result = _changed(exact_weight(base), change)
-    note = "rounded anew"
-    if isinstance(base, QuantizedEmbedding):
-        codes, scale = quantize_rows(result.T, base.n_bits)
-        return QuantizedEmbedding.from_tensors(codes, scale, base.padding_idx, bits=base.n_bits, dtype=base.dtype), note
-    codes, scale = quantize_rows(result, base.n_bits)
-    return QuantizedLinear.from_tensors(
-        codes, scale, base.bias, bits=base.n_bits, activations=base.activations, dtype=base.dtype
-    ), note
+    result = _changed(exact_weight(base).flatten(1), change)
+    codes, scale = quantize_rows(result.T if isinstance(base, QuantizedEmbedding) else result, base.n_bits)
+    layer = _like(base, None, {"error_bound": None}, scale.device)
+    assert isinstance(layer, (QuantizedLinear, QuantizedEmbedding, QuantizedConv))
+    layer.codes, layer.scale = codes.view(layer.codes.shape), scale
+    return layer, "rounded anew"
 
 
 def _stored_bytes(module: nn.Module) -> int:

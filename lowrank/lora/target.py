@@ -160,7 +160,7 @@ def _unfit(place: Place) -> str | None:
         return None
     if isinstance(parent, nn.MultiheadAttention):
         return "nn.MultiheadAttention reads this weight without calling the layer"
-    if isinstance(parent, nn.TransformerEncoderLayer):
+    if isinstance(parent, nn.TransformerEncoderLayer) and parent.activation_relu_or_gelu != 0:
         return "the fast path of nn.TransformerEncoderLayer reads this weight without calling the layer"
     if family(module) is None:
         return f"no adapter fits a {type(module).__name__}"

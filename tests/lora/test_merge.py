@@ -15,9 +15,11 @@ import lowrank
 from lowrank.lora.bases import exact_weight
 from lowrank.lora.model import lora_layers
 
-KINDS = pytest.mark.parametrize("kind", BASES)
+# A spatial convolution cannot hold an adapter's kernel; see the test of refusals.
+MERGEABLE = [kind for kind in BASES if kind != "spatial-conv2d"]
+KINDS = pytest.mark.parametrize("kind", MERGEABLE)
 ALL_DTYPES = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-DENSE_CODES = ("int8", "int8-embedding")
+DENSE_CODES = ("int8", "int8-embedding", "int8-conv1d", "int8-conv2d")
 
 
 def bits(model: nn.Module) -> dict[str, Tensor]:
@@ -150,13 +152,15 @@ def test_truncation_to_a_rank_or_an_error_is_the_best_and_reported() -> None:
 
 def test_several_adapters_merge_as_their_sum() -> None:
     model = adapted("linear", torch.float64)
-    model = lowrank.add_lora(model, lowrank.LoRAConfig(r=2, target_modules=["0"], use_dora=True), "other")
-    randomise(model, "other", seed=4)
-    lowrank.set_adapter(model, ["default", "other"])
+    for name, seed in (("other", 4), ("third", 5)):
+        config = lowrank.LoRAConfig(r=2, target_modules=["0"], use_dora=True)
+        model = lowrank.add_lora(model, config, name)
+        randomise(model, name, seed=seed)
+    lowrank.set_adapter(model, ["default", "other", "third"])
     x = inputs("linear", torch.float64)
     separate = model(x)
     lowrank.merge_lora(model)
-    assert lowrank.merge_report(model).rows[0].adapters == ("default", "other")
+    assert lowrank.merge_report(model).rows[0].adapters == ("default", "other", "third")
     close(model(x), separate, torch.float64, safety=64)
     with pytest.raises(lowrank.UsageError, match="unmerge_lora first"):
         lowrank.merge_lora(model, "other")
@@ -186,6 +190,12 @@ def test_what_cannot_be_merged_is_refused_by_layer_and_nothing_is_merged() -> No
         lowrank.merge_lora(model)
     assert same_bits(model, before)
     assert not any(layer.merged_adapters for layer in lora_layers(model).values())
+
+
+def test_a_spatial_convolution_is_refused_by_its_scheme() -> None:
+    model = adapted("spatial-conv2d")
+    with pytest.raises(lowrank.AdapterError, match=r'layer 0: scheme="spatial" .* scheme="channel"'):
+        lowrank.merge_lora(model)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -233,7 +243,7 @@ def test_a_tied_weight_keeps_its_other_end() -> None:
     assert lora_layers(model)["head"].base_layer.weight is model.embed.weight
 
 
-@pytest.mark.parametrize("kind", [kind for kind in BASES if kind not in DENSE_CODES])
+@pytest.mark.parametrize("kind", [kind for kind in MERGEABLE if kind not in DENSE_CODES])
 def test_unloading_leaves_plain_layers(kind: str) -> None:
     model = adapted(kind, torch.float64)
     x = inputs(kind, torch.float64)

@@ -282,3 +282,24 @@ def test_what_changes_the_computation_is_refused_by_name(tmp_path: Path) -> None
     with pytest.raises(lowrank.LowRankError, match="lora_bias = True changes what the adapter computes"):
         lowrank.load_adapter(base, tmp_path / "adapter")
     assert adapter_names(base) == []
+
+
+@pytest.mark.parametrize(
+    "conv",
+    [
+        lambda: nn.Conv2d(4, 6, 3, groups=2, padding=1),
+        lambda: nn.Conv1d(4, 6, 3, padding=2, padding_mode="circular"),
+    ],
+    ids=["groups", "padding mode"],
+)
+def test_convolutions_that_peft_adapts_otherwise_load_as_peft_trained_them(conv: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = nn.Sequential(conv())
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=4, target_modules=["0"]))
+    fill(theirs.parameters())
+    theirs.save_pretrained(tmp_path / "adapter")
+    ours = lowrank.load_adapter(base, tmp_path / "adapter")
+    x = torch.randn(2, *(4, 6, 5)[: base[0].weight.ndim - 1])
+    close(ours(x), theirs.eval()(x), torch.float32)
+    with pytest.raises(lowrank.AdapterError, match=r"groups=2|pads with zeros"):
+        lowrank.merge_lora(ours)
