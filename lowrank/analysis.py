@@ -55,8 +55,8 @@ def analyze_model(
 
     Args:
         model_or_path: a module, or where its safetensors are.
-        calibration: batches as for :func:`lowrank.compress_model`; adds the spectrum of W Σ^½ of linear layers. Needs
-            a module.
+        calibration: batches as for :func:`lowrank.compress_model`; adds the spectrum of W Σ^½ of linear layers
+            and of convolutions (but grouped ones), whose inputs are the patches under the kernel. Needs a module.
         energy: fractions of Σσ² to state ranks for, each in (0, 1].
         ignore: globs over layer names; one that covers a container covers what is inside.
         progress: a bar on standard error when it takes more than two seconds.
@@ -119,6 +119,9 @@ def _checked_levels(energy: Sequence[float]) -> tuple[float, ...]:
 
 
 def _takes_statistics(module: nn.Module) -> bool:
+    if isinstance(module, (nn.Conv1d, nn.Conv2d)):
+        # The groups of a grouped convolution never meet, so there is no one matrix whose inputs the moments would describe.
+        return module.groups == 1
     return isinstance(module, nn.Linear) or is_conv1d(module)
 
 

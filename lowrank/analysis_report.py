@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lowrank import report_html
+from lowrank import analysis_page
 from lowrank.analysis_rows import SIZES, AnalysisRow
-from lowrank.report_html import Cell, Heading
+from lowrank.report_html import Heading
 from lowrank.report_text import (
     Column,
     count_text,
@@ -149,28 +149,16 @@ class AnalysisReport:
 
     def to_html(self) -> str:
         """One self-contained page: tiles, the model's size-error curve, spectra, effective rank by depth, the table."""
-        totals = self.totals
-        ratios = totals.get("size_ratio_at_energy", {})
-        items = [
-            ("Layers with a matrix", f"{totals['analysed']} of {totals['layers']}", "", ""),
-            ("Parameters", count_text(totals["parameters"]), human_bytes(totals["bytes"]), ""),
-            *(
-                (f"Factors at {_level(level)} % energy", percent(ratio, 3), "of the bytes", "")
-                for level, ratio in ratios.items()
-            ),
-        ]
-        parts = [report_html.tiles(items)]
-        charts = self._charts()
-        if charts:
-            parts.append(report_html.section("The model at a glance", f'<div class="charts">{"".join(charts)}</div>\n'))
-        parts.append(report_html.section("Layers", self._html_table(), text=self._legend()))
-        if self.notes:
-            parts.append(report_html.section("Notes", report_html.notes_list(self.notes)))
-        source = totals.get("source")
-        versions = totals.get("versions")
-        footer = ", ".join(f"{key} {value}" for key, value in sorted((versions or {}).items()))
-        return report_html.page(
-            f"Low-rank analysis: {source}" if source else "Low-rank analysis", self.summary(), parts, footer=footer
+        columns = self.columns
+        return analysis_page.render(
+            self.rows,
+            self.totals,
+            self.notes,
+            summary=self.summary(),
+            headings=[Heading(column.title, column.numeric, column.title == "verdict") for column in columns],
+            cells=[self._texts(row, one_line(row.name), columns) for row in self.rows],
+            total=self._total_texts(),
+            key=self._legend(),
         )
 
     def save(self, directory: str | os.PathLike[str]) -> Path:
@@ -241,81 +229,6 @@ class AnalysisReport:
             for reason, group in names.items()
         ]
 
-    def _html_table(self) -> str:
-        columns = self.columns
-        headings = [Heading(column.title, column.numeric, column.title == "verdict") for column in columns]
-        rows = []
-        for row in self.rows:
-            texts = self._texts(row, one_line(row.name), columns)
-            rows.append([Cell(text, _number(text) if headings[i].numeric else None) for i, text in enumerate(texts)])
-        muted = [not row.analysed for row in self.rows]
-        return report_html.table(headings, rows, total=self._total_texts(), muted=muted)
-
-    def _charts(self) -> list[str]:
-        analysed = [row for row in self.rows if row.analysed and row.spectrum and row.spectrum[0] > 0]
-        if not analysed:
-            return []
-        tenths = [(x / 4, f"{25 * x} %") for x in range(5)]
-        charts = [
-            report_html.line_chart(
-                "Bytes against error, whole model",
-                [("factors alone", self.totals["curve"])],
-                x_label="bytes of the matrices kept",
-                y_label="weight error",
-                x_ticks=tenths,
-                y_ticks=tenths,
-            )
-        ]
-        groups: dict[str, list[AnalysisRow]] = {}
-        for row in analysed:
-            groups.setdefault("x".join(map(str, row.shape)), []).append(row)
-        # Four colours; the shapes that hold most parameters get them.
-        largest = sorted(groups.items(), key=lambda item: -sum(row.parameters for row in item[1]))[:4]
-        names = [f"{shape} ({len(rows)})" for shape, rows in largest]
-        depth = [(float(i), (row.effective_rank or 0.0) / (row.full_rank or 1)) for i, row in enumerate(analysed)]
-        spots = [
-            [point for point, row in zip(depth, analysed, strict=True) if any(row is member for member in rows)]
-            for _, rows in largest
-        ]
-        charts.append(
-            report_html.line_chart(
-                "Effective rank by depth",
-                list(zip(names, spots, strict=True)),
-                x_label="layers in order",
-                y_label="effective rank / full rank",
-                x_ticks=[(0, "first"), (max(len(analysed) - 1, 1), "last")],
-                y_ticks=tenths,
-                dots=True,
-            )
-        )
-        for title, label, values, log in (
-            ("Spectra by shape", "singular value / largest, mean of the layers", "spectrum", True),
-            ("Cumulative energy by shape", "share of the energy, mean of the layers", "energy", False),
-        ):
-            lines = [
-                (name, _mean_curve([getattr(row, values) for row in rows]))
-                for name, (_, rows) in zip(names, largest, strict=True)
-            ]
-            ticks = [(10.0**power, f"1e{power}" if power else "1") for power in range(-4, 1)] if log else tenths
-            charts.append(
-                report_html.line_chart(
-                    title, lines, x_label="rank / full rank", y_label=label, x_ticks=tenths, y_ticks=ticks, log_y=log
-                )
-            )
-        return charts
-
 
 def _level(level: float | str) -> str:
     return f"{100 * float(level):g}"
-
-
-def _number(text: str) -> float | None:
-    try:
-        return float(text.replace(",", "").removesuffix(" %"))
-    except ValueError:
-        return None
-
-
-def _mean_curve(curves: Sequence[Sequence[float]]) -> list[tuple[float, float]]:
-    steps = len(curves[0]) - 1
-    return [(i / steps, sum(curve[i] for curve in curves) / len(curves)) for i in range(steps + 1)]

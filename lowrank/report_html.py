@@ -21,6 +21,7 @@ __all__ = [
     "Heading",
     "bullet_bar",
     "details",
+    "figure",
     "legend",
     "line_chart",
     "notes_list",
@@ -36,7 +37,7 @@ __all__ = [
 
 
 # Grey (3) is kept for what was left alone.
-LINE_COLOURS = ("1", "2", "4", "5")
+LINE_COLOURS = ("1", "2", "4", "5", "6", "7", "8")
 
 
 @dataclass(frozen=True)
@@ -177,6 +178,11 @@ def segment_bar(label: str, segments: Sequence[tuple[str, int, str]], whole: flo
     )
 
 
+def figure(title: str, text: str, markup: str) -> str:
+    """A chart made elsewhere in this package, with a title and a plain sentence above it."""
+    return f'<figure><figcaption>{escape(title)}</figcaption>\n<p class="soft">{escape(text)}</p>{markup}</figure>\n'
+
+
 def legend(items: Sequence[tuple[str, str]]) -> str:
     """(text, colour) pairs under a chart."""
     keys = "".join(
@@ -246,8 +252,9 @@ def line_chart(
     y_ticks: Sequence[tuple[float, str]],
     log_y: bool = False,
     dots: bool = False,
+    colours: Sequence[str] = LINE_COLOURS,
 ) -> str:
-    """A chart as inline SVG: up to four lines of (x, y); ticks give the range; points outside are clipped to it.
+    """A chart as inline SVG: a line a colour of (x, y); ticks give the range; points outside are clipped to it.
 
     Example:
         >>> ticks = [(0, "0"), (1, "1")]
@@ -285,14 +292,14 @@ def line_chart(
     marks.append(
         f'<text x="{(left + width - right) / 2}" y="{height - 6}" text-anchor="middle">{escape(x_label)}</text>'
     )
-    for colour, (_, points) in zip(LINE_COLOURS, lines, strict=False):
+    for colour, (_, points) in zip(colours, lines, strict=False):
         spots = [(x_of(x), y_of(y)) for x, y in points if math.isfinite(x) and math.isfinite(y)]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in spots)
         if dots:
             marks += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.2" style="fill:var(--s{colour})"/>' for x, y in spots]
         else:
             marks.append(f'<polyline class="line" points="{path}" style="stroke:var(--s{colour})"/>')
-    keys = legend([(name, colour) for colour, (name, _) in zip(LINE_COLOURS, lines, strict=False) if name])
+    keys = legend([(name, colour) for colour, (name, _) in zip(colours, lines, strict=False) if name])
     return (
         f"<figure><figcaption>{escape(title)}</figcaption>\n"
         f'<p class="soft">{escape(y_label)}</p>'

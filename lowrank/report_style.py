@@ -6,9 +6,11 @@ __all__ = ["SCRIPT", "STYLE"]
 
 STYLE = """
 :root{color-scheme:light dark;--page:#f6f6f4;--card:#fff;--ink:#17181a;--soft:#5b5f66;--line:#dcdcd8;
---before:#c9cdd4;--s1:#2a6fdb;--s2:#12936a;--s3:#b8bcc4;--s4:#c76b12;--s5:#8a4fd0;--good:#12805c;--bad:#c0362c;--focus:#2a6fdb}
+--before:#c9cdd4;--s1:#2a6fdb;--s2:#12936a;--s3:#b8bcc4;--s4:#c76b12;--s5:#8a4fd0;--s6:#b8246f;--s7:#0b8195;
+--s8:#7c6a00;--good:#12805c;--bad:#c0362c;--focus:#2a6fdb}
 @media (prefers-color-scheme:dark){:root{--page:#131416;--card:#1c1e21;--ink:#eceded;--soft:#a3a8b0;--line:#34373c;
---before:#4a4e56;--s1:#6aa5ff;--s2:#3fc195;--s3:#6a6f78;--s4:#f0a050;--s5:#c49bff;--good:#4fcf9f;--bad:#ff8277;--focus:#8ab8ff}}
+--before:#4a4e56;--s1:#6aa5ff;--s2:#3fc195;--s3:#6a6f78;--s4:#f0a050;--s5:#c49bff;--s6:#ff86bd;--s7:#52cfe4;
+--s8:#d8c14e;--good:#4fcf9f;--bad:#ff8277;--focus:#8ab8ff}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--page);color:var(--ink);
 font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"DejaVu Sans",sans-serif}
@@ -47,7 +49,7 @@ th[aria-sort=ascending] button::after{content:" \\2191"}th[aria-sort=descending]
 .label{margin:6px 0 2px;font-size:.84rem;color:var(--soft)}
 .segments{display:flex;gap:1px;height:22px;min-width:2px;overflow:hidden;border-radius:3px}.segments i{min-width:1px}
 svg{display:block;width:100%;height:auto;overflow:visible}svg text{fill:var(--soft);font-size:12px}
-svg .line{fill:none;stroke-width:2;stroke-linejoin:round}svg .grid{stroke:var(--line)}svg .axis{stroke:var(--soft)}
+svg.plot text{font-size:10.5px}svg .line{fill:none;stroke-width:2;stroke-linejoin:round}svg .grid{stroke:var(--line)}svg .axis{stroke:var(--soft)}
 .charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(420px,100%),1fr));gap:24px}figure{margin:0;min-width:0}
 figcaption{font-weight:600;font-size:.92rem;margin-bottom:6px}ul.notes{margin:0;padding-left:1.2em}
 ul.notes li{overflow-wrap:anywhere}footer{margin-top:20px;color:var(--soft);font-size:.84rem}
@@ -65,7 +67,7 @@ main{padding:18px 12px 32px}section{padding:14px 12px}td.name{min-width:15ch;max
 font-size:.76rem}th,td{padding:5px 7px}.charts{grid-template-columns:1fr}.tiles{grid-template-columns:1fr 1fr}
 .tiles strong{font-size:1.25rem}}
 @media print{:root{--page:#fff;--card:#fff;--ink:#000;--soft:#444;--line:#bbb;--before:#bbb;--s1:#1f57b5;
---s2:#0d7a57;--s3:#999;--s4:#a85808;--s5:#6f3bb0;--good:#0b6b4c;--bad:#a3261d}body{font-size:10pt}main{max-width:none;padding:0}
+--s2:#0d7a57;--s3:#999;--s4:#a85808;--s5:#6f3bb0;--s6:#96185a;--s7:#076676;--s8:#625400;--good:#0b6b4c;--bad:#a3261d}body{font-size:10pt}main{max-width:none;padding:0}
 section{border:0;padding:0;margin-top:14pt}.scroll{overflow:visible}table{font-size:7.4pt}th,td{padding:2pt 3pt}
 td.name{font-size:6.8pt;min-width:0}.w{min-width:0}.bar{width:40px}th button{text-decoration:none}
 th button::after{content:""}td:first-child,th:first-child{position:static}thead{display:table-header-group}
