@@ -392,3 +392,28 @@ def test_a_plan_for_another_model_is_refused():
     ) as caught:
         plan.check_model({**shapes, "head": (12, 16)})
     assert caught.value.exit_code == 3
+
+
+def test_schemes_of_convolutions_are_checked_and_kept() -> None:
+    entry = PlanEntry("conv", "conv", (8, 4, 3, 5), "lowrank-int8", 12, 8, "int8", 96, 0.01, "spatial")
+    plan = Plan((entry, PlanEntry("fc", "linear", (8, 4), "lowrank", 2, None, None, 96, 0.01)))
+    assert Plan.from_json(plan.to_json()) == plan
+    assert plan.to_json().count('"scheme"') == 1
+    # A plan without the field, as by hand: the channel form.
+    assert PlanEntry("conv", "conv", (8, 4, 3), "lowrank", 2, None, None, 96, 0.01).scheme == "channel"
+    for scheme, rank, shape in (("spatial", 13, (8, 4, 3, 5)), ("channel", 9, (8, 4, 3, 5))):
+        with pytest.raises(RankError, match="rank of format"):
+            PlanEntry("conv", "conv", shape, "lowrank", rank, None, None, 96, 0.01, scheme)
+    for kind, shape, name, scheme in (
+        ("conv", (8, 4, 3), "lowrank", "spatial"),
+        ("conv", (8, 4, 3, 5), "int8", "channel"),
+        ("linear", (8, 4), "lowrank", "channel"),
+        ("conv", (8, 4, 3, 5), "lowrank", "both"),
+    ):
+        factored = name == "lowrank"
+        with pytest.raises(LowRankError, match="scheme of a"):
+            PlanEntry(
+                "conv", kind, shape, name, 2 if factored else None, None if factored else 8, None, 96, 0.01, scheme
+            )
+    changed = plan.with_entry("conv", format="int8")
+    assert (changed.entry("conv").rank, changed.entry("conv").scheme) == (None, None)
