@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.grad import conv1d_input, conv2d_input
 
 from lowrank.convolutions import ConvGeometry, pad_input
 from lowrank.kernels import IntegerConv
@@ -155,7 +156,7 @@ def input_gradient(
     if scale is not None:
         gradient = gradient * scale.view(-1, *(1 for _ in geometry.kernel_size))
     padded = [length + before + after for length, (before, after) in zip(size[2:], geometry.pads, strict=True)]
-    function = (torch.nn.grad.conv1d_input, torch.nn.grad.conv2d_input)[geometry.dims - 1]
+    function = (conv1d_input, conv2d_input)[geometry.dims - 1]
     found: Tensor = function(
         [*size[:2], *padded],
         codes.to(gradient.dtype),

@@ -71,7 +71,7 @@ class IntegerLinear(IntegerLayer):
             x = x.to(working)
         if bias is not None and bias.dtype is not working:
             bias = bias.to(working)
-        result = self.prepared().product(x, bias, 0 if self.activations == "int8" else pieces_for(dtype))
+        result: Tensor = self.prepared().product(x, bias, 0 if self.activations == "int8" else pieces_for(dtype))
         return result if result.dtype is dtype else result.to(dtype)
 
     def extra_repr(self) -> str:
