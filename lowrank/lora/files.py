@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from lowrank.files import (
     write_safetensors,
     write_text,
 )
+from lowrank.layers import CompressedLayer
 from lowrank.layers.source import is_conv1d
 from lowrank.lora.config import LoRAConfig
 from lowrank.lora.layer import LoRALayer, Magnitude
@@ -171,7 +172,9 @@ def _load(
     model: nn.Module, config: LoRAConfig, adapter: str, tensors: dict[str, Tensor], note: Mapping[str, Any], where: str
 ) -> None:
     by_layer, rest = _sorted_by_layer(tensors)
-    targets = find_targets(model, config.replace(target_modules=list(by_layer)) if by_layer else config, strict=False)
+    # The tensors say where adapters go; the names are whole, not suffixes.
+    there = config.replace(target_modules=_exactly(by_layer), layers_to_transform=None, layers_pattern=None)
+    targets = find_targets(model, there if by_layer else config, strict=False)
     names = {name: place.name for place in targets.adapted for name in place.names}
     missing = [layer for layer in by_layer if layer not in names]
     if missing:
@@ -183,10 +186,7 @@ def _load(
     before = active_adapters(model)
     ranks = {re.escape(name): _rank(parts) for name, parts in sorted(by_layer.items(), key=lambda item: -len(item[0]))}
     alphas = {re.escape(name): config.alpha_of(name) for name in by_layer}
-    here = config.replace(
-        target_modules=list(by_layer) or None,
-        layers_to_transform=None,
-        layers_pattern=None,
+    here = there.replace(
         rank_pattern=ranks,
         alpha_pattern=dict(sorted(alphas.items(), key=lambda item: -len(item[0]))),
         learnable_scale=bool(note.get("learnable_scale", False)),
@@ -206,6 +206,11 @@ def _load(
         for layer in lora_layers(model).values():
             layer.set_active(before)
         raise
+
+
+def _exactly(names: Iterable[str]) -> str:
+    """A regular expression that matches these names and no others."""
+    return "|".join(re.escape(name) for name in names)
 
 
 def _why_not(model: nn.Module, name: str) -> str:
@@ -271,16 +276,26 @@ def _fill_saved(model: nn.Module, adapter: str, rest: dict[str, Tensor], where: 
             if given is None:
                 raise CheckpointError(f"{where}: lacks {printable(name)}.{part} of modules_to_save")
             _copy(tensor, given, f"{where}: {printable(name)}.{part}")
-    # PEFT may add the embedding tables it adapted or found resized (save_embedding_layers); unchanged ones tell nothing.
-    for name in [key for key in left if key.endswith(".base_layer.weight")]:
-        layer = lora_layers(model).get(name.removesuffix(".base_layer.weight"))
-        table = None if layer is None else getattr(layer.unmerged_base, "weight", None)
-        if table is None or (table.shape == left[name].shape and torch.equal(table.detach().cpu(), left[name])):
-            del left[name]
+    # PEFT may add tables of the base model (save_embedding_layers); unchanged ones tell nothing.
+    left = {name: tensor for name, tensor in left.items() if not _is_of_base(model, name, tensor)}
     if left:
         raise CheckpointError(
             f"{where}: {len(left)} tensors have no place in this model, the first is {printable(min(left))}"
         )
+
+
+def _is_of_base(model: nn.Module, name: str, tensor: Tensor) -> bool:
+    """Whether this is the base model's own weight; of a compressed layer, whose weight is another, by its shape."""
+    layer, _, part = name.rpartition(".")
+    try:
+        module = model.get_submodule(layer)
+    except AttributeError:
+        return False
+    module = module.unmerged_base if isinstance(module, LoRALayer) else module
+    if isinstance(module, CompressedLayer):
+        return part == "weight" and tuple(module.shape) == tuple(tensor.shape)
+    own = module._parameters.get(part)
+    return own is not None and own.shape == tensor.shape and torch.equal(own.detach().cpu(), tensor)
 
 
 def _copy(target: Tensor, given: Tensor, where: str) -> None:
@@ -336,6 +351,9 @@ def _config_of(model: nn.Module, adapter: str) -> LoRAConfig:
     wanted = config.target_modules
     if wanted is None or (isinstance(wanted, str) and wanted.lower() == ALL_LINEAR):
         config = config.replace(target_modules=sorted(layers))
+    if {place.name for place in find_targets(model, config, strict=False).adapted} != set(layers):
+        # A name that is also the end of another's: only an expression can tell them apart.
+        config = config.replace(target_modules=_exactly(sorted(layers)), layers_to_transform=None, layers_pattern=None)
     transposed = any(is_conv1d(layer.unmerged_base) for layer in layers.values())
     path = getattr(getattr(model, "config", None), "_name_or_path", None) or None
     extra = {"base_model_name_or_path": path, "inference_mode": True} | {

@@ -83,6 +83,11 @@ def start_from_residual(
         raise AdapterError(
             f"layer {name}: the original's weight is {tuple(wanted.shape)}, this one's {tuple(has.shape)}"
         )
+    if layer.family.startswith("conv") and layer.lora_A[adapter].groups > 1:
+        raise AdapterError(
+            f'layer {name}: init_lora_weights="residual" fits a weight, and the adapter of a convolution with groups is none; '
+            "exclude the layer"
+        )
     residual = (wanted.to(has.device) - has).flatten(1)
     if not bool(residual.any()):
         return

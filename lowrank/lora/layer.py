@@ -352,7 +352,8 @@ class LoRALayer(nn.Module):
 
     @activations.setter
     def activations(self, value: str) -> None:
-        for base in {self.base_layer, self.unmerged_base}:
+        base: Any
+        for base in (self.base_layer, self.unmerged_base):
             base.activations = value
 
     def extra_repr(self) -> str:

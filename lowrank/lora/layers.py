@@ -118,6 +118,11 @@ class _LoRAConvNd(LoRALayer):
             raise AdapterError(
                 f"layer {name}: r = {rank} does not divide into its {at['groups']} groups; give it a multiple by rank_pattern"
             )
+        if at["groups"] > 1 and config.use_dora:
+            raise AdapterError(
+                f"layer {name}: groups={at['groups']}: the adapter mixes channels of different groups, so that DoRA has no "
+                "weight to take norms of; set use_dora=False or exclude the layer"
+            )
         self.lora_A[adapter] = self._conv(self.in_features, rank, bias=False, **at)
         self.lora_B[adapter] = self._conv(rank, self.out_features, 1, bias=False)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -312,7 +313,7 @@ def add_weighted_adapter(
     ranks = {name: change.right.shape[0] for name, (change, _) in sums.items()}
     top = max(ranks.values())
     patterns = {
-        _exactly(name): rank for name, rank in sorted(ranks.items(), key=lambda item: -len(item[0])) if rank != top
+        re.escape(name): rank for name, rank in sorted(ranks.items(), key=lambda item: -len(item[0])) if rank != top
     }
     config = LoRAConfig(
         r=top, lora_alpha=top, target_modules=list(ranks), rank_pattern=patterns, alpha_pattern=dict(patterns)
@@ -323,10 +324,6 @@ def add_weighted_adapter(
         layer.add_adapter(adapter_name, config, name)
         layer.set_pair(adapter_name, change.left * change.left.new_tensor(each), change.right)
     _activate(model, [adapter_name])
-
-
-def _exactly(name: str) -> str:
-    return name.replace(".", r"\.")
 
 
 def set_form(model: nn.Module, form: str) -> None:

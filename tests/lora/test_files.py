@@ -154,3 +154,29 @@ def test_grouped_convolutions_keep_their_groups(tmp_path: Path) -> None:
     lowrank.save_adapter(adapted, tmp_path / "adapter")
     x = torch.randn(2, 4, 7)
     assert torch.equal(lowrank.load_adapter(base, tmp_path / "adapter")(x), adapted(x))
+
+
+class Nested(nn.Module):
+    """``fc`` is also the end of another layer's name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc = nn.Linear(4, 4)
+        self.inner = nn.ModuleDict({"fc": nn.Linear(4, 4)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.inner["fc"](self.fc(x))
+        return out
+
+
+def test_whole_names_are_no_suffixes(tmp_path: Path) -> None:
+    config = lowrank.LoRAConfig(r=2, exclude_modules=["inner.fc"])
+    adapted = lowrank.add_lora(Nested(), config)
+    lowrank.add_lora(adapted, lowrank.LoRAConfig(r=1, target_modules="inner.fc"), "second", inplace=True)
+    lowrank.add_weighted_adapter(adapted, ["default"], [2.0], "twice")
+    for name in ("default", "twice"):
+        lowrank.save_adapter(adapted, tmp_path / name, name)
+        loaded = lowrank.load_adapter(Nested(), tmp_path / name)
+        assert list(lora_layers(loaded)) == ["fc"]
+    assert json.loads((tmp_path / "twice" / "adapter_config.json").read_text())["target_modules"] == "fc"

@@ -310,3 +310,21 @@ def test_an_adapted_model_copies_and_keeps_its_state() -> None:
     assert not torch.equal(other(TOKENS), model(TOKENS))
     other.load_state_dict(model.state_dict())
     assert torch.equal(other(TOKENS), model(TOKENS))
+
+
+def test_int8_attention_takes_adapters_on_its_projections() -> None:
+    torch.manual_seed(0)
+    dense = nn.MultiheadAttention(8, 2, batch_first=True)
+    model = nn.ModuleDict({"attention": lowrank.layers.QuantizedMultiheadAttention.from_module(dense)})
+    adapted = lowrank.add_lora(model, lowrank.LoRAConfig(r=2))
+    names = {f"attention.{name}_proj" for name in ("q", "k", "v", "out")}
+    assert set(lora_layers(adapted)) == names
+    x = torch.randn(2, 3, 8, generator=seeded())
+    before = model["attention"](x, x, x)[0]
+    assert torch.equal(adapted["attention"](x, x, x)[0], before)
+    randomise(adapted)
+    after = adapted["attention"](x, x, x)[0]
+    assert not torch.equal(after, before)
+    adapted["attention"].activations = "float"
+    assert all(layer.base_layer.activations == "float" for layer in lora_layers(adapted).values())
+    assert not torch.equal(adapted["attention"](x, x, x)[0], after)

@@ -200,6 +200,21 @@ def test_conv1d_of_gpt2_both_ways(dtype: torch.dtype, tmp_path: Path) -> None:
     close(again(ids).logits, expected, dtype)
 
 
+@pytest.mark.parametrize("option", [{"use_dora": True}, {"use_rslora": True, "lora_alpha": 3}], ids=["dora", "rslora"])
+def test_gpt2_with_its_embedding(option: dict[str, Any], tmp_path: Path) -> None:
+    base, ids = gpt2(), torch.arange(12).reshape(2, 6)
+    targets = ["c_attn", "c_fc", "wte"]
+    theirs = peft.get_peft_model(
+        copy.deepcopy(base), peft.LoraConfig(r=2, target_modules=targets, fan_in_fan_out=True, **option)
+    )
+    fill(theirs.parameters())
+    theirs.save_pretrained(tmp_path / "theirs", save_embedding_layers=True)  # the tables themselves as well
+    header = lowrank.files.read_safetensors_header(tmp_path / "theirs" / "adapter_model.safetensors")
+    assert any(name.endswith("wte.base_layer.weight") for name in header.tensors)
+    ours = lowrank.load_adapter(base, tmp_path / "theirs")
+    close(ours(ids).logits, theirs.eval()(ids).logits, torch.float32)
+
+
 def test_all_linear_means_the_same_modules_as_in_peft() -> None:
     base = gpt2()
     theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(target_modules="all-linear", fan_in_fan_out=True))
