@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -100,7 +99,7 @@ def _charts(drawn: Sequence[AnalysisRow], totals: Mapping[str, Any]) -> list[str
     groups = [(one_line(name), colour, members) for (name, members), colour in zip(found, COLOURS, strict=False)]
     rest = [row for _, members in found[len(COLOURS) :] for row in members]
     if rest:
-        groups.append((f"{len(found) - len(COLOURS)} other kinds", OTHERS, rest))
+        groups.append(("other kinds", OTHERS, rest))
     keys = report_html.legend([(f"{name} ({len(members)})", colour) for name, colour, members in groups])
     try:
         charts = _plots(drawn, groups, totals)
@@ -137,8 +136,7 @@ def _plots(
             ),
         )
     ]
-    number = {id(row): _depth(row, index) for index, row in enumerate(drawn)}
-    blocks = any(re.search(r"(^|\.)\d+(\.|$)", row.name) for row in drawn)
+    number = {id(row): float(index + 1) for index, row in enumerate(drawn)}
     dots = []
     for _, colour, members in groups:
         dots.append(
@@ -160,7 +158,7 @@ def _plots(
             page_chart(
                 "Effective rank by depth",
                 dots,
-                x_label="block" if blocks else "layer",
+                x_label="layers, first to last",
                 y_label="effective rank / full rank, %",
                 y_limits=(0, 104),
                 whole_x=True,
@@ -182,20 +180,15 @@ def _plots(
         for _, colour, members in reversed(groups):
             for row in members:
                 values: Sequence[float] = getattr(row, attribute)
-                steps = [100 * index / max(len(values) - 1, 1) for index in range(len(values))]
+                # The same rounding as where the values were picked: of 16 singular values 33 steps show each twice.
+                last = max((row.full_rank or 1) - 1, 1)
+                steps = [100 * round(index * last / (len(values) - 1)) / last for index in range(len(values))]
                 shown = list(values) if log else [100 * value for value in values]
                 lines.append(Line(colour, steps, shown, opacity=0.75))
         limits = (SMALLEST, 1.3) if log else (0.0, 102.0)
         chart = page_chart(title, lines, x_label="rank, % of full", y_label=label, log_y=log, y_limits=limits)
         charts.append(report_html.figure(title, words, chart))
     return charts
-
-
-def _depth(row: AnalysisRow, index: int) -> float:
-    """The number of the block that the name tells, or where the layer stands."""
-    blocks = [int(part) for part in row.name.split(".") if part.isdecimal() and len(part) < 7]
-    return float(blocks[0]) if blocks else float(index)
-
 
 
 def _plain_charts(

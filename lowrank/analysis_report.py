@@ -150,14 +150,18 @@ class AnalysisReport:
     def to_html(self) -> str:
         """One self-contained page: tiles, the model's size-error curve, spectra, effective rank by depth, the table."""
         columns = self.columns
+        # The verdict beside the name, where a narrow screen still shows it.
+        order = [0, len(columns) - 1, *range(1, len(columns) - 1)]
+        total = self._total_texts()
+        cells = [self._texts(row, one_line(row.name), columns) for row in self.rows]
         return analysis_page.render(
             self.rows,
             self.totals,
             self.notes,
             summary=self.summary(),
-            headings=[Heading(column.title, column.numeric, column.title == "verdict") for column in columns],
-            cells=[self._texts(row, one_line(row.name), columns) for row in self.rows],
-            total=self._total_texts(),
+            headings=[Heading(columns[i].title, columns[i].numeric, columns[i].title == "verdict") for i in order],
+            cells=[[texts[i] for i in order] for texts in cells],
+            total=[total[i] for i in order],
             key=self._legend(),
         )
 

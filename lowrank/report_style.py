@@ -35,7 +35,7 @@ margin:26px 0 4px}.bullet i{position:absolute;left:0;top:0;bottom:0;border-radiu
 table{border-collapse:collapse;width:100%;font-size:.88rem;font-variant-numeric:tabular-nums}
 th,td{padding:5px 7px;text-align:left;border-bottom:1px solid var(--line);vertical-align:top;white-space:nowrap}
 thead th{vertical-align:bottom;color:var(--soft);font-weight:600;background:var(--card)}.n{text-align:right}
-.w{white-space:normal;min-width:15ch}
+.w{white-space:normal;min-width:24ch}
 td:first-child,th:first-child{position:sticky;left:0;background:var(--card);padding-left:0}
 td.name{font-family:ui-monospace,"DejaVu Sans Mono",Menlo,Consolas,monospace;font-size:.82rem;white-space:normal;
 overflow-wrap:anywhere;min-width:27ch}tr.off td{color:var(--soft)}
@@ -50,7 +50,7 @@ th[aria-sort=ascending] button::after{content:" \\2191"}th[aria-sort=descending]
 .segments{display:flex;gap:1px;height:22px;min-width:2px;overflow:hidden;border-radius:3px}.segments i{min-width:1px}
 svg{display:block;width:100%;height:auto;overflow:visible}svg text{fill:var(--soft);font-size:12px}
 svg.plot text{font-size:10.5px}svg .line{fill:none;stroke-width:2;stroke-linejoin:round}svg .grid{stroke:var(--line)}svg .axis{stroke:var(--soft)}
-.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(420px,100%),1fr));gap:24px}figure{margin:0;min-width:0}
+.legend+.charts{margin-top:20px}.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(420px,100%),1fr));gap:24px}figure{margin:0;min-width:0}
 figcaption{font-weight:600;font-size:.92rem;margin-bottom:6px}ul.notes{margin:0;padding-left:1.2em}
 ul.notes li{overflow-wrap:anywhere}footer{margin-top:20px;color:var(--soft);font-size:.84rem}
 svg .level{stroke:var(--bad);stroke-dasharray:2 3}figure.wide{max-width:760px}
