@@ -114,6 +114,7 @@ def analyze(
         subject = open_model(source, device, quiet)
         batches = model_batches(data, calibration, subject, source, max_tokens, batch_size)
     report = analyze_model(subject, calibration=batches, ignore=ignore, progress=not quiet)
+    report.totals["source"] = printable(source.resolve().name)
     if html_file is not None:
         write_file(html_file, report.to_html().encode())
     if plot_file is not None:
