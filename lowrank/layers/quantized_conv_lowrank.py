@@ -66,7 +66,9 @@ def round_kernels(right: Tensor, left: Tensor, groups: int, bits: int = 8) -> Ro
     first, second = kernels_of(right_codes, left_codes, right.shape, left.shape)
     # Groups are blocks of the kernel that do not overlap, so their squares add up.
     bound = math.sqrt(math.fsum(part.bound**2 for part in parts))
-    return RoundedKernels(second.contiguous(), first, torch.cat([part.scale for part in parts]), bound)
+    # Copied, so that sizes of 1 have their usual strides: torch picks its routes by them.
+    second = second.clone(memory_format=torch.contiguous_format)
+    return RoundedKernels(second, first, torch.cat([part.scale for part in parts]), bound)
 
 
 class QuantizedLowRankConv(FactoredConv, IntegerConvLayer):
