@@ -99,7 +99,7 @@ class IntegerConv:
         result = sums.mul_(self._scale).mul_(step[:, :, None])
         if bias is not None:
             result.add_(bias)
-        return result.transpose(1, 2).reshape(len(x), len(self._codes), *size)
+        return result.transpose(1, 2).reshape(len(x), len(self._codes), *size).contiguous()
 
     def _integer_sums(self, codes: Tensor, offset: Tensor) -> Tensor:
         """(B, positions, out) as float32, the offset of each sample taken off."""
