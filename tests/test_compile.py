@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import io
 import shutil
@@ -16,6 +17,7 @@ from helpers import seeded
 from torch import Tensor, nn
 
 from lowrank.layers import (
+    LAYER_KINDS,
     LowRankEmbedding,
     QuantizedEmbedding,
     QuantizedLinear,
@@ -99,13 +101,102 @@ def test_gradients_in_a_graph_are_those_of_eager(kind: str) -> None:
     assert torch.equal(layer.bias.grad, wanted[1])  # type: ignore[union-attr, arg-type]
 
 
-@pytest.mark.parametrize("name", ["int8_linear", "lowrank_int8_linear", "lowrank_int8_embedding"])
+CONVOLUTIONS = {
+    "strided": nn.Conv2d(4, 6, 3, padding=1, stride=2),
+    "same, uneven": nn.Conv2d(4, 6, (2, 3), padding="same"),
+    "reflected, groups": nn.Conv2d(4, 6, 3, groups=2, padding=1, padding_mode="reflect"),
+    "1d, dilated": nn.Conv1d(4, 6, 4, dilation=2, padding="same"),
+}
+
+
+@pytest.mark.parametrize("activations", ["int8", "float"])
+@pytest.mark.parametrize("kind", ["QuantizedConv", "QuantizedLowRankConv", "SVDCompressedConv"])
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_convolutions_compile_to_the_bits_of_eager(name: str, kind: str, activations: str) -> None:
+    torch.manual_seed(5)
+    conv = copy.deepcopy(CONVOLUTIONS[name])
+    conv.reset_parameters()
+    dims = len(conv.kernel_size)
+    options: dict[str, Any] = {} if kind == "QuantizedConv" else {"rank": 2}
+    if kind != "SVDCompressedConv":
+        options["activations"] = activations
+    made = getattr(LAYER_KINDS[f"{kind}{dims}d"], f"from_conv{dims}d")(conv, **options)
+    model = nn.Sequential(made, nn.ReLU())
+    x = torch.randn(3, 4, *(12, 10)[:dims], generator=seeded(6)).requires_grad_()
+    graph = graph_of(model)
+    with torch.no_grad():
+        assert torch.equal(graph(x), model(x))
+    model(x).square().sum().backward()
+    wanted, x.grad = x.grad, None
+    graph(x).square().sum().backward()
+    assert wanted is not None and x.grad is not None
+    assert torch.equal(x.grad, wanted)
+
+
+def test_exported_convolutions_take_any_batch() -> None:
+    torch.manual_seed(6)
+    layers = [LAYER_KINDS["QuantizedConv2d"].from_conv2d(CONVOLUTIONS["strided"])]
+    layers.append(LAYER_KINDS["QuantizedLowRankConv2d"].from_conv2d(nn.Conv2d(6, 4, 3), rank=3))
+    model = nn.Sequential(*layers).eval()
+    x = torch.randn(7, 4, 16, 15, generator=seeded(8))
+    batch = torch.export.Dim("batch", min=2, max=64)
+    program = torch.export.export(model, (x,), dynamic_shapes=({0: batch},))
+    for rows in (x, x[:3]):
+        with torch.no_grad():
+            assert torch.equal(program.module()(rows), model(rows))
+
+
+@pytest.mark.parametrize("kind", ["QuantizedLSTM", "QuantizedGRU", "QuantizedRNN"])
+def test_recurrent_layers_export(kind: str) -> None:
+    torch.manual_seed(7)
+    dense = getattr(nn, kind.removeprefix("Quantized"))(5, 6, num_layers=2, batch_first=True)
+    layer = LAYER_KINDS[kind].from_module(dense).eval()  # type: ignore[attr-defined]
+    x = torch.randn(3, 4, 5, generator=seeded(9))
+    program = torch.export.export(layer, (x,))
+    with torch.no_grad():
+        assert torch.equal(program.module()(x)[0], layer(x)[0])
+
+
+@pytest.mark.parametrize("kind", ["QuantizedLSTMCell", "QuantizedGRUCell", "QuantizedRNNCell"])
+def test_recurrent_cells_compile_to_the_bits_of_eager(kind: str) -> None:
+    torch.manual_seed(7)
+    layer = LAYER_KINDS[kind].from_module(getattr(nn, kind.removeprefix("Quantized"))(5, 6))  # type: ignore[attr-defined]
+    x = torch.randn(3, 5, generator=seeded(9))
+    with torch.no_grad():
+        expected, actual = layer(x), graph_of(layer)(x)
+    pairs = zip(expected, actual, strict=True) if isinstance(expected, tuple) else [(expected, actual)]
+    assert all(torch.equal(one, other) for one, other in pairs)
+
+
+def test_attention_compiles_to_the_bits_of_eager() -> None:
+    torch.manual_seed(8)
+    layer = (
+        LAYER_KINDS["QuantizedMultiheadAttention"]
+        .from_module(  # type: ignore[attr-defined]
+            nn.MultiheadAttention(8, 2, batch_first=True)
+        )
+        .eval()
+    )
+    x = torch.randn(3, 5, 8, generator=seeded(10))
+    graph = graph_of(layer)
+    with torch.no_grad():
+        for weights in (True, False):
+            expected, actual = layer(x, x, x, need_weights=weights), graph(x, x, x, need_weights=weights)
+            assert torch.equal(actual[0], expected[0])
+            assert actual[1] is expected[1] is None or torch.equal(actual[1], expected[1])
+
+
+@pytest.mark.parametrize("name", ["int8_linear", "lowrank_int8_linear", "lowrank_int8_embedding", "int8_conv"])
 def test_operators_pass_torchs_own_checks(name: str) -> None:
     layer = linear_layer("QuantizedLinear" if name == "int8_linear" else "QuantizedLowRankLayer")
     args: tuple[Any, ...]
     if name == "lowrank_int8_embedding":
         table = embedding_layer("QuantizedLowRankEmbedding")
         args = torch.tensor([[1, 2]]), table.left_codes, table.right_codes, table.scale, torch.float32
+    elif name == "int8_conv":
+        conv = LAYER_KINDS["QuantizedConv2d"].from_conv2d(CONVOLUTIONS["strided"])
+        x = torch.randn(2, 4, 9, 8, generator=seeded(7)).requires_grad_()
+        args = x, conv.codes, conv.scale, conv.bias, [2, 2], [1, 1], [1, 1], 1
     else:
         x = torch.randn(3, 24, generator=seeded(7)).requires_grad_()
         args = (x, *layer.codes_and_scale(), layer.bias, "int8")  # type: ignore[operator]
@@ -167,14 +258,14 @@ def test_export_round_trips_through_a_file(strict: bool) -> None:
 def test_layers_made_for_a_graph_go_with_its_tensors() -> None:
     layer = linear_layer("QuantizedLinear")
     gc.collect()
-    before = len(operators._layers)
+    before = len(operators._made)
     with torch.no_grad():
         graph_of(nn.Sequential(layer))(torch.zeros(1, 24))
-    assert len(operators._layers) == before + 1
+    assert len(operators._made) == before + 1
     del layer
     torch._dynamo.reset()
     gc.collect()
-    assert len(operators._layers) == before
+    assert len(operators._made) == before
 
 
 @pytest.mark.slow

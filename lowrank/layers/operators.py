@@ -99,7 +99,9 @@ def int8_conv(
 def _geometry(
     codes: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int
 ) -> ConvGeometry:
-    return ConvGeometry(tuple(codes.shape[2:]), tuple(stride), tuple(padding), tuple(dilation), groups)
+    return ConvGeometry(
+        tuple(int(size) for size in codes.shape[2:]), tuple(stride), tuple(padding), tuple(dilation), groups
+    )
 
 
 @int8_conv.register_fake
