@@ -180,8 +180,8 @@ class LoRALayer(nn.Module):
         """Write B (out, r) and A (r, in · kernel), of the adapter's rank or another."""
         raise NotImplementedError
 
-    def lora_product(self, adapter: str, x: Tensor) -> Tensor:
-        """``lora_B(lora_A(x))`` without scaling."""
+    def lora_product(self, adapter: str, x: Tensor, gain: float | Tensor) -> Tensor:
+        """``lora_B(gain · lora_A(x))``: scaled between the two, where there are only r numbers a token."""
         raise NotImplementedError
 
     def product_with(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -224,13 +224,13 @@ class LoRALayer(nn.Module):
         result = base
         for adapter in running:
             result = result + self._contribution(adapter, x, base)
-        return result.to(base.dtype)
+        return result if result.dtype is base.dtype else result.to(base.dtype)
 
     def _contribution(self, adapter: str, x: Tensor, base: Tensor) -> Tensor:
         x = self._cast(x, adapter)
         dropout = self.lora_dropout[adapter]
         dropped = self._drop(dropout, x)
-        added = self.lora_product(adapter, dropped) * self.gain(adapter)
+        added = self.lora_product(adapter, dropped, self.gain(adapter))
         if adapter not in self.lora_magnitude_vector:
             return added
         magnitude = self.lora_magnitude_vector[adapter].weight.flatten()
@@ -242,8 +242,8 @@ class LoRALayer(nn.Module):
         return (share - 1) * plain + share * added
 
     def _cast(self, x: Tensor, adapter: str) -> Tensor:
-        dtype = self.adapter_parameters(adapter)[0].dtype
-        return x if x.dtype == dtype or torch.is_autocast_enabled(x.device.type) else x.to(dtype)
+        dtype = self.lora_A[adapter].weight.dtype
+        return x if x.dtype is dtype or torch.is_autocast_enabled(x.device.type) else x.to(dtype)
 
     def _drop(self, dropout: nn.Module, x: Tensor) -> Tensor:
         if isinstance(dropout, nn.Identity) or not dropout.training:

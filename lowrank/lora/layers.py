@@ -43,9 +43,9 @@ class LoRALinear(LoRALayer):
         _write(self.lora_B[adapter], left)
         _write(self.lora_A[adapter], right)
 
-    def lora_product(self, adapter: str, x: Tensor) -> Tensor:
+    def lora_product(self, adapter: str, x: Tensor, gain: float | Tensor) -> Tensor:
         """See :meth:`LoRALayer.lora_product`."""
-        product: Tensor = self.lora_B[adapter](self.lora_A[adapter](x))
+        product: Tensor = self.lora_B[adapter](self.lora_A[adapter](x) * gain)
         return product
 
     def product_with(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -89,10 +89,10 @@ class LoRAEmbedding(LoRALayer):
             old = holder[adapter]
             old.data = values.to(old.device, old.dtype).contiguous()
 
-    def lora_product(self, adapter: str, x: Tensor) -> Tensor:
+    def lora_product(self, adapter: str, x: Tensor, gain: float | Tensor) -> Tensor:
         """See :meth:`LoRALayer.lora_product`."""
         rows = F.embedding(x, self.lora_embedding_A[adapter].T, getattr(self.base_layer, "padding_idx", None))
-        product: Tensor = rows @ self.lora_embedding_B[adapter].T
+        product: Tensor = (rows * gain) @ self.lora_embedding_B[adapter].T
         return product
 
     def product_with(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -152,9 +152,9 @@ class _LoRAConvNd(LoRALayer):
         _write(down, right.reshape(right.shape[0], *down.weight.shape[1:]))
         down.out_channels = up.in_channels = right.shape[0]
 
-    def lora_product(self, adapter: str, x: Tensor) -> Tensor:
+    def lora_product(self, adapter: str, x: Tensor, gain: float | Tensor) -> Tensor:
         """See :meth:`LoRALayer.lora_product`."""
-        product: Tensor = self.lora_B[adapter](self.lora_A[adapter](x))
+        product: Tensor = self.lora_B[adapter](self.lora_A[adapter](x) * gain)
         return product
 
     def product_with(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
