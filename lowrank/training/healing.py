@@ -18,6 +18,7 @@ from lowrank.batches import Batch, prepare_batches, sample_count
 from lowrank.errors import CalibrationError, NumericsError, UsageError
 from lowrank.evaluation import Evaluator
 from lowrank.training.data import derived_seed
+from lowrank.training.descent import FactorDescent
 from lowrank.training.distillation import Distillation, is_logits
 from lowrank.training.forms import TrainableForm
 from lowrank.training.options import learning_rate_factor
@@ -105,9 +106,9 @@ def heal(
         compressed: with compressed layers (or adapters).
         original: the model it was made from, or stands for: takes the same inputs.
         calibration: batches without labels, as :func:`lowrank.compress_model` takes them.
-        steps, epochs: at most one of them; by default 20 epochs, but 100 to 500 steps.
-        lr: peak learning rate of AdamW, without weight decay; it rises over a twentieth of the steps and falls as a
-            cosine.
+        steps, epochs: at most one of them; by default 20 epochs, but 100 to 400 steps.
+        lr: peak learning rate; it rises over a twentieth of the steps and falls as a cosine. For factors it is a share
+            of their size a step (:class:`lowrank.training.descent.FactorDescent`); for adapters it is AdamW's.
         what: "factors", "adapters" (what :func:`lowrank.add_lora` added, of the active adapter), or "auto": adapters
             where there are any.
         hidden_weight: of the hidden states against the output.
@@ -149,7 +150,7 @@ def heal(
     size = _bytes(healed)
     form = TrainableForm(healed, what)
     per_epoch = max(math.ceil(sample_count(train) / batch_size), 1)
-    total = steps or (epochs * per_epoch if epochs else min(max(20 * per_epoch, 100), 500))
+    total = steps or (epochs * per_epoch if epochs else min(max(20 * per_epoch, 100), 400))
     pool = SamplePool.of(train, vocabulary=_vocabulary(original) if vary else 0)
     try:
         healed.eval()
@@ -192,7 +193,8 @@ def _train(
     seed: int,
     progress: bool,
 ) -> list[float]:
-    optimizer = torch.optim.AdamW(form.parameters, lr=lr, weight_decay=0.0, foreach=False)
+    factors = FactorDescent(form.parameters, lr) if form.what == "factors" else None
+    adapters = torch.optim.AdamW(form.parameters, lr=lr, weight_decay=0.0, foreach=False) if factors is None else None
     drawn = _forever(pool, batch_size, seed)
     losses: list[float] = []
     with torch.enable_grad(), tqdm(total=total, desc="heal", disable=not progress) as bar:
@@ -201,13 +203,16 @@ def _train(
             value = float(loss.detach())
             if not math.isfinite(value):
                 raise NumericsError(f"heal: the loss is {value} at step {step + 1}; lower lr (now {lr:g})")
-            optimizer.zero_grad(set_to_none=True)
+            for parameter in form.parameters:
+                parameter.grad = None
             loss.backward()
             torch.nn.utils.clip_grad_norm_(form.parameters, max_grad_norm)
-            optimizer.param_groups[0]["lr"] = lr * learning_rate_factor(
-                step, total, math.ceil(WARMUP * total), "cosine"
-            )
-            optimizer.step()
+            factor = learning_rate_factor(step, total, math.ceil(WARMUP * total), "cosine")
+            if factors is not None:
+                factors.step(factor)
+            if adapters is not None:
+                adapters.param_groups[0]["lr"] = lr * factor
+                adapters.step()
             losses.append(value)
             bar.set_postfix(loss=f"{value:.4g}", refresh=False)
             bar.update()
