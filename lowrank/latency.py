@@ -39,7 +39,8 @@ def record_calls(
         modules: by name.
 
     Returns:
-        ``{name: {rows: calls per forward}}``; look-ups of an embedding count as rows.
+        ``{name: {rows: calls per forward}}``; look-ups of an embedding and positions of a convolution's output count
+        as rows.
 
     Example:
         >>> import torch
@@ -53,15 +54,20 @@ def record_calls(
         stack.enter_context(no_fast_path())
         for name, module in modules.items():
 
-            def count(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = name) -> None:
-                x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
-                if x is not None:
-                    calls[name][x.numel() // max(x.shape[-1], 1) if x.is_floating_point() else x.numel()] += 1
+            def count(module: nn.Module, _: Any, output: Any, name: str = name) -> None:
+                if isinstance(output, Tensor):
+                    calls[name][output.numel() // _width(module, output)] += 1
 
-            stack.callback(module.register_forward_pre_hook(count, with_kwargs=True).remove)
+            stack.callback(module.register_forward_hook(count).remove)
         for batch in batches:
             batch.run(model)
     return {name: {rows: n / len(batches) for rows, n in sorted(found.items())} for name, found in calls.items()}
+
+
+def _width(module: nn.Module, output: Tensor) -> int:
+    """Features of one row of the output: a convolution's are its channels, wherever they stand."""
+    channels = getattr(module, "out_channels", None)
+    return max(int(output.shape[-1] if channels is None else channels), 1)
 
 
 @dataclass(frozen=True)
@@ -88,12 +94,13 @@ class Speed:
                 if choice.factored:
                     return None
                 continue
-            if type(module) is not nn.Linear and not is_conv1d(module):
+            prefix = _prefix(module)
+            if prefix is None or choice.scheme == "spatial":
                 return None
             dtype = str(shop.weight.dtype).removeprefix("torch.")
             for rows, count in self.calls.get(member.name, {}).items():
                 one = self.table.seconds(
-                    choice.format, choice.activations, dtype, rows, shop.rows, shop.columns, choice.rank
+                    prefix + choice.format, choice.activations, dtype, rows, shop.rows, shop.columns, choice.rank
                 )
                 if one is None:
                     return None
@@ -150,6 +157,14 @@ class Speed:
             shown = ", ".join(unknown[:6]) + (f" and {len(unknown) - 6} more" if len(unknown) > 6 else "")
             told.append(f"kept dense, since there are no timings for layers of their kind and dtype: {shown}")
         return told
+
+
+def _prefix(module: nn.Module) -> str | None:
+    """What stands before the format in the table's keys; ``None`` for modules that were never measured."""
+    if type(module) is nn.Linear or is_conv1d(module):
+        return ""
+    plain = type(module) is nn.Conv2d and module.groups == 1 and module.padding_mode == "zeros"
+    return "conv-" if plain else None
 
 
 def _span(rows: Sequence[int]) -> str:

@@ -272,14 +272,14 @@ def cross_validate(points: Sequence[Point]) -> dict[str, float]:
     for shape in shapes if len(shapes) > 1 else ():
         table = fit_table([point for point in points if (point.outputs, point.inputs) != shape], {})
         held = [point for point in points if (point.outputs, point.inputs) == shape]
-        dense = {(p.key.rsplit("/", 1)[1], p.rows): p for p in held if p.key.startswith("dense/")}
+        dense = {(*_family(p.key), p.rows): p for p in held if p.key.split("/")[0] in ("dense", "conv-dense")}
         for point in held:
             curve = table.curves.get(point.key)
             if curve is None:
                 continue
             predicted = curve.seconds(point.rows, point.outputs, point.inputs, point.rank)
             errors.append(abs(predicted / point.seconds - 1.0))
-            other = dense.get((point.key.rsplit("/", 1)[1], point.rows))
+            other = dense.get((*_family(point.key), point.rows))
             if other is not None and other is not point:
                 limit = table.curves[other.key].seconds(other.rows, other.outputs, other.inputs)
                 judged.append((predicted < limit) != (point.seconds < other.seconds))
@@ -288,6 +288,11 @@ def cross_validate(points: Sequence[Point]) -> dict[str, float]:
         "p90_error": _round(np.quantile(errors, 0.9)) if errors else 0.0,
         "wrong_order": _round(np.mean(judged)) if judged else 0.0,
     }
+
+
+def _family(key: str) -> tuple[bool, str]:
+    """What a layer is compared within: convolutions or matrices, and the dtype."""
+    return key.startswith("conv-"), key.rsplit("/", 1)[1]
 
 
 def _round(value: Any) -> float:

@@ -9,11 +9,18 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lowrank.layers import QuantizedLinear, QuantizedLowRankLayer, SVDCompressedLinear
+from lowrank.layers import (
+    QuantizedConv2d,
+    QuantizedLinear,
+    QuantizedLowRankConv2d,
+    QuantizedLowRankLayer,
+    SVDCompressedConv2d,
+    SVDCompressedLinear,
+)
 from lowrank.stopwatch import host_facts, interleaved
 from lowrank.timings import Point, TimingTable, cross_validate, fit_table, timing_key
 
-__all__ = ["ROWS", "SHAPES", "measure_points", "measure_timings"]
+__all__ = ["ROWS", "SHAPES", "measure_conv_points", "measure_points", "measure_timings"]
 
 # (out, in) of layers in models from MiniLM to a small Llama, and heads and bottlenecks: wide, tall and square.
 SHAPES = (
@@ -29,6 +36,9 @@ SHAPES = (
 )
 # Tokens of a call.
 ROWS = (1, 8, 32, 128, 512, 2048)
+# (in, out, kernel size) of convolutions, and (samples, side) of what they read: of small images.
+CHANNELS = ((3, 16, 3), (16, 16, 3), (16, 32, 1), (32, 32, 3), (64, 64, 3), (64, 128, 1), (128, 128, 3))
+IMAGES = ((1, 8), (1, 16), (1, 32), (64, 8), (64, 16), (64, 32))
 DTYPES = ("float32", "bfloat16")
 # Ranks, as shares of the smaller side.
 SHARES = (0.125, 0.375)
@@ -102,12 +112,65 @@ def _layers(outputs: int, inputs: int, dtype: str) -> Iterator[tuple[str, int | 
             yield timing_key("lowrank-int8", mode, dtype), rank, factored
 
 
+def measure_conv_points(
+    channels: Sequence[tuple[int, int, int]] = CHANNELS,
+    images: Sequence[tuple[int, int]] = IMAGES,
+    *,
+    rounds: int = ROUNDS,
+    at_least: float = SECONDS,
+    progress: bool = False,
+) -> list[Point]:
+    """Seconds of every kind of 2-d convolution (zeros around, one group, float32), as :func:`measure_points`.
+
+    Args:
+        channels: (in, out, kernel size).
+        images: (samples, height and width).
+
+    Example:
+        >>> points = measure_conv_points([(2, 4, 3)], [(1, 5)], rounds=1, at_least=0.0)
+        >>> points[0].key, points[0].rows, points[0].outputs, points[0].inputs
+        ('conv-dense/-/float32', 25, 4, 18)
+    """
+    points = []
+    with torch.no_grad():
+        for inputs, outputs, size in tqdm(channels, desc="timing convolutions", delay=2, disable=not progress):
+            layers = list(_conv_layers(inputs, outputs, size))
+            for samples, side in images:
+                x = torch.randn(samples, inputs, side, side, generator=torch.Generator().manual_seed(0))
+                calls: dict[str, Callable[[], Any]] = {}
+                for key, rank, layer in layers:
+                    calls[f"{key} {rank}"] = lambda layer=layer, x=x: layer(x)  # type: ignore[misc]
+                seconds = interleaved(calls, rounds, at_least)
+                rows, columns = samples * side * side, inputs * size * size
+                points += [
+                    Point(key, rows, outputs, columns, rank, min(seconds[f"{key} {rank}"])) for key, rank, _ in layers
+                ]
+    return points
+
+
+def _conv_layers(inputs: int, outputs: int, size: int) -> Iterator[tuple[str, int | None, nn.Module]]:
+    conv = nn.Conv2d(inputs, outputs, size, padding=size // 2)
+    yield timing_key("conv-dense", None, "float32"), None, conv
+    for mode in ("int8", "float"):
+        key = timing_key("conv-int8", mode, "float32")
+        yield key, None, QuantizedConv2d.from_conv2d(conv, activations=mode)
+    for share in SHARES:
+        rank = max(int(min(outputs, inputs * size * size) * share), 1)
+        yield timing_key("conv-lowrank", None, "float32"), rank, SVDCompressedConv2d.from_conv2d(conv, rank=rank)
+        for mode in ("int8", "float"):
+            key = timing_key("conv-lowrank-int8", mode, "float32")
+            yield key, rank, QuantizedLowRankConv2d.from_conv2d(conv, rank=rank, activations=mode)
+
+
 def measure_timings(*, progress: bool = False, **grid: Any) -> TimingTable:
     """The table of this machine, with the number of threads that torch is set to; minutes for the whole grid.
 
     Args:
         progress: a bar on standard error.
-        grid: ``shapes``, ``rows``, ``dtypes``, ``rounds``, ``at_least`` of :func:`measure_points`.
+        grid: ``shapes``, ``rows``, ``dtypes``, ``rounds``, ``at_least`` of :func:`measure_points`; with any of them
+            convolutions are left out.
     """
     points = measure_points(progress=progress, **grid)
+    if not grid:
+        points += measure_conv_points(progress=progress)
     return fit_table(points, host_facts(), cross_validate(points))

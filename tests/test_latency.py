@@ -20,6 +20,7 @@ from lowrank.layers import CompressedLayer
 from lowrank.modules import survey
 from lowrank.timings import Curve, TimingTable
 from lowrank.workshop import Choice, Workshop
+from lowrank.workshops import open_workshop
 
 # Seconds per call, input, output and weight; or per call, input, output, rank component and weight.
 DENSE, INT8, FACTORED = (0.0, 0.0, 0.0, 1e-9), (2e-6, 0.0, 0.0, 1e-10), (3e-6, 0.0, 0.0, 0.0, 1e-10)
@@ -184,6 +185,21 @@ def test_calls_are_counted_with_their_rows() -> None:
     calls = record_calls(net, batches, modules)
     assert calls == {"table": {4: 0.5, 8: 0.5}, "layer": {1: 0.5, 2: 0.5, 4: 0.5, 8: 0.5}}
     assert not net.layer._forward_pre_hooks
+
+
+def test_convolutions_count_positions_and_are_priced_by_their_own_curves() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 5, 3, stride=2, padding=1), nn.Conv2d(5, 5, 3, groups=5)).eval()
+    calls = record_calls(net, [Batch((torch.zeros(4, 3, 8, 8),))], {"0": net[0], "1": net[1]})
+    assert calls == {"0": {4 * 4 * 4: 1.0}, "1": {4 * 2 * 2: 1.0}}
+    curve = Curve((64,), ((0.0, 0.0, 0.0, 1e-9),))
+    known = TimingTable(
+        {}, {"conv-dense/-/float32": curve, "dense/-/float32": Curve((1,), ((1.0, 0.0, 0.0, 0.0),))}, {}
+    )
+    plain, grouped = (open_workshop(target, None, None) for target in survey(net).targets)
+    speed = Speed(known, calls)
+    assert speed.seconds(plain, Choice("dense")) == pytest.approx(5 * 27 * 1e-9)
+    assert speed.seconds(plain, Choice("int8", None, 8, "int8")) is None
+    assert speed.seconds(grouped, Choice("dense")) is None
 
 
 def test_seconds_add_up_over_calls_and_lookups_are_free() -> None:

@@ -174,7 +174,8 @@ def _remember_conv(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _conv_derivative(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     to_input = to_bias = None
     if ctx.needs_input_grad[0]:
-        to_input = input_gradient(gradient, *ctx.saved_tensors, ctx.geometry, ctx.size)
+        codes, scale = ctx.saved_tensors
+        to_input = input_gradient(gradient, codes, scale, ctx.geometry, ctx.size)
     if ctx.biased and ctx.needs_input_grad[3]:
         to_bias = gradient.transpose(0, 1).flatten(1).sum(dim=1)
     return to_input, None, None, to_bias, None, None, None, None

@@ -17,7 +17,7 @@ import torch
 
 from lowrank.stopwatch import host_facts
 from lowrank.timings import SHIPPED, Point, TimingTable, cross_validate, fit_table
-from lowrank.tuning import measure_points
+from lowrank.tuning import measure_conv_points, measure_points
 
 HERE = Path(__file__).resolve().parent
 KINDS = ("dense/-", "lowrank/-", "int8/int8", "int8/float", "lowrank-int8/int8", "lowrank-int8/float")
@@ -56,9 +56,32 @@ def render(results: dict[str, Any]) -> str:
         # Of the ranks the largest stays.
         found.setdefault((point.outputs, point.inputs, dtype, point.rows), {})[kind] = 1e6 * point.seconds
     for (outputs, inputs, dtype, rows), seconds in sorted(found.items()):
+        if not seconds.keys() & set(KINDS):
+            continue
         cells = " | ".join(f"{seconds[kind]:.0f}" for kind in KINDS)
         lines.append(f"| {outputs}×{inputs} | {dtype} | {rows} | {cells} |")
+    lines += [*_conv_lines(points)]
     return "\n".join(lines) + "\n"
+
+
+def _conv_lines(points: list[Point]) -> list[str]:
+    found: dict[tuple[int, int, int], dict[str, float]] = {}
+    for point in sorted(points, key=lambda point: point.rank or 0):
+        if point.key.startswith("conv-"):
+            kind = point.key.removeprefix("conv-").rpartition("/")[0]
+            found.setdefault((point.outputs, point.inputs, point.rows), {})[kind] = 1e6 * point.seconds
+    if not found:
+        return []
+    lines = [
+        "",
+        "Convolutions, float32, zeros around (shape: output channels × patch):",
+        "",
+        f"| shape | positions | {' | '.join(KINDS)} |",
+        f"|---|---:|{'---:|' * len(KINDS)}",
+    ]
+    for (outputs, inputs, rows), seconds in sorted(found.items()):
+        lines.append(f"| {outputs}×{inputs} | {rows} | {' | '.join(f'{seconds[kind]:.0f}' for kind in KINDS)} |")
+    return lines
 
 
 def main() -> None:
@@ -71,6 +94,8 @@ def main() -> None:
     small = {"shapes": [(16, 32), (32, 16)], "rows": [1, 4], "dtypes": ["float32"], "rounds": 1, "at_least": 0.0}
     folder = Path(tempfile.mkdtemp(prefix="timings_")) if arguments.smoke else HERE
     points = measure_points(progress=True, **(small if arguments.smoke else {}))
+    few = {"channels": [(2, 4, 3)], "images": [(1, 5)], "rounds": 1, "at_least": 0.0}
+    points += measure_conv_points(progress=True, **(few if arguments.smoke else {}))
     for index, point in enumerate(points):
         points[index] = Point(**asdict(point) | {"seconds": float(f"{point.seconds:.4g}")})
     results = {"host": host_facts(), "points": [asdict(point) for point in points]}
