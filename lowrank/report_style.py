@@ -66,10 +66,11 @@ border-top:1px solid var(--line)}.bars li:first-child{border-top:0;color:var(--s
 main{padding:18px 12px 32px}section{padding:14px 12px}td.name{min-width:15ch;max-width:19ch;
 font-size:.76rem}th,td{padding:5px 7px}.charts{grid-template-columns:1fr}.tiles{grid-template-columns:1fr 1fr}
 .tiles strong{font-size:1.25rem}}
+@page{size:A4 landscape;margin:12mm}
 @media print{:root{--page:#fff;--card:#fff;--ink:#000;--soft:#444;--line:#bbb;--before:#bbb;--s1:#1f57b5;
 --s2:#0d7a57;--s3:#999;--s4:#a85808;--s5:#6f3bb0;--s6:#96185a;--s7:#076676;--s8:#625400;--good:#0b6b4c;--bad:#a3261d}body{font-size:10pt}main{max-width:none;padding:0}
 section{border:0;padding:0;margin-top:14pt}.scroll{overflow:visible}table{font-size:7.4pt}th,td{padding:2pt 3pt}
-td.name{font-size:6.8pt;min-width:0}.w{min-width:0}.bar{width:40px}th button{text-decoration:none}
+td.name{font-size:6.8pt;min-width:17ch}.w{min-width:19ch}.charts{grid-template-columns:1fr 1fr}.bar{width:40px}th button{text-decoration:none}
 th button::after{content:""}td:first-child,th:first-child{position:static}thead{display:table-header-group}
 .bars li{padding:1pt 0}tr,.tiles li,.bars li,figure{break-inside:avoid}*{print-color-adjust:exact;-webkit-print-color-adjust:exact}}
 """

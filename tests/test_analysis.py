@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import builtins
 import gc
 import json
 import math
+import re
 import weakref
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lowrank.analysis import analyze_model
+from lowrank.analysis_page import kinds
 from lowrank.analysis_report import AnalysisReport
 from lowrank.analysis_rows import AnalysisRow, size_error_curve
 from lowrank.errors import CheckpointError, NumericsError, UsageError
@@ -407,3 +410,109 @@ def test_a_module_used_twice_is_ignored_by_either_name() -> None:
     model.second = model.first
     rows = analyze_model(model, ignore=["second"]).rows
     assert [(row.name, row.reason) for row in rows] == [("first", "ignored")]
+
+
+# ---- convolutions in the metric of their patches
+
+
+@pytest.mark.parametrize("options", [{}, {"stride": 2, "padding": 1}, {"dilation": 2, "padding": "same"}])
+def test_patches_are_the_inputs_of_a_convolution(options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(3, 20, 3, **options)
+    image = torch.randn(4, 3, 12, 12, generator=generator(5))
+    row = analyze_model(nn.Sequential(conv), calibration=[image]).rows[0]
+    # All outputs of the layer, bias left out, have the singular values of W Σ^½ times √(number of patches).
+    outputs = (conv(image) - conv.bias[:, None, None]).detach().double().transpose(0, 1).flatten(1)
+    sigma = torch.linalg.svdvals(outputs)
+    share = torch.cumsum(sigma.square(), 0) / sigma.square().sum()
+    assert row.tokens == outputs.shape[1]
+    assert row.data_ranks == {str(level): int((share < level).sum()) + 1 for level in (0.9, 0.95, 0.99)}
+    shares = sigma / sigma.sum()
+    assert row.data_effective_rank == pytest.approx(math.exp(-float((shares * shares.log()).sum())), rel=1e-4)
+
+
+def test_conv1d_has_patches_and_grouped_ones_have_none() -> None:
+    model = nn.Sequential(nn.Conv1d(4, 8, 3), nn.Conv1d(8, 8, 3, groups=2))
+    report = analyze_model(model, calibration=[torch.randn(16, 4, 20, generator=generator(2))])
+    assert report.rows[0].data_ranks is not None
+    assert report.rows[1].data_ranks is None
+    assert report.rows[1].ranks is not None
+
+
+# ---- the page
+
+
+def deep() -> nn.Module:
+    torch.manual_seed(1)
+
+    def block() -> nn.Module:
+        return nn.ModuleDict({"query": nn.Linear(12, 12), "dense": nn.Linear(12, 24)})
+
+    return nn.ModuleDict({"table": nn.Embedding(40, 12), "layers": nn.ModuleList([block() for _ in range(3)])})
+
+
+def test_layers_of_one_part_are_one_kind() -> None:
+    rows = analyze_model(deep()).rows
+    assert {name: len(members) for name, members in kinds(rows).items()} == {"table": 1, "query": 3, "dense": 3}
+    alone = kinds([row for row in rows if row.name == "layers.0.query"])
+    assert list(alone) == ["query"]
+    assert list(kinds([AnalysisRow("", "Linear", (2, 2), 4, 16), AnalysisRow("0", "Linear", (2, 2), 4, 16)])) == [
+        "Linear",
+        "*",
+    ]
+
+
+def test_the_page_stands_alone_and_takes_the_pages_colours() -> None:
+    pytest.importorskip("matplotlib", reason="the extra plot is not installed")
+    report = analyze_model(deep())
+    page = report.to_html()
+    assert page.count('<svg class="plot"') == 4
+    for kind in ("table (1)", "query (3)", "dense (3)"):
+        assert kind in page
+    body = page[page.index("<main>") :]
+    assert not re.search(r"#0[0-9a-f]{5}|<style|url\((?!#)|src=|xmlns:xlink|http", body), (
+        "nothing from outside, no fixed colour"
+    )
+    assert "var(--s1)" in body
+    assert page == analyze_model(deep()).to_html(), "the same input gives the same page"
+    ids = re.findall(r' id="([^"]*)"', body)
+    for first, second in re.findall(r'url\(#([^)]*)\)|href="#([^"]*)"', body):
+        assert (first or second) in ids, "every reference has its target"
+
+
+def test_without_matplotlib_the_page_draws_the_means_and_says_how_to_get_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def without(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name.split(".")[0] == "matplotlib":
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    report = analyze_model(deep())
+    monkeypatch.setattr(builtins, "__import__", without)
+    page = report.to_html()
+    assert "pip install &#x27;lowrank[plot]&#x27;" in page
+    assert page.count("<svg viewBox") == 4
+    assert page.count("<polyline") == 7
+
+
+def test_the_verdict_stands_beside_the_name() -> None:
+    page = analyze_model(deep()).to_html()
+    heads = re.findall(r"<th [^>]*>([^<]*)</th>", page)
+    assert heads[:2] == ["layer", "verdict"]
+    for title in (
+        "shape",
+        "parameters",
+        "r90",
+        "r95",
+        "r99",
+        "eff.",
+        "stable",
+        "num.",
+        "noise",
+        "even",
+        "err 25%",
+        "err 50%",
+        "err 75%",
+    ):
+        assert title in heads
