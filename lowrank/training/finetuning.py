@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lowrank.errors import UsageError
+from lowrank.files import lock_destination
 from lowrank.integrations.accelerate import Processes, processes
 from lowrank.training.blocks import checkpointed
 from lowrank.training.checkpoints import HISTORY_NAME, RunDirectory, model_fingerprint
@@ -100,6 +101,7 @@ def finetune(
         CalibrationError: data that cannot be used.
         NumericsError: a loss that is NaN or infinite; the step is named, and the model holds its best tensors so far.
         CheckpointError: ``resume`` from the state of another run.
+        StorageError: ``output_dir`` cannot be written, or another run is writing to it.
 
     Example:
         >>> model = nn.Linear(4, 2)
@@ -149,11 +151,14 @@ def finetune(
         return run.reread()
     started = time.perf_counter()
     devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), _modes_kept(model):
-        context = checkpointed(model) if gradient_checkpointing else contextlib.nullcontext()
-        with context:
+    with contextlib.ExitStack() as stack:
+        if directory is not None and team.first:
+            stack.enter_context(lock_destination(directory.directory))
+        with torch.random.fork_rng(devices=devices), _modes_kept(model):
+            if gradient_checkpointing:
+                stack.enter_context(checkpointed(model))
             run.train()
-    run.finish()
+        run.finish()
     run.result.run = {"seconds": time.perf_counter() - started}
     return run.result
 

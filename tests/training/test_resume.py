@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 from training_batches import batches
 
-from lowrank.errors import CheckpointError, UsageError
+from lowrank.errors import CheckpointError, StorageError, UsageError
 from lowrank.training import TrainingResult, finetune
 
 SETTINGS = {"epochs": 4, "lr": 0.02, "warmup": 3, "gradient_accumulation": 2, "evaluate_every": 2, "progress": False}
@@ -100,3 +101,22 @@ def test_a_damaged_state_is_refused(tmp_path: Path) -> None:
     (state / "state.json").write_text('{"facts": 3}')
     with pytest.raises(CheckpointError, match="is no training state"):
         finetune(Net(), batches(), steps=1, output_dir=tmp_path / "run", resume=True, progress=False)
+
+
+def test_a_second_run_into_the_same_directory_is_turned_away(tmp_path: Path) -> None:
+    refused: list[str] = []
+
+    def second_run(model: nn.Module) -> float:
+        def work() -> None:
+            with pytest.raises(StorageError, match="another run is writing to it") as caught:
+                finetune(Net(), batches(), steps=1, output_dir=tmp_path / "run", overwrite=True, progress=False)
+            refused.append(str(caught.value))
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+        return 0.0
+
+    finetune(Net(), batches(), steps=2, metric=second_run, output_dir=tmp_path / "run", progress=False)
+    assert refused
+    assert (tmp_path / "run" / "trained.safetensors").is_file()
