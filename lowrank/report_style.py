@@ -62,7 +62,7 @@ border-top:1px solid var(--line)}.bars li:first-child{border-top:0;color:var(--s
 .bars div{position:relative;height:12px}.bars i,.bars b{position:absolute;left:0;border-radius:2px;min-width:1px}
 .bars i{top:0;bottom:0;background:var(--before)}.bars b{top:2px;bottom:2px;background:var(--s1)}
 .bars b.share{background:var(--s4)}
-@media (max-width:640px){.bars li{grid-template-columns:3fr 2fr;gap:2px 10px}.bars span{grid-column:1/-1}
+@media (max-width:640px){figure.wide svg text{font-size:19px}svg.plot text{font-size:12.5px}.bars li{grid-template-columns:3fr 2fr;gap:2px 10px}.bars span{grid-column:1/-1}
 main{padding:18px 12px 32px}section{padding:14px 12px}td.name{min-width:15ch;max-width:19ch;
 font-size:.76rem}th,td{padding:5px 7px}.charts{grid-template-columns:1fr}.tiles{grid-template-columns:1fr 1fr}
 .tiles strong{font-size:1.25rem}}
@@ -70,8 +70,8 @@ font-size:.76rem}th,td{padding:5px 7px}.charts{grid-template-columns:1fr}.tiles{
 @media print{:root{--page:#fff;--card:#fff;--ink:#000;--soft:#444;--line:#bbb;--before:#bbb;--s1:#1f57b5;
 --s2:#0d7a57;--s3:#999;--s4:#a85808;--s5:#6f3bb0;--s6:#96185a;--s7:#076676;--s8:#625400;--good:#0b6b4c;--bad:#a3261d}body{font-size:10pt}main{max-width:none;padding:0}
 section{border:0;padding:0;margin-top:14pt}.scroll{overflow:visible}table{font-size:7.4pt}th,td{padding:2pt 3pt}
-td.name{font-size:6.8pt;min-width:17ch}.w{min-width:19ch}.charts{grid-template-columns:1fr 1fr}.bar{width:40px}th button{text-decoration:none}
-th button::after{content:""}td:first-child,th:first-child{position:static}thead{display:table-header-group}
+td.name{font-size:6.8pt;min-width:17ch}.w{min-width:19ch}.charts{grid-template-columns:1fr 1fr;gap:8px 24px}.charts svg{max-height:56mm}figure.wide svg{max-height:90mm}.bar{width:40px}th button{text-decoration:none}
+th button::after{content:""}td:first-child,th:first-child{position:static}thead{display:table-header-group}tfoot{display:table-row-group}
 .bars li{padding:1pt 0}tr,.tiles li,.bars li,figure{break-inside:avoid}*{print-color-adjust:exact;-webkit-print-color-adjust:exact}}
 """
 
