@@ -9,15 +9,19 @@ from typing import Any
 import pytest
 import torch
 from helpers import seeded
+from tiny_models import make_directory, make_text
 from torch import Tensor, nn
 
 from lowrank.batches import Batch
 from lowrank.bench import choice_of
+from lowrank.checkpoint import load_model
+from lowrank.cli import main
 from lowrank.compress import CompressionResult, compress_model, plan_model
-from lowrank.errors import BudgetError, UsageError
+from lowrank.errors import BudgetError, CheckpointError, UsageError
 from lowrank.latency import Speed, record_calls
 from lowrank.layers import CompressedLayer
 from lowrank.modules import survey
+from lowrank.plan import Plan
 from lowrank.timings import Curve, TimingTable
 from lowrank.workshop import Choice, Workshop
 from lowrank.workshops import open_workshop
@@ -224,3 +228,24 @@ def test_no_planned_layer_is_slower_than_dense_by_the_table() -> None:
             speed.seconds(found[entry.name], Choice("dense")),
         )
         assert planned is not None and dense is not None and planned <= dense
+
+
+def test_the_command_line_plans_for_speed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("transformers")
+    source, text, out = make_directory(tmp_path / "model"), make_text(tmp_path / "text.txt"), tmp_path / "fast"
+    arguments = ["compress", str(source), "--objective", "latency", "-q", "--error-budget", "0.3"]
+    assert main([*arguments, "-o", str(out)]) == 2
+    assert "calibration" in capfd.readouterr().err
+    assert main([*arguments, "-o", str(out), "--calibration", str(text), "--batch-size", "8"]) == 0
+    assert "objective latency: by timings" in capfd.readouterr().out
+    plan = Plan.from_json((out / "plan.json").read_text())
+    assert plan.metadata["objective"] == "latency"
+    assert isinstance(load_model(out), nn.Module)
+
+
+def test_a_damaged_table_stops_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "broken.json"
+    path.write_text("{}")
+    monkeypatch.setenv("LOWRANK_TIMINGS", str(path))
+    with pytest.raises(CheckpointError, match=r"broken\.json"):
+        compress()
