@@ -50,6 +50,8 @@ class IntegerConv:
         self._room = None if float(scale.max()) <= LARGE_SCALE else ROOM
         # Of the padded input.
         self._bare = replace(geometry, padding=(0,) * geometry.dims, padding_mode="zeros")
+        # Of the last input: working the size out costs as much as a small convolution.
+        self._sizes: tuple[torch.Size, tuple[int, ...]] = (torch.Size(), ())
         self._native: native.NativeConv | None = None
         self._fits = (
             self._room is None
@@ -72,7 +74,10 @@ class IntegerConv:
             UsageError: the padded input is smaller than the kernel.
             ResourceError: no memory for the codes of the samples.
         """
-        size = self._geometry.output_size(x.shape[2:])
+        before, size = self._sizes
+        if x.shape[2:] != before:
+            size = self._geometry.output_size(x.shape[2:])
+            self._sizes = x.shape[2:], size
         if self._fits and x.is_cpu and x.dtype is torch.float32 and native_ready() and _conv_ready():
             integer.count("native")
             return self._native_product(x, bias, size)

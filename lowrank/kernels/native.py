@@ -23,8 +23,11 @@ __all__ = ["NativeConv", "NativeLinear", "library", "torch_route"]
 # 255 · 128 · 65535 < 2³¹: sums stay in int32 after the zero point is taken off.
 LONGEST = 65_535
 MOST_PIECES = 3
+# As in native/support.c: a library that an older version of the package left behind is passed over.
+_INTERFACE = 1
 _int64, _address, _int = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int
 _SIGNATURES = {
+    "lowrank_interface": ([], _int),
     "lowrank_supported": ([], _int),
     "lowrank_packed_bytes": ([_int64, _int64], _int64),
     "lowrank_pack": ([_address, _int64, _int64, _int64, _int64, _address, _address], None),
@@ -78,10 +81,9 @@ def _load() -> ctypes.CDLL | None:
     for name, (arguments, result) in _SIGNATURES.items():
         function = getattr(loaded, name, None)
         if function is None:
-            # Of an older version of this package.
             return None
         function.argtypes, function.restype = arguments, result
-    return loaded if loaded.lowrank_supported() else None
+    return loaded if loaded.lowrank_interface() == _INTERFACE and loaded.lowrank_supported() else None
 
 
 def _isa_allowed(name: str) -> bool:

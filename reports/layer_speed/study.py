@@ -1,4 +1,4 @@
-"""How fast are the compressed linear layers next to PyTorch's own? See README.md.
+"""How fast are the compressed layers next to PyTorch's own? See README.md.
 
 Run: ``python reports/layer_speed/study.py`` (resumes where it stopped; ``--fresh`` starts anew, ``--smoke`` is for CI).
 """
@@ -21,24 +21,47 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.kernels import route
-from lowrank.layers import QuantizedLinear, QuantizedLowRankLayer, SVDCompressedLinear
+from lowrank.layers import QuantizedConv2d, QuantizedLinear, QuantizedLowRankLayer, SVDCompressedLinear
 
 HERE = Path(__file__).resolve().parent
-# (out_features, in_features, rank): the issue's layer, then feed-forward layers of BERT-base and MiniLM.
-SHAPES = [(4096, 4096, 512), (768, 3072, 192), (384, 1536, 96)]
-TOKENS = [1, 8, 128, 512]
-# Speed-ups of QuantizedLowRankLayer that the project asks of itself: (out, in, rank, tokens) -> ratio.
-GOALS = {(4096, 4096, 512, 1): 15.0, (4096, 4096, 512, 128): 8.0}
+# (out_features, in_features, rank): the issue's layer, then feed-forward layers of BERT-base and MiniLM, and attention.
+SHAPES = [(4096, 4096, 512), (768, 3072, 192), (384, 1536, 96), (384, 384, 96)]
+TOKENS = [1, 8, 32, 128, 512, 2048]
+# (out, in, kernel, stride, size): every kind of convolution in ResNet-20 on CIFAR, and three of ResNet-50.
+CONVOLUTIONS = [
+    (16, 3, 3, 1, 32),
+    (16, 16, 3, 1, 32),
+    (32, 16, 3, 2, 32),
+    (32, 32, 3, 1, 16),
+    (64, 32, 3, 2, 16),
+    (64, 64, 3, 1, 8),
+    (64, 64, 3, 1, 56),
+    (256, 64, 1, 1, 56),
+    (512, 512, 3, 1, 7),
+]
+IMAGES = [1, 64]
 BASELINE = "nn.Linear float32"
+DYNAMIC = "torch dynamic int8"
+FACTORED, DENSE = "QuantizedLowRankLayer int8", "QuantizedLinear int8"
 CONTENDERS = (
     "nn.Linear bfloat16",
-    "torch dynamic int8",
-    "QuantizedLinear int8",
+    DYNAMIC,
+    DENSE,
     "QuantizedLinear float",
     "SVDCompressedLinear float32",
-    "QuantizedLowRankLayer int8",
+    FACTORED,
     "QuantizedLowRankLayer float",
 )
+# What the project asks of itself at 4096×4096, rank 512: (contender, against, tokens) -> ratio.
+GOALS = {
+    (FACTORED, BASELINE, 1): 25.0,
+    (FACTORED, BASELINE, 128): 12.0,
+    (FACTORED, BASELINE, 512): 12.0,
+    (FACTORED, DYNAMIC, 1): 1.5,
+    (FACTORED, DYNAMIC, 128): 2.5,
+    (FACTORED, DYNAMIC, 512): 2.5,
+}
+MOST_OVERHEAD = 25.0  # µs of a layer too small to compute anything
 
 
 def contenders(outputs: int, inputs: int, rank: int) -> dict[str, nn.Module]:
@@ -62,11 +85,11 @@ def contenders(outputs: int, inputs: int, rank: int) -> dict[str, nn.Module]:
     return {
         BASELINE: linear,
         "nn.Linear bfloat16": nn.Linear(inputs, outputs, dtype=torch.bfloat16),
-        "torch dynamic int8": dynamic,
-        "QuantizedLinear int8": QuantizedLinear.from_linear(linear),
+        DYNAMIC: dynamic,
+        DENSE: QuantizedLinear.from_linear(linear),
         "QuantizedLinear float": QuantizedLinear.from_linear(linear, activations="float"),
         "SVDCompressedLinear float32": SVDCompressedLinear(inputs, outputs, rank),
-        "QuantizedLowRankLayer int8": factored("int8"),
+        FACTORED: factored("int8"),
         "QuantizedLowRankLayer float": factored("float"),
     }
 
@@ -82,30 +105,62 @@ def seconds_of(call: Callable[[], Any], at_least: float) -> float:
             return spent / count
 
 
+def paired(calls: dict[str, Callable[[], Any]], rounds: int, at_least: float) -> dict[str, list[float]]:
+    """Seconds of each call, round after round: what is compared ran within the same round."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        call()
+    for _ in range(rounds):
+        for name, call in calls.items():
+            call()  # into the caches
+            seconds[name].append(seconds_of(call, at_least))
+    return seconds
+
+
+def summary(seconds: dict[str, list[float]], against: tuple[str, ...]) -> dict[str, Any]:
+    """Median microseconds, and quartiles of the ratios within a round to each of the baselines."""
+    ratios = {
+        base: {
+            name: _spread([a / b for a, b in zip(seconds[base], values, strict=True)])
+            for name, values in seconds.items()
+            if name != base
+        }
+        for base in against
+    }
+    microseconds = {name: round(1e6 * statistics.median(values), 1) for name, values in seconds.items()}
+    return {"microseconds": microseconds, "speedup": ratios}
+
+
 def measure(outputs: int, inputs: int, rank: int, tokens: int, rounds: int, at_least: float) -> dict[str, Any]:
-    """One shape at one number of tokens: every contender right after the baseline, round after round."""
+    """One shape at one number of tokens."""
     layers = contenders(outputs, inputs, rank)
     x = torch.randn(tokens, inputs, generator=torch.Generator().manual_seed(1))
-    given = {name: x.to(torch.bfloat16) if name.endswith("bfloat16") else x for name in layers}
-    for name, layer in layers.items():
-        layer(given[name])
-    seconds: dict[str, list[float]] = {name: [] for name in layers}
-    ratios: dict[str, list[float]] = {name: [] for name in CONTENDERS}
-    for _ in range(rounds):
-        for name in CONTENDERS:
-            base = seconds_of(lambda: layers[BASELINE](given[BASELINE]), at_least)
-            other = seconds_of(lambda name=name: layers[name](given[name]), at_least)  # type: ignore[misc]
-            seconds[BASELINE].append(base)
-            seconds[name].append(other)
-            ratios[name].append(base / other)
-    return {
-        "shape": [outputs, inputs],
-        "rank": rank,
-        "tokens": tokens,
-        "rounds": rounds,
-        "microseconds": {name: round(1e6 * statistics.median(values), 1) for name, values in seconds.items()},
-        "speedup": {name: _spread(values) for name, values in ratios.items()},
+    low = x.to(torch.bfloat16)
+    calls = {
+        name: lambda call=layer, n=name: call(low if n.endswith("bfloat16") else x) for name, layer in layers.items()
     }
+    found = summary(paired(calls, rounds, at_least), (BASELINE, DYNAMIC))
+    return {"shape": [outputs, inputs], "rank": rank, "tokens": tokens, "rounds": rounds} | found
+
+
+def measure_convolution(
+    outputs: int, inputs: int, kernel: int, stride: int, size: int, images: int, rounds: int, at_least: float
+) -> dict[str, Any]:
+    """One convolution at one number of images, in float32 and dense int8."""
+    conv = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False)
+    layer = QuantizedConv2d.from_conv2d(conv)
+    x = torch.randn(images, inputs, size, size, generator=torch.Generator().manual_seed(1))
+    calls = {"nn.Conv2d float32": lambda: conv(x), "QuantizedConv2d int8": lambda: layer(x)}
+    found = summary(paired(calls, rounds, at_least), ("nn.Conv2d float32",))
+    return {"convolution": [outputs, inputs, kernel, stride, size], "images": images, "rounds": rounds} | found
+
+
+def measure_overhead(rounds: int, at_least: float) -> dict[str, Any]:
+    """A layer of 16×16 at one token: what a call costs before anything is computed."""
+    layers = contenders(16, 16, 4)
+    x = torch.randn(1, 16, generator=torch.Generator().manual_seed(1))
+    calls = {name: lambda call=layers[name]: call(x) for name in (BASELINE, DYNAMIC, DENSE, FACTORED)}
+    return summary(paired(calls, rounds, at_least), (BASELINE,))
 
 
 def _spread(values: list[float]) -> dict[str, float]:
@@ -133,36 +188,78 @@ def render(results: dict[str, Any]) -> str:
     about = results["host"]
     lines = [
         f"{about['cpu']}, {about['threads']} threads, {about['capability']}, torch {about['torch']}, "
-        f"integer route `{about['route']}`. Speed-up over `nn.Linear` in float32: median (quartiles) of paired runs.",
+        f"integer route `{about['route']}`. Speed-up over `nn.Linear` in float32: median (quartiles) of the rounds; "
+        f"in the last two columns over torch's dynamic int8, which is dense.",
         "",
-        f"| shape | rank | tokens | float32, µs | {' | '.join(CONTENDERS)} |",
-        f"|---|---:|---:|---:|{'---:|' * len(CONTENDERS)}",
+        f"| shape | rank | tokens | float32, µs | {' | '.join(CONTENDERS)} | {DENSE}: dynamic | {FACTORED}: dynamic |",
+        f"|---|---:|---:|---:|{'---:|' * (len(CONTENDERS) + 2)}",
     ]
     for case in results["cases"]:
-        cells = [
-            f"{s['median']:.2f} ({s['lower_quartile']:.2f}–{s['upper_quartile']:.2f})"
-            for s in (case["speedup"][name] for name in CONTENDERS)
-        ]
+        cells = [_cell(case["speedup"][BASELINE][name]) for name in CONTENDERS]
+        cells += [_cell(case["speedup"][DYNAMIC][name]) for name in (DENSE, FACTORED)]
         outputs, inputs = case["shape"]
         first = f"{outputs}×{inputs} | {case['rank']} | {case['tokens']} | {case['microseconds'][BASELINE]:.0f}"
         lines.append(f"| {first} | {' | '.join(cells)} |")
+    lines += ["", "| convolution | images | float32, µs | int8, µs | speed-up |", "|---|---:|---:|---:|---:|"]
+    for case in results["convolutions"]:
+        times = case["microseconds"]
+        lines.append(
+            f"| {_name_of(case)} | {case['images']} | {times['nn.Conv2d float32']:.0f} | "
+            f"{times['QuantizedConv2d int8']:.0f} | {_cell(_speedup_of(case))} |"
+        )
+    overhead = results["overhead"]["microseconds"] if results["overhead"] else {}
+    lines += ["", "| one token, 16×16 | µs |", "|---|---:|"]
+    lines += [f"| {name} | {value:.1f} |" for name, value in overhead.items()]
     return "\n".join([*lines, "", *_findings(results)]) + "\n"
 
 
+def _cell(spread: dict[str, float]) -> str:
+    return f"{spread['median']:.2f} ({spread['lower_quartile']:.2f}–{spread['upper_quartile']:.2f})"
+
+
+def _name_of(case: dict[str, Any]) -> str:
+    outputs, inputs, kernel, stride, size = case["convolution"]
+    return f"{inputs} to {outputs} channels, {kernel}×{kernel}, stride {stride}, {size}×{size}"
+
+
+def _speedup_of(case: dict[str, Any]) -> dict[str, float]:
+    found: dict[str, float] = case["speedup"]["nn.Conv2d float32"]["QuantizedConv2d int8"]
+    return found
+
+
 def _findings(results: dict[str, Any]) -> list[str]:
-    """What the numbers say to the goals, and where weight-only is slower than the layer it replaces."""
+    """What the numbers say to the goals, and every place where a layer is slower than what it should beat."""
     lines = []
     for case in results["cases"]:
         shape = (*case["shape"], case["rank"])
         where = f"{shape[0]}×{shape[1]}, rank {shape[2]}, {case['tokens']} tokens"
-        goal = GOALS.get((*shape, case["tokens"]))
-        if goal is not None:
-            got = case["speedup"]["QuantizedLowRankLayer int8"]["median"]
-            verdict = "met" if got >= goal else "missed"
-            lines.append(f"* Goal of {goal}× at {where}: **{verdict}**, {got:.1f}×.")
-        for name in (name for name in CONTENDERS if name.endswith(" float")):
-            if case["speedup"][name]["median"] < 1.0:
-                lines.append(f"* {name} is slower than float32 at {where}: {case['speedup'][name]['median']:.2f}×.")
+        for (name, against, tokens), goal in GOALS.items():
+            if shape == (4096, 4096, 512) and tokens == case["tokens"]:
+                got = case["speedup"][against][name]["median"]
+                verdict = "met" if got >= goal else "missed"
+                lines.append(f"* {name} at {where}: {goal}× {against} asked, **{verdict}**, {got:.1f}×.")
+        ratios = case["speedup"][BASELINE]
+        for name in (DENSE, "QuantizedLinear float", FACTORED, "QuantizedLowRankLayer float"):
+            if ratios[name]["median"] < 1.0:
+                lines.append(f"* {name} is slower than float32 at {where}: {ratios[name]['median']:.2f}×.")
+        ratio = case["speedup"][DYNAMIC][DENSE]["median"]
+        if ratio < 1.0:
+            lines.append(f"* {DENSE} is slower than {DYNAMIC} at {where}: {ratio:.2f}×.")
+        times = case["microseconds"]
+        if times[FACTORED] > times[DENSE]:
+            lines.append(
+                f"* Low rank loses to dense int8 at {where}: {times[FACTORED]:.1f} against {times[DENSE]:.1f} µs."
+            )
+    for case in results["convolutions"]:
+        ratio = _speedup_of(case)["median"]
+        if ratio < 1.0:
+            lines.append(
+                f"* QuantizedConv2d is slower than float32, {case['images']} images, {_name_of(case)}: {ratio:.2f}×."
+            )
+    for name in (DENSE, FACTORED) if results["overhead"] else ():
+        got = results["overhead"]["microseconds"][name]
+        verdict = "met" if got <= MOST_OVERHEAD else "missed"
+        lines.append(f"* A call of {name} in at most {MOST_OVERHEAD:.0f} µs: **{verdict}**, {got:.1f} µs.")
     return lines
 
 
@@ -172,27 +269,42 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="tiny shapes, results to a temporary folder")
     parser.add_argument("--fresh", action="store_true", help="measure everything anew")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=15)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.set_grad_enabled(False)
     folder = Path(tempfile.mkdtemp(prefix="layer_speed_")) if arguments.smoke else HERE
     shapes, tokens = ([(64, 96, 16)], [1, 4]) if arguments.smoke else (SHAPES, TOKENS)
-    rounds, at_least = (3, 0.001) if arguments.smoke else (15, 0.05)
+    convolutions, images = ([(8, 4, 3, 1, 6)], [1]) if arguments.smoke else (CONVOLUTIONS, IMAGES)
+    rounds, at_least = (3, 0.001) if arguments.smoke else (arguments.rounds, 0.05)
     path = folder / "results.json"
-    results: dict[str, Any] = {"host": host(), "cases": []}
+    results: dict[str, Any] = {"host": host(), "cases": [], "convolutions": [], "overhead": None}
     if path.exists() and not arguments.fresh:
         kept = json.loads(path.read_text())
         # Cases of another machine or library do not belong in one table.
         if kept["host"] == results["host"]:
             results = kept
+
+    def keep(message: str) -> None:
+        path.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
+        (folder / "table.md").write_text(render(results))
+        print(message, flush=True)
+
+    if results["overhead"] is None:
+        results["overhead"] = measure_overhead(rounds, at_least)
+        keep(f"overhead: {results['overhead']['microseconds']}")
     done = {(*case["shape"], case["rank"], case["tokens"]) for case in results["cases"]}
     for shape in shapes:
         for count in tokens:
             if (*shape, count) not in done:
                 results["cases"].append(measure(*shape, count, rounds, at_least))
-                path.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
-                (folder / "table.md").write_text(render(results))
-                print(f"{shape} {count} tokens: {results['cases'][-1]['speedup']}", flush=True)
+                keep(f"{shape} {count} tokens: {results['cases'][-1]['microseconds']}")
+    done = {(*case["convolution"], case["images"]) for case in results["convolutions"]}
+    for convolution in convolutions:
+        for count in images:
+            if (*convolution, count) not in done:
+                results["convolutions"].append(measure_convolution(*convolution, count, rounds, at_least))
+                keep(f"{convolution} {count} images: {results['convolutions'][-1]['microseconds']}")
     print(f"written to {folder}")
 
 

@@ -18,7 +18,7 @@ from helpers import seeded
 from torch import Tensor, nn
 
 from lowrank import kernels
-from lowrank.kernels import linear, native
+from lowrank.kernels import native
 from lowrank.kernels.linear import IntegerWeight
 from lowrank.layers import QuantizedLinear, QuantizedLowRankLayer
 
@@ -288,6 +288,16 @@ def test_a_file_that_is_no_library_is_passed_over(monkeypatch: pytest.MonkeyPatc
 
 
 @needs_library
+def test_a_library_of_another_version_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert native._load() is not None
+    monkeypatch.setattr(native, "_INTERFACE", 0)
+    assert native._load() is None
+    monkeypatch.setattr(native, "_INTERFACE", 1)
+    monkeypatch.setitem(native._SIGNATURES, "lowrank_unknown", ([], native.ctypes.c_int))
+    assert native._load() is None
+
+
+@needs_library
 def test_python_costs_little() -> None:
     """The whole call of a tiny layer in less than 25 µs, at its best: 25 at most by the goal, some 10 as measured."""
     from time import perf_counter
@@ -308,4 +318,5 @@ def test_structures_are_those_of_the_c_file() -> None:
     assert ctypes.sizeof(native._Matrix) == 32
     assert ctypes.sizeof(native._Layer) == 8 + 2 * 32 + 8 + 8
     assert ctypes.sizeof(native._Conv) == 11 * 8 + 32 + 8
-    assert linear.LARGE_SCALE == 2.0**60
+    loaded = native.library()
+    assert loaded is None or loaded.lowrank_interface() == native._INTERFACE

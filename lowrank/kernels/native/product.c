@@ -28,7 +28,7 @@ static inline __attribute__((always_inline)) void tile(const code_rows *codes, c
             __m512i right[MOST_VECTORS];
 #pragma GCC unroll 4
             for (int v = 0; v < vectors; v++) {
-                right[v] = _mm512_load_si512((const void *)(weight + v * stride));
+                right[v] = _mm512_loadu_si512((const void *)(weight + v * stride));
                 _mm_prefetch((const char *)(weight + v * stride + AHEAD), _MM_HINT_T0);
             }
 #pragma GCC unroll 12
