@@ -31,3 +31,11 @@ def test_a_merged_model_is_saved_and_loaded_in_its_formats(dtype: torch.dtype, t
     loaded = lowrank.load_model(tmp_path / "merged", model=Tiny().to(dtype).eval())
     with torch.no_grad():
         assert torch.equal(loaded(TOKENS), merged)
+
+
+def test_a_model_with_adapters_is_not_saved_as_if_it_had_none(tmp_path: Path) -> None:
+    model = lowrank.add_lora(compressed(), lowrank.LoRAConfig(r=2, target_modules=["up"], modules_to_save=["norm"]))
+    with pytest.raises(lowrank.UsageError, match=r"layer up has adapters.*save_adapter.*merge_lora"):
+        save_compressed(model, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+    save_compressed(lowrank.unload_lora(lowrank.merge_lora(model)), tmp_path / "model")
