@@ -138,7 +138,7 @@ class BenchmarkReport:
         about = self.host
         lines = [
             f"Median (quartiles) of {self.rounds} interleaved rounds; {self.inputs}.",
-            f"{about['cpu']}, {about['threads']} threads, {about['capability']}, integer route {about['route']}, "
+            f"{about['cpu']}, threads: {about['threads']}, {about['capability']}, integer route {about['route']}, "
             f"torch {about['torch']}.",
         ]
         compared = [row for row in self.rows if row.speedup is not None]

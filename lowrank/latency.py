@@ -149,7 +149,7 @@ class Speed:
         ]
         if self.table.host.get("threads") != threads:
             told.append(
-                f"the timings are of {self.table.host.get('threads')} threads, this process has {threads}: "
+                f"the timings were taken with {self.table.host.get('threads')} threads, this process has {threads}: "
                 "lowrank benchmark --tune measures this machine"
             )
         unknown = [layer.name for layer in layers if self.seconds(workshops[layer.name], Choice("dense")) is None]

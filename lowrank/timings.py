@@ -160,7 +160,7 @@ class TimingTable:
     @property
     def name(self) -> str:
         """One line for plans and reports."""
-        about = f"{self.host.get('cpu')}, {self.host.get('threads')} threads, route {self.host.get('route')}"
+        about = f"{self.host.get('cpu')}, threads: {self.host.get('threads')}, route {self.host.get('route')}"
         return printable(f"{self.origin}: {about}")
 
     def to_json(self) -> str:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -206,3 +209,17 @@ def test_the_studys_table_and_the_shipped_one_are_those_of_its_results() -> None
     results = json.loads((STUDY / "results.json").read_text())
     assert study.render(results) == (STUDY / "table.md").read_text()
     assert study.table_of(results).to_json() == SHIPPED.read_text()
+
+
+def test_the_study_runs_and_leaves_the_shipped_table_alone(tmp_path: Path) -> None:
+    before = SHIPPED.read_bytes()
+    environment = dict(os.environ) | {"PYTHONPATH": os.pathsep.join([str(STUDY.parents[1]), *sys.path])}
+    environment |= {"TMPDIR": str(tmp_path)}
+    command = [sys.executable, str(STUDY / "study.py"), "--smoke", "--threads", "1"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert SHIPPED.read_bytes() == before
+    (folder,) = tmp_path.glob("timings_*")
+    assert "Convolutions" in (folder / "table.md").read_text()
+    table = TimingTable.from_json((folder / "timings.json").read_bytes(), source="timings.json")
+    assert timing_key("conv-lowrank-int8", "int8", "float32") in table.curves
