@@ -25,7 +25,7 @@ from lowrank import analyze_model, analyze_weight
 
 HERE = Path(__file__).resolve().parent
 CACHE = HERE / ".cache"
-ROUNDS = 7
+ROUNDS = 5
 # What the project asks of itself: seconds for all 2-D weights of MiniLM, and how many times faster than WeightWatcher.
 MOST_SECONDS, LEAST_SPEEDUP = 1.5, 3.0
 
