@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowrank.errors import RankError, UsageError
+from lowrank.errors import CalibrationError, RankError, UsageError
 from lowrank.factors import RankCurve, check_rank, factorize
 from lowrank.spatial_factors import SpatialCurve
 from lowrank.statistics import InputStatistics
@@ -116,6 +116,7 @@ def factorize_conv(
     Raises:
         RankError: a side of the weight is 0, or its outputs cannot be cut into so many groups.
         UsageError: an unknown form, or the spatial form of a kernel that has not two dimensions.
+        CalibrationError: the statistics are of another number of features.
         NumericsError: NaN or Inf in the weight or the statistics.
 
     Example:
@@ -128,6 +129,12 @@ def factorize_conv(
         raise RankError(
             f"{name}: (out, in / groups, *kernel) with every size at least 1 and out a multiple of {groups} groups can be "
             f"factored, got shape {tuple(weight.shape)}"
+        )
+    features = weight[0].numel() * groups
+    if statistics is not None and statistics.count and statistics.n_features != features:
+        raise CalibrationError(
+            f"{name}: statistics of {statistics.n_features} features given to a kernel of shape {tuple(weight.shape)} with "
+            f"{groups} groups, whose patches have {features}; gather them with lowrank.convolutions.patches"
         )
     kernel = weight.detach().to(torch.float64)
     parts: list[RankCurve | SpatialCurve] = []

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lowrank.conv_factors import ConvFactors, compose, factorize_conv
 from lowrank.convolutions import ConvGeometry, patches
-from lowrank.errors import NumericsError, RankError, UsageError
+from lowrank.errors import CalibrationError, NumericsError, RankError, UsageError
 from lowrank.factors import factorize
 from lowrank.statistics import InputStatistics
 
@@ -199,6 +199,8 @@ def test_bad_arguments_are_named() -> None:
         factorize_conv(weight, groups=4)
     with pytest.raises(RankError, match="shape"):
         factorize_conv(weight[:, :0])
+    with pytest.raises(CalibrationError, match="patches have 36"):
+        factorize_conv(weight, InputStatistics.from_samples(torch.ones(2, 18)), groups=2)
     for rank in (0, 7, 2.0, True):
         with pytest.raises(RankError):
             factorize_conv(weight).factors(rank)  # type: ignore[arg-type]
