@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tiny_models import make_directory, make_text
 
 import lowrank
-from lowrank import cli, cli_models
+from lowrank import cli, cli_models, cli_shell
 from lowrank.cli import app, main
 from lowrank.errors import LowRankError
 
