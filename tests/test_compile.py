@@ -66,6 +66,25 @@ def graph_of(model: nn.Module, **options: Any) -> Any:
     return torch.compile(model, fullgraph=True, **{"backend": "aot_eager", **options})
 
 
+@pytest.mark.parametrize(
+    "kind", [*LINEAR_KINDS, "QuantizedConv2d", "QuantizedLowRankConv2d", "QuantizedLowRankEmbedding"]
+)
+def test_a_jit_trace_computes_what_eager_does(kind: str) -> None:
+    torch.manual_seed(0)
+    first, second = torch.randn(3, 24), torch.randn(5, 24)
+    if kind.endswith("Conv2d"):
+        conv, options = nn.Conv2d(4, 6, (2, 3), padding="same"), {"rank": 3} if "LowRank" in kind else {}
+        layer: nn.Module = LAYER_KINDS[kind].from_conv2d(conv, **options)  # type: ignore[attr-defined]
+        first, second = torch.randn(2, 4, 7, 9), torch.randn(3, 4, 7, 9)
+    elif kind.endswith("Embedding"):
+        layer, first, second = embedding_layer(kind), torch.tensor([[1, 2]]), torch.tensor([[3, 4, 19]])
+    else:
+        layer = linear_layer(kind)
+    with torch.no_grad():
+        traced = torch.jit.trace(layer, first)
+        assert torch.equal(traced(second), layer(second))
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("kind", [*LINEAR_KINDS, "SVDCompressedLinear"])

@@ -18,6 +18,7 @@ __all__ = [
     "check_size",
     "compressed_layers",
     "dtype_from_name",
+    "graph_is_made",
 ]
 
 ACTIVATIONS = ("int8", "float")
@@ -129,6 +130,17 @@ class CompressedLayer(nn.Module):
         # Recomputed on the next forward; a copy made for the original's tensors would only take space.
         state.pop("_derived", None)
         return state
+
+
+def graph_is_made() -> bool:
+    """Whether this call is being recorded, by torch.compile, torch.export or torch.jit.trace: only operators may compute.
+
+    Example:
+        >>> graph_is_made()
+        False
+    """
+    # torch.jit.trace does not see what the native library writes: it would record memory that nobody filled.
+    return torch.compiler.is_compiling() or torch._C._is_tracing()
 
 
 def compressed_layers(model: nn.Module) -> dict[str, CompressedLayer]:

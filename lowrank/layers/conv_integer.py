@@ -11,6 +11,7 @@ from torch.nn.grad import conv1d_input, conv2d_input
 
 from lowrank.convolutions import ConvGeometry, pad_input
 from lowrank.kernels import IntegerConv
+from lowrank.layers.base import graph_is_made
 from lowrank.layers.conv_base import ConvLayer
 from lowrank.layers.integer_layer import IntegerLayer
 
@@ -61,9 +62,7 @@ class IntegerConvLayer(ConvLayer, IntegerLayer):
 
     def _rounded(self, x: Tensor, bias: Tensor | None) -> Tensor:
         stages = self.stages()
-        kernels: tuple[IntegerConv | None, ...] = (
-            (None,) * len(stages) if torch.compiler.is_compiling() else self.prepared()
-        )
+        kernels: tuple[IntegerConv | None, ...] = (None,) * len(stages) if graph_is_made() else self.prepared()
         last = len(stages) - 1
         for index, (stage, kernel) in enumerate(zip(stages, kernels, strict=True)):
             x = _convolved(x, bias if index == last else None, stage, kernel)

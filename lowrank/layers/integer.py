@@ -10,6 +10,7 @@ from torch import Tensor
 from lowrank.errors import UsageError
 from lowrank.kernels import IntegerWeight
 from lowrank.kernels.activations import pieces_for
+from lowrank.layers.base import graph_is_made
 from lowrank.layers.integer_layer import IntegerLayer
 
 __all__ = ["IntegerLinear"]
@@ -50,7 +51,7 @@ class IntegerLinear(IntegerLayer):
         Gradients reach the input, as if its rounding were not there, and the bias.
         """
         bias = self.bias
-        if torch.compiler.is_compiling():
+        if graph_is_made():
             return self.in_graph(x)
         if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
             result: Tensor = _StraightThrough.apply(x, bias, self, *self.codes_and_scale())

@@ -13,7 +13,7 @@ from lowrank.errors import UsageError
 from lowrank.factors import Factors, check_rank, factorize_embedding
 from lowrank.kernels import wide_matmul
 from lowrank.kernels.activations import pieces_for
-from lowrank.layers.base import dtype_from_name
+from lowrank.layers.base import dtype_from_name, graph_is_made
 from lowrank.layers.embedding import CompressedEmbedding, check_fit, table_error
 from lowrank.layers.quantized_lowrank import dense_product, round_factors
 from lowrank.layers.source import choose_rank, require_embedding
@@ -233,7 +233,7 @@ class QuantizedLowRankEmbedding(CompressedEmbedding):
 
     def forward(self, ids: Tensor) -> Tensor:
         """(...) integers to (..., embedding_dim) in the layer's dtype."""
-        if torch.compiler.is_compiling():
+        if graph_is_made():
             result: Tensor = torch.ops.lowrank.lowrank_int8_embedding(
                 ids, self.left_codes, self.right_codes, self.scale, self.dtype
             )
