@@ -203,7 +203,8 @@ class TimingTable:
             if not _is_number(value):
                 raise CheckpointError(f"{where}: accuracy: {printable(name)} must be a number from 0")
         curves = {
-            key: _read_curve(value, f"{where}: curve {printable(key)}") for key, value in content["curves"].items()
+            key: _read_curve(value, 5 if "lowrank" in key else 4, f"{where}: curve {printable(key)}")
+            for key, value in content["curves"].items()
         }
         if not curves:
             raise CheckpointError(f"{where}: curves: holds none; measure again with lowrank benchmark --tune")
@@ -214,7 +215,7 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
 
 
-def _read_curve(value: Any, where: str) -> Curve:
+def _read_curve(value: Any, length: int, where: str) -> Curve:
     if not isinstance(value, dict) or set(value) != {"rows", "coefficients"}:
         raise CheckpointError(f"{where}: must have exactly the fields coefficients, rows")
     rows, coefficients = value["rows"], value["coefficients"]
@@ -224,12 +225,10 @@ def _read_curve(value: Any, where: str) -> Curve:
     if not isinstance(coefficients, list) or len(coefficients) != len(rows):
         raise CheckpointError(f"{where}: needs one list of coefficients for each of its {len(rows)} numbers of rows")
     for line in coefficients:
-        if not isinstance(line, list) or len(line) not in (4, 5) or not all(_is_number(item) for item in line):
+        if not isinstance(line, list) or len(line) != length or not all(_is_number(item) for item in line):
             raise CheckpointError(
-                f"{where}: coefficients must be lists of 4 or 5 numbers from 0, got {printable(line)}"
+                f"{where}: coefficients must be lists of {length} numbers from 0, got {printable(line)}"
             )
-    if len({len(line) for line in coefficients}) != 1:
-        raise CheckpointError(f"{where}: coefficients must have one length throughout")
     return Curve(tuple(rows), tuple(tuple(float(item) for item in line) for line in coefficients))
 
 

@@ -109,10 +109,12 @@ def _curve(content: dict[str, Any], **changes: Any) -> None:
         (lambda c: _curve(c, rows=[1, 2, 10**30]), "rows must be ascending"),
         (lambda c: _curve(c, rows=[1, 16, 256.0]), "rows must be ascending"),
         (lambda c: _curve(c, coefficients=[[1, 1, 1, 1]]), "one list of coefficients for each"),
-        (lambda c: _curve(c, coefficients=[[1, 1, 1]] * 3), "4 or 5 numbers"),
-        (lambda c: _curve(c, coefficients=[[1, 1, 1, -1]] * 3), "4 or 5 numbers"),
-        (lambda c: _curve(c, coefficients=[[1, 1, 1, "1"]] * 3), "4 or 5 numbers"),
-        (lambda c: _curve(c, coefficients=[[1] * 4, [1] * 4, [1] * 5]), "one length"),
+        (lambda c: _curve(c, coefficients=[[1, 1, 1]] * 3), "lists of 4 numbers"),
+        (lambda c: _curve(c, coefficients=[[1, 1, 1, -1]] * 3), "lists of 4 numbers"),
+        (lambda c: _curve(c, coefficients=[[1, 1, 1, "1"]] * 3), "lists of 4 numbers"),
+        (lambda c: _curve(c, coefficients=[[1] * 4, [1] * 4, [1] * 5]), "lists of 4 numbers"),
+        (lambda c: _curve(c, coefficients=[[1] * 5] * 3), "lists of 4 numbers"),
+        (lambda c: c["curves"]["lowrank/-/float32"].update(coefficients=[[1] * 4] * 3), "lists of 5 numbers"),
     ],
 )
 def test_a_damaged_table_is_refused_in_one_line(change: Any, message: str) -> None:
