@@ -190,3 +190,15 @@ def test_the_skeleton_must_have_the_same_kernel(saved: Path) -> None:
 
     with pytest.raises(LowRankError, match=r"spatial.*\[12, 8, 5, 3\] in the model"):
         load_model(saved, model=other)
+
+
+@pytest.mark.parametrize(
+    "change", [{"stride": 1}, {"padding": 5}, {"groups": 2, "in_channels": 6}, {"padding_mode": "circular"}]
+)
+def test_a_skeleton_whose_convolution_works_otherwise_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    arguments: dict[str, Any] = {"in_channels": 3, "out_channels": 8, "kernel_size": 3, "stride": 2, "padding": 1}
+    net = nn.Sequential(QuantizedConv2d.from_conv2d(nn.Conv2d(**arguments)))
+    save_compressed(net, tmp_path / "out")
+    assert load_model(tmp_path / "out", nn.Sequential(nn.Conv2d(**arguments)))
+    with pytest.raises(CheckpointError, match=f"'0' has {next(iter(change))} .* in the model, but"):
+        load_model(tmp_path / "out", nn.Sequential(nn.Conv2d(**(arguments | change))))

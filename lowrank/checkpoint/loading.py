@@ -21,6 +21,7 @@ from lowrank.checkpoint.manifest import (
     open_checkpoint,
     prefix_of,
 )
+from lowrank.convolutions import ConvGeometry
 from lowrank.errors import CheckpointError, UsageError
 from lowrank.files import TensorSource, printable
 from lowrank.layers import CompressedLayer, call_every_layer
@@ -148,6 +149,13 @@ def _check_fit(skeleton: nn.Module, manifest: Manifest, source: TensorSource, wh
             raise CheckpointError(
                 f"{where}: layer {printable(name)!r} is {list(found)} in the model, but {config['shape']} in the file"
             )
+        geometry = ConvGeometry.of(module).to_json() if isinstance(module, (nn.Conv1d, nn.Conv2d)) else {}
+        for option, value in geometry.items():
+            stored = (config.get("geometry") or {}).get(option)
+            if stored != value:
+                raise CheckpointError(
+                    f"{where}: layer {printable(name)!r} has {option} {value} in the model, but {printable(stored)} in the file"
+                )
         for option, value in (config.get("options") or {}).items():
             # Of modules with several weights, whose first one does not tell how many there are; dropout may differ.
             if option != "dropout" and getattr(module, option, value) != value:
