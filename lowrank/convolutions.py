@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -72,7 +73,10 @@ class ConvGeometry:
             return known
         if not isinstance(conv, (nn.Conv1d, nn.Conv2d)):
             raise UsageError(f"conv: must be an nn.Conv1d or nn.Conv2d, got {type(conv).__name__}")
-        return cls(conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode)
+        # Sizes that a model worked out may be numpy's integers.
+        whole = [tuple(map(operator.index, sizes)) for sizes in (conv.kernel_size, conv.stride, conv.dilation)]
+        padding = conv.padding if isinstance(conv.padding, str) else tuple(map(operator.index, conv.padding))
+        return cls(whole[0], whole[1], padding, whole[2], operator.index(conv.groups), conv.padding_mode)
 
     @property
     def dims(self) -> int:

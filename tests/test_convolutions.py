@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from conv_cases import conv_of, geometries, image_for
@@ -117,3 +118,9 @@ def test_inputs_that_do_not_fit_are_refused() -> None:
         ConvGeometry.of(nn.Linear(2, 2))
     with pytest.raises(UsageError, match="stride missing"):
         ConvGeometry.from_json({key: value for key, value in geometry.to_json().items() if key != "stride"})
+
+
+def test_sizes_that_numpy_worked_out_are_whole_numbers() -> None:
+    conv = nn.Conv2d(4, 8, np.int64(3), stride=np.int32(2), padding=np.int64(1), groups=np.int64(2))  # type: ignore[arg-type]
+    assert ConvGeometry.of(conv) == ConvGeometry((3, 3), (2, 2), (1, 1), groups=2)
+    json.dumps(ConvGeometry.of(conv).to_json())
