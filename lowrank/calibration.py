@@ -65,8 +65,10 @@ class _Collector:
                 return
             # The version tells apart two uses of one tensor with an in-place change between them.
             geometry = ConvGeometry.of(module) if name in self.generators else None
-            key = (id(value), value._version, geometry)
-            leader = self._seen.setdefault(key, (name, value))[0] if self.share else name
+            leader = name
+            # In inference mode nothing tells, so nothing is shared.
+            if self.share and not value.is_inference():
+                leader = self._seen.setdefault((id(value), value._version, geometry), (name, value))[0]
             known = self.leaders.setdefault(name, leader)
             if known != leader:
                 raise _SharingChanged

@@ -113,3 +113,14 @@ def test_the_first_convolution_that_makes_nan_is_named() -> None:
         model[0].weight[0, 0, 0, 0] = float("inf")
     with pytest.raises(NumericsError, match="layer 0: is the first"):
         collect_statistics(model, [torch.randn(2, 2, 6, 6)], {"0": model[0], "2": model[2]})
+
+
+def test_statistics_are_gathered_in_inference_mode_too() -> None:
+    model = nn.ModuleDict({"a": nn.Conv2d(3, 4, 3), "b": nn.Conv2d(3, 4, 3), "c": nn.Linear(4, 4)})
+    model.forward = lambda x: model["c"]((model["a"](x) + model["b"](x)).flatten(2).mT)  # type: ignore[method-assign, operator]
+    inputs, targets = [torch.randn(4, 3, 6, 6)], dict(model.items())
+    plain = collect_statistics(model, inputs, targets)
+    with torch.inference_mode():
+        found = collect_statistics(model, [inputs[0].clone()], targets)
+    for name, value in plain.items():
+        assert torch.equal(of(found[name]).gram, of(value).gram), name
