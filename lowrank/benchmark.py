@@ -277,7 +277,7 @@ def _row(
         routes = tuple(sorted(route for route, count in routes_in_use().items() if count > before.get(route, 0)))
         # An original that is itself compressed, or is called otherwise, is no dense layer to compare with.
         contenders = {"own": run(layer)}
-        if dense is not None and type(dense) is not type(layer):
+        if dense is not None and not isinstance(dense, CompressedLayer):
             contenders["dense"] = run(dense)
         seconds = interleaved(contenders, rounds, at_least)
     return BenchmarkRow(

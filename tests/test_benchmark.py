@@ -218,3 +218,11 @@ def test_tuning_saves_a_table_that_plans_then_use(
     assert cli.main(["benchmark", "--tune", "-q"]) == 5
     path.parent.chmod(0o755)
     assert path.read_bytes() == before
+
+
+def test_a_compressed_layer_is_not_taken_for_the_dense_one() -> None:
+    dense, small = pair()
+    other = Net()
+    other.twice = QuantizedLowRankLayer.from_linear(dense.twice, rank=2)  # type: ignore[assignment]
+    by_name = {row.name: row for row in lowrank.benchmark(small, other, inputs=[IDS], rounds=1, at_least=0.0).rows}
+    assert by_name["twice"].dense_seconds is None and by_name["head"].dense_seconds is not None
