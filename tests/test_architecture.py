@@ -49,6 +49,7 @@ FLOORS: dict[str, int] = {
     "modules": 40,
     "evaluation": 40,
     "calibration": 40,
+    "sensitivity": 45,
     "batchnorm": 45,
     "checkpoint": 50,
     "lora": 55,

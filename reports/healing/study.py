@@ -13,7 +13,10 @@ Needs the data folder beside the repository (``../shared``) and the extra ``demo
 from __future__ import annotations
 
 import argparse
+import copy
 import json
+import math
+import os
 import platform
 import sys
 import tempfile
@@ -30,9 +33,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lowrank
+from lowrank.batches import prepare_batches
 from lowrank.calibration import collect_statistics
-from lowrank.layers import QuantizedLowRankLayer, SVDCompressedConv2d, SVDCompressedLinear
+from lowrank.layers import QuantizedLinear, QuantizedLowRankLayer, SVDCompressedConv2d, SVDCompressedLinear
 from lowrank.modules import replace_module
+from lowrank.sensitivity import LossAwareCurve, output_gradients, ranks_for_budget
 
 HERE = Path(__file__).resolve().parent
 SHARED = HERE.parents[2] / "shared"
@@ -164,6 +169,7 @@ SUBJECTS: dict[str, Callable[[], Subject]] = {
 CASES: dict[str, tuple[str, float, str, dict[str, Any]]] = {
     "minilm-60-lowrank": ("minilm", 0.6, "lowrank", {}),
     "minilm-60-lowrank-int8": ("minilm", 0.6, "lowrank-int8", {}),
+    "minilm-60-alike-lowrank": ("minilm", 0.6, "lowrank", {"ranks": "alike"}),
     "minilm-40-lowrank": ("minilm", 0.4, "lowrank", {}),
     "minilm-40-lowrank-int8": ("minilm", 0.4, "lowrank-int8", {}),
     "resnet20-50-lowrank": ("resnet20", 0.5, "lowrank", {"batch_size": 64}),
@@ -172,24 +178,41 @@ CASES: dict[str, tuple[str, float, str, dict[str, Any]]] = {
 SMOKE = {"digits-30-lowrank": ("digits", 0.3, "lowrank", {"steps": 60})}
 
 
-def compressed(subject: Subject, share: float, format: str) -> nn.Module:
-    """A copy whose layers have factors of the rank that keeps this share of their parameters, by the inputs' statistics."""
-    import copy
+def compressed(subject: Subject, share: float, format: str, ranks: str = "by cost") -> nn.Module:
+    """A copy whose layers hold this share of their parameters in factors.
 
+    Linear layers: factors by what an error costs the model, of the ranks that cost it least in all ("by cost"; a layer
+    whose factors would hold more than its matrix stays as it is, in int8 where the format is), or of the same share in
+    every layer ("alike"). Convolutions: by their inputs' statistics, the same share in every layer.
+    """
     model = copy.deepcopy(subject.model)
     layers = {name: model.get_submodule(name) for name in subject.layers}
-    found = collect_statistics(model, subject.calibration[:24], layers)
+    batches = prepare_batches(model, subject.calibration)
+    linear = {name: layer for name, layer in layers.items() if isinstance(layer, nn.Linear)}
+    found = collect_statistics(model, batches if linear else batches[:24], layers)
+    gradients = output_gradients(model, batches, linear)
+    shapes = {name: (layer.weight.shape[0], layer.weight[0].numel()) for name, layer in layers.items()}
+    chosen: dict[str, int | None] = {
+        name: max(int(share * rows * columns / (rows + columns)), 1) for name, (rows, columns) in shapes.items()
+    }
+    curves = {
+        name: LossAwareCurve(layer.weight, found[name], gradients[name], ridge=RIDGE, name=name)
+        for name, layer in linear.items()
+    }
+    if curves and ranks == "by cost":
+        budget = int(share * sum(math.prod(shapes[name]) for name in curves))
+        chosen |= ranks_for_budget({name: curve.costs for name, curve in curves.items()}, shapes, budget)
     for name, layer in layers.items():
-        weight = layer.weight
-        rows, columns = weight.shape[0], weight[0].numel()
-        rank = max(int(share * rows * columns / (rows + columns)), 1)
-        factored: nn.Module
-        if isinstance(layer, nn.Conv2d):
-            factored = SVDCompressedConv2d.from_conv2d(layer, rank=rank, statistics=found[name], ridge=RIDGE)
-        else:
-            factored = SVDCompressedLinear.from_linear(layer, rank=rank, statistics=found[name], ridge=RIDGE)
+        rank = chosen[name]
+        factored: nn.Module = layer
+        if rank is None:
+            factored = QuantizedLinear.from_linear(layer) if format == "lowrank-int8" else layer
+        elif name in curves:
+            factored = SVDCompressedLinear.from_factors(curves[name].factors(rank), layer)
             if format == "lowrank-int8":
                 factored = QuantizedLowRankLayer.from_factors(factored)
+        else:
+            factored = SVDCompressedConv2d.from_conv2d(layer, rank=rank, statistics=found[name], ridge=RIDGE)
         replace_module(model, [name], factored)
     return model
 
@@ -198,8 +221,13 @@ def run_case(name: str, cases: dict[str, tuple[str, float, str, dict[str, Any]]]
     """One row of results.json."""
     source, share, format, options = cases[name]
     subject = SUBJECTS[source]()
-    smaller = compressed(subject, share, format)
     options = options if steps is None else {**options, "steps": steps}
+    ranks = options.get("ranks", "by cost")
+    options = {key: value for key, value in options.items() if key != "ranks"}
+    started = time.perf_counter()
+    smaller = compressed(subject, share, format, ranks)
+    start_seconds = time.perf_counter() - started
+    load = os.getloadavg()[0]
     started = time.perf_counter()
     result = lowrank.heal(smaller, subject.model, subject.calibration, **options)
     seconds = time.perf_counter() - started
@@ -212,7 +240,10 @@ def run_case(name: str, cases: dict[str, tuple[str, float, str, dict[str, Any]]]
         "dense": subject.measure(subject.model),
         "before": subject.measure(smaller),
         "after": subject.measure(result.model),
+        "left_as_is": sum(isinstance(smaller.get_submodule(n), (nn.Linear, QuantizedLinear)) for n in subject.layers),
+        "start_seconds": round(start_seconds, 1),
         "seconds": round(seconds, 1),
+        "load_at_start": round(load, 1),
         "threads": torch.get_num_threads(),
         "loss_first": losses[0],
         "loss_last": sum(losses[-10:]) / len(losses[-10:]),
@@ -237,10 +268,20 @@ def render(results: dict[str, Any]) -> str:
                     "" if target is None else f"{target} ({'met' if row['after'][figure] <= target else 'missed'})",
                     f"{row['error_before']:.2%} → {row['error_after']:.2%}",
                     row["steps"],
-                    f"{row['seconds']:.0f}",
+                    f"{row['start_seconds']:.0f} + {row['seconds']:.0f}",
                 ]
             )
-    headers = ["case", "figure", "dense", "before", "after", "target", "output error, held out", "steps", "seconds"]
+    headers = [
+        "case",
+        "figure",
+        "dense",
+        "before",
+        "after",
+        "target",
+        "output error, held out",
+        "steps",
+        "seconds, start + heal",
+    ]
     return tabulate(body, headers=headers, tablefmt="github", disable_numparse=True) + "\n"
 
 
