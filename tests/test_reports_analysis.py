@@ -30,7 +30,8 @@ def test_table_is_rendered_from_the_results() -> None:
         pytest.skip("the study has not been run on a quiet machine yet")
     results = json.loads(RESULTS.read_text())
     assert load_study().render(results) == (FOLDER / "table.md").read_text()
-    assert results["timing"]["layers"] == results["timing"]["weightwatcher_layers"] == 39
+    # WeightWatcher leaves out the 2×384 table of token types.
+    assert (results["timing"]["layers"], results["timing"]["weightwatcher_layers"]) == (40, 39)
     assert results["accuracy"]["largest_difference_of_numerical_rank"] == 0
 
 

@@ -10,8 +10,6 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-import pytest
-
 FOLDER = Path(__file__).resolve().parents[1] / "reports" / "layer_speed"
 
 
@@ -26,8 +24,6 @@ def load_study() -> ModuleType:
 
 def test_table_is_rendered_from_the_results() -> None:
     results = json.loads((FOLDER / "results.json").read_text())
-    if "convolutions" not in results:
-        pytest.skip("results of the study's earlier form; python reports/layer_speed/study.py --fresh")
     assert load_study().render(results) == (FOLDER / "table.md").read_text()
     study = load_study()
     assert len(results["cases"]) == len(study.SHAPES) * len(study.TOKENS)

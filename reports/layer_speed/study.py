@@ -209,7 +209,7 @@ def render(results: dict[str, Any]) -> str:
         )
     overhead = results["overhead"]["microseconds"] if results["overhead"] else {}
     lines += ["", "| one token, 16×16 | µs |", "|---|---:|"]
-    lines += [f"| {name} | {value:.1f} |" for name, value in overhead.items()]
+    lines += [f"| {name} | {value:.1f} |" for name, value in sorted(overhead.items())]
     return "\n".join([*lines, "", *_findings(results)]) + "\n"
 
 

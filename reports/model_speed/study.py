@@ -34,6 +34,7 @@ ENVIRONMENT = HERE / ".cache" / "environment"
 TORCHAO = "torchao==0.18.0"
 OURS = "lowrank"
 BUDGET = 0.1
+ORDER = ("float32", "float32, channels last", "bfloat16", "torch dynamic int8", "torchao int8")
 
 
 def enter_environment() -> None:
@@ -227,20 +228,21 @@ def render(results: dict[str, Any]) -> str:
         "model over each other: median (quartiles) of paired rounds.",
     ]
     for case in results["cases"]:
-        ours = list(case["speedup"])
+        ours = sorted(case["speedup"])
         lines += [
             "",
             f"**{case['model']}, {case['input']}** (shape {' × '.join(map(str, case['shape']))}). "
             + "; ".join(
                 f"{name}: {ratio:.1%} of the bytes, error at most {error:.1%}"
-                for name, (ratio, error) in case["sizes"].items()
+                for name, (ratio, error) in sorted(case["sizes"].items())
             )
             + ".",
             "",
             "| | ms | " + " | ".join(f"speed-up of {name}" for name in ours) + " |",
             "|---|---:|" + "---:|" * len(ours),
         ]
-        for name, (low, middle, high) in case["milliseconds"].items():
+        for name in [*(name for name in ORDER if name in case["milliseconds"]), *ours]:
+            low, middle, high = case["milliseconds"][name]
             cells = [
                 "" if name.startswith(OURS) else "{1:.2f} ({0:.2f}–{2:.2f})".format(*case["speedup"][own][name])
                 for own in ours
@@ -249,8 +251,8 @@ def render(results: dict[str, Any]) -> str:
     slower = [
         f"* {own} is slower than {name} on {case['model']}, {case['input']}: {ratio[1]:.2f}×."
         for case in results["cases"]
-        for own, others in case["speedup"].items()
-        for name, ratio in others.items()
+        for own, others in sorted(case["speedup"].items())
+        for name, ratio in sorted(others.items())
         if ratio[1] < 1.0
     ]
     return "\n".join([*lines, "", *(slower or ["No compressed model is slower than any of the others."])]) + "\n"
