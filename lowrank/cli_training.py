@@ -12,6 +12,7 @@ from torch import nn
 
 from lowrank import cli_data, lora, training
 from lowrank.checkpoint import save_compressed, stored_tensors
+from lowrank.checkpoint.saving import hugging_face_config
 from lowrank.cli_models import model_batches, open_model
 from lowrank.cli_options import Fraction, common_options, data_options
 from lowrank.cli_shell import emit, note
@@ -27,6 +28,7 @@ from lowrank.files import (
 )
 from lowrank.layers import CompressedLayer
 from lowrank.report_text import human_bytes
+from lowrank.training.losses import is_causal
 
 __all__ = ["finetune_command", "merge_command"]
 
@@ -56,7 +58,7 @@ def _training_options(command: _Command) -> _Command:
         click.option(
             "--metric", type=click.Choice(["loss", "accuracy", "perplexity"]), default="loss", help="To keep by."
         ),
-        click.option("--gradient-checkpointing", is_flag=True, help="Less memory, a third more time."),
+        click.option("--gradient-checkpointing", is_flag=True, help="Less memory, more time."),
         click.option("--lora-plus-ratio", type=float, help="Learning rate of lora_B over that of lora_A."),
         click.option("--mixed-precision", type=click.Choice(["bf16", "fp16"]), help="Autocast."),
         click.option("--gradient-accumulation", type=int, default=1, show_default=True, help="Batches a step."),
@@ -140,7 +142,7 @@ def finetune_command(
         settings = {key: options[key] for key in ("epochs", "steps", "seed", "progress")}
         healed = training.heal(
             adapted, original, train or [], what="adapters", validation=held, batch_size=batch_size,
-            lr=options["lr"] or 1e-3, **settings,
+            lr=1e-3 if options["lr"] is None else options["lr"], **settings,
         )  # fmt: skip
         lora.save_adapter(healed.model, output, overwrite=overwrite)
         report = healed.report
@@ -155,7 +157,7 @@ def finetune_command(
     held = None if checks is None else _labelled(checks, validation, adapted, source, *sizes)
     if options["epochs"] is None and options["steps"] is None:
         options["epochs"] = DEFAULT_EPOCHS
-    options["lr"] = options["lr"] or 2e-4
+    options["lr"] = 2e-4 if options["lr"] is None else options["lr"]
     result = training.finetune(adapted, train, held, output_dir=output, resume=resume, overwrite=overwrite, **options)
     _finished(output, quiet, result.to_json() if as_json else _outcome_text(result))
 
@@ -230,8 +232,7 @@ def _labelled(
     """Batches with labels: a text's own tokens, or the array of that name."""
     where = printable(path)
     if isinstance(data, list):
-        task = str(getattr(model, "loss_type", None) or type(model).__name__)
-        if "CausalLM" not in task:
+        if not is_causal(model):
             raise CalibrationError(
                 f"{where}: texts train causal language models, and this is a {type(model).__name__}; give an .npz file with "
                 "labels, or --heal-from ORIGINAL"
@@ -247,6 +248,9 @@ def _labelled(
     batches = model_batches(inputs, path, model, source, max_tokens, batch_size) or []
     parts = data["labels"].split(batch_size)
     labels = [part if part.is_floating_point() else part.long() for part in parts]
+    if is_causal(model) and "input_ids" in inputs and data["labels"].shape == inputs["input_ids"].shape:
+        # Such a model is to predict the next token: it shifts its labels itself.
+        return [{**batch, "labels": part} for batch, part in zip(batches, labels, strict=True)]
     return list(zip(batches, labels, strict=True))
 
 
@@ -277,14 +281,14 @@ def _outcome_text(result: training.TrainingResult) -> str:
 
 def _save_dense(model: nn.Module, output: Path, overwrite: bool, source: Path) -> None:
     """A dense model as a Hugging Face directory."""
-    config = getattr(model, "config", None)
-    if config is None or not hasattr(config, "to_json_string"):
+    config = hugging_face_config(model)
+    if config is None:
         raise CheckpointError(
             f"{printable(source)}: a {type(model).__name__} without a config cannot be saved as a directory"
         )
     with atomic_directory(output, overwrite) as partial:
         write_safetensors(partial / WEIGHTS_NAME, stored_tensors(model))
-        write_text(partial / "config.json", config.to_json_string(use_diff=False))
+        write_text(partial / "config.json", json.dumps(config, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
         copy_side_files(source, partial)
 
 

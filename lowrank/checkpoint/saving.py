@@ -132,7 +132,7 @@ def save_compressed(
     real = check_destination(directory, overwrite, forbidden, total + _SIDE_BYTES)
     # A layer that is part of another one is built with it.
     layers = compressed_layers(model)
-    config = _hugging_face_config(model, ties)
+    config = hugging_face_config(model)
     guard = None
     if config is not None and layers:
         first, layer = next(iter(layers.items()))
@@ -244,7 +244,8 @@ def _write_tensors(directory: Path, tensors: Mapping[str, torch.Tensor], max_sha
     write_text(directory / INDEX_NAME, _to_json(index, INDEX_NAME))
 
 
-def _hugging_face_config(model: nn.Module, ties: Mapping[str, str]) -> dict[str, Any] | None:
+def hugging_face_config(model: nn.Module) -> dict[str, Any] | None:
+    """``config.json`` of a Hugging Face model as it is now, embeddings tied or not; ``None`` for any other module."""
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "to_json_string"):
         return None

@@ -14,7 +14,7 @@ from lowrank.batches import model_tensor
 from lowrank.errors import CalibrationError, UsageError
 from lowrank.training.data import IGNORED, Example
 
-__all__ = ["LossFn", "Outcome", "item_count", "run_example"]
+__all__ = ["LossFn", "Outcome", "is_causal", "item_count", "run_example"]
 
 LossFn = Callable[[Any, Any], Tensor]
 
@@ -73,11 +73,11 @@ def item_count(model: nn.Module, example: Example) -> int:
 
 def _shifted(model: nn.Module, example: Example) -> Tensor:
     labels: Tensor = example.labels
-    causal = example.own_loss and labels.ndim == 2 and _is_causal(model)
+    causal = example.own_loss and labels.ndim == 2 and is_causal(model)
     return labels[:, 1:] if causal else labels
 
 
-def _is_causal(model: nn.Module) -> bool:
+def is_causal(model: nn.Module) -> bool:
     """transformers names a model's loss after its task, also through wrappers that pass attributes on."""
     return "CausalLM" in str(getattr(model, "loss_type", None) or type(model).__name__)
 

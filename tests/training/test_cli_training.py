@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("transformers", reason="the extra hf is not installed")
 
-from tiny_models import WORDS, make_directory, make_text
+from tiny_models import WORDS, make_causal_model, make_directory, make_text
 
 import lowrank
 from lowrank.cli import main
@@ -146,6 +146,12 @@ def test_what_cannot_be_done_is_said_in_one_line(room: Path, capfd: pytest.Captu
         (["finetune", out, "--data", text, "-o", new, "--target-modules", "q_prj"], 2, "q_proj"),
         (["finetune", out, "--data", text, "-o", new, "--steps", "1", "--epochs", "1"], 2, "give one of them"),
         (["finetune", out, "--data", text, "-o", new, "--steps", "0"], 2, "steps: must be an integer of at least 1"),
+        (["finetune", out, "--data", text, "-o", new, "--lr", "0"], 2, "lr: must be a finite number above 0"),
+        (
+            ["finetune", out, "--data", text, "-o", new, "--heal-from", str(room / "model"), "--lr", "0"],
+            2,
+            "lr: must be",
+        ),
         (["finetune", out, "--data", text, "-o", new, "--metric", "accuracy"], 2, "validation"),
         (["finetune", out, "--data", str(room / "none.txt"), "-o", new], 3, "no such file"),
         (
@@ -162,3 +168,35 @@ def test_what_cannot_be_done_is_said_in_one_line(room: Path, capfd: pytest.Captu
         assert (code, part in message) == (expected, True), (arguments, code, message)
         assert not Path(new).exists()
     assert (room / "full" / "mine.txt").read_text() == "mine"
+
+
+def test_merging_the_head_of_tied_embeddings_keeps_both_ends(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    from transformers import AutoModelForCausalLM
+
+    make_directory(tmp_path / "model", tied=True)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    config = lowrank.LoRAConfig(r=4, target_modules=["lm_head"], init_lora_weights=False)
+    adapted = lowrank.add_lora(base, config)
+    lowrank.save_adapter(adapted, tmp_path / "adapter")
+    start = ["merge", str(tmp_path / "model"), str(tmp_path / "adapter"), "-o", str(tmp_path / "merged"), "-q"]
+    assert main(start) == 0
+    assert "added to the weight" in capfd.readouterr().out
+    document = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert document["tie_word_embeddings"] is False
+    assert "_name_or_path" not in document
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(merged), logits(adapted), rtol=1e-4, atol=1e-5)
+
+
+def test_labels_of_a_causal_model_are_shifted_by_the_model(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    make_directory(tmp_path / "model")
+    ids = np.random.default_rng(0).integers(4, 20, (8, 6))
+    np.savez(tmp_path / "data.npz", input_ids=ids, labels=ids)
+    arguments = ["finetune", str(tmp_path / "model"), "--data", str(tmp_path / "data.npz"), "-o", str(tmp_path / "a")]
+    assert main([*arguments, "--steps", "1", "--batch-size", "8", "-q", "--json"]) == 0
+    history = json.loads(capfd.readouterr().out)["history"]
+    with torch.no_grad():
+        model = make_causal_model()
+        rows = torch.from_numpy(ids)
+        expected = float(model(input_ids=rows, labels=rows).loss)
+    assert history[0]["loss"] == pytest.approx(expected, rel=1e-5)
