@@ -35,6 +35,7 @@ __all__ = [
     "facts_of",
     "factor_pair",
     "family",
+    "largest_rank",
     "row_norms",
 ]
 

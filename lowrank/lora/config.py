@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,7 @@ from lowrank.errors import AdapterError, RankError, UsageError
 
 __all__ = ["INITIALISATIONS", "LoRAConfig"]
 
+_LARGEST = sys.float_info.max
 INITIALISATIONS = (True, False, "gaussian", "pissa", "residual")
 # PEFT's further initialisations that leave the base weight alone: once trained, their adapters are like any other.
 _STARTED_ELSEWHERE = ("eva", "mica", "orthogonal")
@@ -230,7 +232,8 @@ def _check_rank(value: object, name: str) -> int:
 
 
 def _check_alpha(value: object, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    # The bounds also exclude integers that no float can hold.
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not -_LARGEST <= value <= _LARGEST:
         raise AdapterError(f"{name}: must be a finite number, got {value!r}")
     return value
 

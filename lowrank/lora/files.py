@@ -31,6 +31,7 @@ from lowrank.lora.layers import LoRAEmbedding
 from lowrank.lora.model import (
     _check_name,
     _check_unmerged,
+    activate,
     active_adapters,
     adapter_names,
     delete_adapter,
@@ -184,6 +185,14 @@ def _load(
             f"take: {reason}"
         )
     before = active_adapters(model)
+    trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    for name, parts in by_layer.items():
+        has_rank = "lora_A" in parts or "lora_embedding_A" in parts
+        if has_rank and _rank(parts) != config.rank_of(name):
+            raise CheckpointError(
+                f"{where}: layer {printable(name)}: {CONFIG_NAME} says rank {config.rank_of(name)}, the tensors are of rank "
+                f"{_rank(parts)}"
+            )
     ranks = {re.escape(name): _rank(parts) for name, parts in sorted(by_layer.items(), key=lambda item: -len(item[0]))}
     alphas = {re.escape(name): config.alpha_of(name) for name in by_layer}
     here = there.replace(
@@ -203,8 +212,9 @@ def _load(
         _fill_saved(model, adapter, rest, where)
     except CheckpointError:
         delete_adapter(model, adapter)
-        for layer in lora_layers(model).values():
-            layer.set_active(before)
+        activate(model, before)
+        for parameter, flag in trainable.items():
+            parameter.requires_grad_(flag)
         raise
 
 

@@ -31,9 +31,15 @@ def start_from_singular_vectors(layer: LoRALayer, adapter: str, name: str) -> No
     is changed for good: without the adapter the layer is only the rest (as in PEFT).
 
     Raises:
-        AdapterError: not a dense linear layer.
+        AdapterError: not a dense linear layer, or one that carries other adapters.
     """
     base = layer.base_layer
+    others = [known for known in layer.configs if known != adapter]
+    if others:
+        raise AdapterError(
+            f'layer {name}: init_lora_weights="pissa" takes directions out of the weight under {", ".join(others)}, which '
+            "would no longer compute what it was trained to; use another initialisation, or a copy of the model"
+        )
     if isinstance(base, CompressedLayer) or family(base) != "linear":
         raise AdapterError(
             f'layer {name}: init_lora_weights="pissa" takes directions out of a dense linear weight, and this is a '

@@ -236,7 +236,8 @@ class LoRALayer(nn.Module):
         magnitude = self.lora_magnitude_vector[adapter].weight.flatten()
         share = self._over_outputs(magnitude / _nonzero(self.norms(adapter), magnitude))
         if dropped is not x:
-            base = self.base_layer(dropped)
+            # The adapter's dtype may be wider than the base's.
+            base = self.base_layer(dropped.to(base.dtype) if dropped.is_floating_point() else dropped)
         bias = base_bias(self.unmerged_base)
         plain = base if bias is None else base - self._over_outputs(bias)
         return (share - 1) * plain + share * added

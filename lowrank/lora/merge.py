@@ -12,7 +12,7 @@ from torch import nn
 from lowrank.errors import AdapterError, RankError, UsageError
 from lowrank.lora.layer import LoRALayer, MergeRow
 from lowrank.lora.merging import MergeOptions, merged_base
-from lowrank.lora.model import lora_layers, require_adapter
+from lowrank.lora.model import activate, lora_layers, require_adapter
 from lowrank.lora.saved_module import SavedModule
 from lowrank.lora.target import outer_modules
 from lowrank.modules import replace_module
@@ -83,7 +83,7 @@ def merge_lora(
     :func:`merge_report` says what it cost, :func:`unload_lora` leaves a model without adapters.
 
     Args:
-        adapters: names; default the active ones.
+        adapters: names, which become the active ones; default those that are.
         rank: truncate factored layers to this rank afterwards.
         max_error: truncate factored layers as far as ‖ΔW‖/‖W‖ stays within this.
         requantize: let layers be rounded anew where their codes leave no room (dense int8, DoRA on int8).
@@ -103,6 +103,8 @@ def merge_lora(
     layers = lora_layers(model)
     if adapters is not None:
         adapters = (adapters,) if isinstance(adapters, str) else tuple(adapters)
+        if not adapters:
+            raise UsageError("merge_lora: adapters is empty; name one, or leave it out for the active ones")
         for adapter in adapters:
             require_adapter(model, adapter)
     made: list[tuple[LoRALayer, nn.Module, tuple[str, ...], MergeRow]] = []
@@ -126,6 +128,9 @@ def merge_lora(
         raise AdapterError("merge_lora: nothing was merged. " + " | ".join(refused[:3]) + more)
     if not made and not any(layer.merged_adapters for layer in layers.values()):
         raise UsageError("merge_lora: no adapter is active; name one, or set_adapter first")
+    if adapters is not None and made:
+        # A layer without them runs its base alone, and a module trained whole is theirs.
+        activate(model, adapters)
     for layer, merged, names, row in made:
         layer.take_merged(merged, names, row)
     return model

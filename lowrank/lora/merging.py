@@ -134,7 +134,7 @@ def _merge_factors(
             "requantize=True to round the layer anew"
         )
     rank, limit = pair[0].shape[1] + change.left.shape[1], min(pair[0].shape[0], pair[1].shape[1])
-    again = options.rank is not None or options.max_error is not None
+    again = (options.rank is not None and options.rank < rank) or options.max_error is not None
     if rank <= limit and not again and not (integer and change.rows is not None):
         return _appended(base, change), f"{change.left.shape[1]} components appended"
     kept = pair[0] if change.rows is None else pair[0] * change.rows[:, None]

@@ -22,6 +22,7 @@ from lowrank.modules import replace_module, unwrapped
 from lowrank.statistics import InputStatistics, TokenCounts
 
 __all__ = [
+    "activate",
     "active_adapters",
     "adapter_names",
     "add_lora",
@@ -107,7 +108,7 @@ def install(
     with contextlib.ExitStack() as undo:
         for parameter in model.parameters():
             undo.callback(parameter.requires_grad_, parameter.requires_grad)
-        undo.callback(_activate, model, active)
+        undo.callback(activate, model, active)
         wide: list[str] = []
         for place in targets.adapted:
             layer = place.module if isinstance(place.module, LoRALayer) else adapted(place.module)
@@ -129,7 +130,7 @@ def install(
                 replace_module(model, place.names, wrapper)
         undo.pop_all()
     model.requires_grad_(False)
-    _activate(model, [adapter])
+    activate(model, [adapter])
     return wide
 
 
@@ -216,10 +217,11 @@ def set_adapter(model: nn.Module, adapter: str | Sequence[str] | None) -> None:
     for name in wanted:
         require_adapter(model, name)
     _check_unmerged(model, "set_adapter")
-    _activate(model, wanted)
+    activate(model, wanted)
 
 
-def _activate(model: nn.Module, adapters: Sequence[str]) -> None:
+def activate(model: nn.Module, adapters: Sequence[str]) -> None:
+    """Let these adapters count and be trained, and no others; nothing is checked."""
     for layer in lora_layers(model).values():
         layer.set_active(adapters)
     for module in saved_modules(model).values():
@@ -313,7 +315,9 @@ def add_weighted_adapter(
     ranks = {name: change.right.shape[0] for name, (change, _) in sums.items()}
     top = max(ranks.values())
     patterns = {
-        re.escape(name): rank for name, rank in sorted(ranks.items(), key=lambda item: -len(item[0])) if rank != top
+        f"^{re.escape(name)}": rank
+        for name, rank in sorted(ranks.items(), key=lambda item: -len(item[0]))
+        if rank != top
     }
     config = LoRAConfig(
         r=top, lora_alpha=top, target_modules=list(ranks), rank_pattern=patterns, alpha_pattern=dict(patterns)
@@ -323,7 +327,7 @@ def add_weighted_adapter(
         layer = layers[name]
         layer.add_adapter(adapter_name, config, name)
         layer.set_pair(adapter_name, change.left * change.left.new_tensor(each), change.right)
-    _activate(model, [adapter_name])
+    activate(model, [adapter_name])
 
 
 def set_form(model: nn.Module, form: str) -> None:
@@ -352,8 +356,8 @@ def _check_name(model: nn.Module, adapter: object) -> None:
         not isinstance(adapter, str)
         or not adapter
         or "." in adapter
-        or hasattr(nn.ModuleDict, adapter)
-        or hasattr(nn.ParameterDict, adapter)
+        or hasattr(nn.ModuleDict(), adapter)
+        or hasattr(nn.ParameterDict(), adapter)
     ):
         raise UsageError(
             f"adapter_name: must be a non-empty text without dots that is no attribute of a module, got {adapter!r}"

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lowrank.errors import UsageError
 from lowrank.layers import CompressedLayer
+from lowrank.layers.source import is_conv1d
 from lowrank.lora.bases import family
 from lowrank.lora.config import LoRAConfig, pattern_key
 from lowrank.lora.layer import LoRALayer
@@ -24,6 +25,7 @@ ALL_LINEAR = "all-linear"
 _HEAD = 'the output head, which "all-linear" leaves out; name it to adapt it'
 # Where PEFT looks for the head of a sequence classifier that has no output embeddings.
 _CLASSIFIER_HEADS = ("score", "classifier")
+_PLAIN: tuple[type[nn.Module], ...] = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d)
 
 
 @dataclass(frozen=True)
@@ -166,6 +168,10 @@ def _unfit(place: Place) -> str | None:
         return f"no adapter fits a {type(module).__name__}"
     if isinstance(module, CompressedLayer):
         return None
+    if not any(type(module).forward is kind.forward for kind in _PLAIN if isinstance(module, kind)) and not is_conv1d(
+        module
+    ):
+        return f"{type(module).__name__} has a forward of its own, which an adapter's product need not follow"
     if torch.nn.utils.parametrize.is_parametrized(module) or any(
         hasattr(module, name) for name in ("weight_g", "weight_orig", "weight_u")
     ):
