@@ -42,8 +42,9 @@ class Processes:
             return tensor
         from accelerate.utils import reduce
 
-        result: Tensor = reduce(tensor, reduction="sum")
-        return result
+        # The backend of CUDA cannot add up what lies on the CPU, as counts do.
+        result: Tensor = reduce(tensor.to(self.state.device), reduction="sum")
+        return result.to(tensor.device)
 
     def wait(self) -> None:
         """Until all have come here."""

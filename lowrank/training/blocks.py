@@ -47,11 +47,14 @@ def checkpointed(model: nn.Module) -> Iterator[int]:
         How many blocks there are; without any the model runs as ever.
     """
     blocks = [model.get_submodule(name) for name in repeated_blocks(model)]
+    own = [block.__dict__.get("forward") for block in blocks]
     try:
         for block in blocks:
             # On the instance, so that the class and every other model stay as they are.
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
         yield len(blocks)
     finally:
-        for block in blocks:
+        for block, forward in zip(blocks, own, strict=True):
             block.__dict__.pop("forward", None)
+            if forward is not None:
+                block.forward = forward

@@ -72,13 +72,17 @@ class RunDirectory:
             raise UsageError(
                 f"output {printable(directory)}: holds no training state to resume; overwrite=True starts anew"
             )
-        elif overwrite and state.is_dir():
-            shutil.rmtree(state)
+        self._stale = state if overwrite and self.found is None else None
 
     @property
     def finished(self) -> bool:
         """Whether the run that is found there has come to its end."""
         return self.found is not None and bool(self.found["finished"])
+
+    def start(self) -> None:
+        """Drop what another run left to go on from; once this run holds the directory."""
+        if self._stale is not None and self._stale.is_dir():
+            shutil.rmtree(self._stale)
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors of the state (or of the outcome, where it is finished)."""
@@ -99,12 +103,12 @@ class RunDirectory:
             write_text(partial / STATE_NAME, _dump({"facts": self.facts, "finished": False, "progress": progress}))
 
     def save_outcome(self, history: str, tensors: Mapping[str, Tensor], adapter: Path | None) -> None:
-        """The whole directory anew: the adapter's files, or the trained tensors where there is no adapter."""
+        """The whole directory anew: the adapter's files, the trained tensors, or both, and the history."""
         with atomic_directory(self.directory, overwrite=True) as partial:
-            if adapter is None:
+            if tensors:
                 trained = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
                 write_safetensors(partial / TRAINED_NAME, trained)
-            else:
+            if adapter is not None:
                 for path in adapter.iterdir():
                     shutil.copyfile(path, partial / path.name)
             write_text(partial / HISTORY_NAME, history)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,15 @@ from torch import Tensor
 from lowrank.batches import Batch
 from lowrank.errors import CalibrationError
 
-__all__ = ["Example", "TrainingData", "derived_seed", "language_model_batches", "read_examples"]
+__all__ = [
+    "Example",
+    "TrainingData",
+    "derived_seed",
+    "examples_fingerprint",
+    "language_model_batches",
+    "read_examples",
+    "seeded_numbers",
+]
 
 # What transformers' losses leave out.
 IGNORED = -100
@@ -42,15 +50,29 @@ class Example:
         mine = torch.arange(rank, self.batch.size, count)
         if not len(mine):
             return None
-        labels = self.labels
-        if isinstance(labels, Tensor) and labels.ndim and labels.shape[0] == self.batch.size:
-            labels = labels[mine.to(labels.device)]
-        return Example(self.batch.select(mine), labels, self.own_loss)
+
+        def pick(tensor: Tensor) -> Tensor:
+            whole = not tensor.ndim or tensor.shape[0] != self.batch.size
+            return tensor if whole else tensor[mine.to(tensor.device)]
+
+        return Example(self.batch.select(mine), _each_tensor(self.labels, pick), self.own_loss)
 
     def to(self, device: torch.device) -> Example:
         """The example on another device."""
-        labels = self.labels.to(device) if isinstance(self.labels, Tensor) else self.labels
-        return Example(self.batch.to(device), labels, self.own_loss)
+        return Example(
+            self.batch.to(device), _each_tensor(self.labels, lambda tensor: tensor.to(device)), self.own_loss
+        )
+
+
+def _each_tensor(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The labels with every tensor changed, also those in tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {key: _each_tensor(entry, change) for key, entry in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(_each_tensor(entry, change) for entry in value)
+    return value
 
 
 def read_example(item: Any, name: str, *, own_loss: bool) -> Example:
@@ -136,7 +158,7 @@ class TrainingData:
 
     def __init__(self, data: Iterable[Any], seed: int, *, own_loss: bool) -> None:
         _check_iterable(data, "train")
-        once = iter(data) is data or not hasattr(data, "__len__")
+        once = isinstance(data, Iterator) or not hasattr(data, "__len__")
         self.data: Iterable[Any] = list(data) if once else data
         self.seed = seed
         self.own_loss = own_loss
@@ -170,18 +192,13 @@ class TrainingData:
         return found
 
     def fingerprint(self) -> str:
-        """SHA-256 of the number of batches and of the first one of epoch 0."""
-        digest = hashlib.sha256(str(self._count).encode())
-        (first,) = self.group(0, 0, 1)
-        for value in (
-            *first.batch.args,
-            *(first.batch.kwargs[key] for key in sorted(first.batch.kwargs)),
-            first.labels,
-        ):
-            if isinstance(value, Tensor):
-                digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
-                digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        """SHA-256 of all batches where they are a sequence; else of their number and the first one of epoch 0."""
+        known = [read_example(item, "train", own_loss=self.own_loss) for item in self.data] if self._listed else None
+        return f"{self._count}:{examples_fingerprint(known or self.group(0, 0, 1))}"
+
+    @property
+    def _listed(self) -> bool:
+        return isinstance(self.data, (list, tuple))
 
     def _epoch(self, epoch: int) -> Iterator[Any]:
         seed = derived_seed(self.seed, 0, epoch)
@@ -193,6 +210,22 @@ class TrainingData:
             own.manual_seed(seed)
         with seeded_numbers(seed):
             return iter(self.data)
+
+
+def examples_fingerprint(examples: Iterable[Example]) -> str:
+    """SHA-256 of the tensors of the examples."""
+    digest = hashlib.sha256()
+
+    def add(tensor: Tensor) -> Tensor:
+        digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return tensor
+
+    for example in examples:
+        _each_tensor(example.batch.args, add)
+        _each_tensor({key: example.batch.kwargs[key] for key in sorted(example.batch.kwargs)}, add)
+        _each_tensor(example.labels, add)
+    return digest.hexdigest()
 
 
 class seeded_numbers:

@@ -14,12 +14,21 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from lowrank import lora
 from lowrank.errors import UsageError
 from lowrank.files import lock_destination
 from lowrank.integrations.accelerate import Processes, processes
+from lowrank.lora.model import lora_layers, saved_modules
 from lowrank.training.blocks import checkpointed
 from lowrank.training.checkpoints import HISTORY_NAME, RunDirectory, model_fingerprint
-from lowrank.training.data import Example, TrainingData, read_examples
+from lowrank.training.data import (
+    Example,
+    TrainingData,
+    derived_seed,
+    examples_fingerprint,
+    read_examples,
+    seeded_numbers,
+)
 from lowrank.training.history import TrainingResult
 from lowrank.training.losses import LossFn
 from lowrank.training.optimizer import changing_tensors, optimizer_tensors, restore_optimizer, trainable_named
@@ -86,8 +95,9 @@ def finetune(
         evaluate_every: steps; by default once an epoch.
         metric: "loss", "accuracy", "perplexity", or a callable(model) -> float, which needs no validation data.
         higher_is_better: for a callable.
-        output_dir: where the run's state is kept at every evaluation and, in the end, the best adapter alone (without
-            an adapter: the trained tensors) with ``history.json``.
+        output_dir: where the run's state is kept at every evaluation and, in the end, the best adapter alone with
+            ``history.json``. What one active adapter does not hold (several of them, further parameters, a model without
+            adapters) is in ``trained.safetensors``, all trained tensors by name.
         resume: go on from the state in ``output_dir``, if there is one.
         overwrite: replace what is in ``output_dir``.
         seed: of the order of the data and of dropout.
@@ -132,7 +142,9 @@ def finetune(
         raise UsageError("validation: patience, evaluate_every and a metric need validation data")
     parameters = trainable_named(model)
     own_loss = loss_fn is None
-    checks = None if validation is None else read_examples(validation, "validation", own_loss=own_loss)
+    # A DataLoader draws random numbers when it is read.
+    with seeded_numbers(derived_seed(seed, 5)):
+        checks = None if validation is None else read_examples(validation, "validation", own_loss=own_loss)
     data = TrainingData(train, seed, own_loss=own_loss)
     device = next(iter(parameters.values())).device
     team = processes(device)
@@ -140,7 +152,9 @@ def finetune(
     if output_dir is not None:
         facts = {
             "model": model_fingerprint(model, changing_tensors(model)),
+            "adapters": _adapter_facts(model),
             "data": data.fingerprint(),
+            "validation": None if checks is None else examples_fingerprint(checks),
             **options.to_json(),
         }
         directory = RunDirectory(Path(output_dir), facts, resume=resume, overwrite=overwrite)
@@ -154,6 +168,7 @@ def finetune(
     with contextlib.ExitStack() as stack:
         if directory is not None and team.first:
             stack.enter_context(lock_destination(directory.directory))
+            directory.start()
         with torch.random.fork_rng(devices=devices), _modes_kept(model):
             if gradient_checkpointing:
                 stack.enter_context(checkpointed(model))
@@ -186,7 +201,7 @@ class _Run:
         self.tensors = changing_tensors(model)
         self.best = _copies(self.tensors)
         self.stale = 0
-        counts = [sum(p.numel() for p in self.trainer.parameters.values()), sum(p.numel() for p in model.parameters())]
+        counts = lora.trainable_parameters(model)
         self.result = TrainingResult(metric=options.metric_name, trainable=counts[0], total=counts[1])
 
     def train(self) -> None:
@@ -275,8 +290,9 @@ class _Run:
             return
         if self.team.first:
             with tempfile.TemporaryDirectory() as folder:
-                adapter = _adapter_files(self.model, Path(folder, "adapter"))
-                self.directory.save_outcome(self.result.to_json(), self.tensors, adapter)
+                adapter, held = _adapter_files(self.model, Path(folder, "adapter"))
+                tensors = {} if all(id(tensor) in held for tensor in self.tensors.values()) else self.tensors
+                self.directory.save_outcome(self.result.to_json(), tensors, adapter)
         self.team.wait()
         self.result.directory = self.directory.directory
 
@@ -290,14 +306,31 @@ class _Run:
         return self.result
 
 
-def _adapter_files(model: nn.Module, directory: Path) -> Path | None:
-    """The active adapter in PEFT's files; ``None`` where the model has none."""
-    from lowrank import lora
+def _adapter_files(model: nn.Module, directory: Path) -> tuple[Path | None, set[int]]:
+    """The one active adapter in PEFT's files and the ids of its tensors; nothing where there is none, or several."""
+    layers = [module for module in model.modules() if isinstance(module, lora.LoRALayer)]
+    active = {adapter for layer in layers for adapter in layer.active_adapters}
+    if len(active) != 1:
+        return None, set()
+    (adapter,) = active
+    lora.save_adapter(model, directory, adapter)
+    held: list[Tensor] = [parameter for layer in layers for parameter in layer.adapter_parameters(adapter)]
+    for module in saved_modules(model).values():
+        if adapter in module.modules_to_save:
+            whole = module.modules_to_save[adapter]
+            held += [*whole.parameters(), *whole.buffers()]
+    return directory, {id(tensor) for tensor in held}
 
-    if not any(isinstance(module, lora.LoRALayer) for module in model.modules()):
-        return None
-    lora.save_adapter(model, directory)
-    return directory
+
+def _adapter_facts(model: nn.Module) -> dict[str, Any]:
+    """What adapters compute with besides their tensors."""
+    return {
+        name: {
+            adapter: [layer.scaling[adapter], layer.configs[adapter].lora_dropout, adapter in layer.active_adapters]
+            for adapter in layer.configs
+        }
+        for name, layer in lora_layers(model).items()
+    }
 
 
 def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from lowrank.errors import CheckpointError
 from lowrank.files import parse_json
 from lowrank.integrations.matplotlib import draw_history
 
@@ -59,9 +60,11 @@ class TrainingResult:
         """What :meth:`to_json` wrote.
 
         Raises:
-            CheckpointError: not JSON.
+            CheckpointError: not JSON, or no such history.
         """
-        found: dict[str, Any] = parse_json(text, source=source)
+        found: Any = parse_json(text, source=source)
+        if not isinstance(found, dict) or not set(found) <= {entry.name for entry in fields(cls)}:
+            raise CheckpointError(f"{source}: is no training history")
         return cls(**found)
 
     def plot(self, kind: str = "png") -> bytes:

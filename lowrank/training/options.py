@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from torch import nn
@@ -85,7 +85,7 @@ class TrainingOptions:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data: what two runs must have in common for one to go on where the other stopped."""
-        return asdict(self) | {"metric": self.metric_name}
+        return {entry.name: getattr(self, entry.name) for entry in fields(self)} | {"metric": self.metric_name}
 
 
 def learning_rate_factor(step: int, total: int, warmup: int, schedule: str) -> float:

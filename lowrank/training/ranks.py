@@ -13,14 +13,15 @@ from torch import nn
 
 from lowrank.errors import RankError, UsageError
 from lowrank.lora import LoRAConfig, LoRALayer, add_lora
+from lowrank.lora.bases import largest_rank
 from lowrank.training.data import derived_seed, read_examples
 from lowrank.training.finetuning import finetune
 from lowrank.training.losses import LossFn, run_example
 
 __all__ = ["allocate_ranks", "rank_scores"]
 
-# B starts at zero, where gradient × weight says nothing; a few steps of any size make it speak. A heuristic: more steps
-# change the order of the layers little.
+# B starts at zero, where gradient × weight says nothing; a few steps of any size make it speak. An unmeasured
+# heuristic.
 WARM_STEPS, WARM_RATE = 8, 1e-3
 
 
@@ -84,7 +85,7 @@ def rank_scores(
     *,
     seed: int = 0,
 ) -> tuple[dict[str, float], dict[str, int]]:
-    """Σ|gradient · weight| of each layer's adapter over the batches, and the largest rank it can use, min(out, in)."""
+    """Σ|gradient · weight| of each layer's adapter over the batches, and the largest rank it can use, min(out, in · kernel)."""
     config = LoRAConfig() if config is None else config
     if config.rank_pattern:
         raise UsageError("config: has a rank_pattern already, which is what this function is to find; leave it out")
@@ -114,7 +115,7 @@ def rank_scores(
             run_example(adapted, example.to(device), loss_fn).loss.backward()
         for name, layer in layers.items():
             scores[name] += _gradient_times_weight(layer)
-    return scores, {name: min(layer.in_features, layer.out_features) for name, layer in layers.items()}
+    return scores, {name: largest_rank(layer.unmerged_base) for name, layer in layers.items()}
 
 
 def _gradient_times_weight(layer: LoRALayer) -> float:

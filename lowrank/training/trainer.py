@@ -20,6 +20,10 @@ from lowrank.training.options import TrainingOptions, learning_rate_factor
 
 __all__ = ["Trainer"]
 
+_NO_GRADIENT = (
+    "finetune: no trainable parameter got a gradient from the loss; does the loss depend on the model's output, and the "
+    "output on them? Adapters that are merged do not train: lowrank.unmerge_lora(model) first"
+)
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -83,6 +87,8 @@ class Trainer:
     def _backward(self, example: Example, weight: float) -> float:
         with self._autocast():
             outcome = run_example(self.model, example, self.loss_fn)
+        if not outcome.loss.requires_grad:
+            raise NumericsError(_NO_GRADIENT)
         loss = outcome.loss * weight
         self.scaler.scale(loss).backward()
         return float(loss.detach())
@@ -94,10 +100,7 @@ class Trainer:
         self.scaler.unscale_(self.optimizer)
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         if not gradients:
-            raise NumericsError(
-                "finetune: no trainable parameter got a gradient from the loss; does the loss depend on the model's output, "
-                "and the output on them?"
-            )
+            raise NumericsError(_NO_GRADIENT)
         norm = torch.nn.utils.get_total_norm(gradients)
         if not bool(torch.isfinite(norm)) and not self.scaler.is_enabled():
             raise NumericsError(

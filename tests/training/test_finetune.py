@@ -118,7 +118,7 @@ def test_only_trainable_parameters_move_and_codes_never() -> None:
     result = finetune(model, batches(), epochs=2, lr=0.05, progress=False)
     moved = {name for name, tensor in model.state_dict().items() if not torch.equal(before[name], tensor)}
     assert moved == {"0.bias", "2.right", "2.bias"}
-    assert (result.trainable, result.total) == (16 + 32 + 3, 16 + 32 + 6 + 3)
+    assert (result.trainable, result.total) == (16 + 32 + 3, 16 + 32 + 6 + 3 + 96)
     assert result.history[-1]["loss"] < result.history[0]["loss"]
 
 
