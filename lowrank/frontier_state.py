@@ -126,7 +126,9 @@ class State:
             )
         self._compare(before, where)
         steps, points = data.get("steps"), points_from_json(data.get("points"), where)
-        if not isinstance(steps, list) or not isinstance(data.get("totals"), dict):
+        totals, notes = data.get("totals"), data.get("notes", [])
+        known = isinstance(totals, dict) and {"metric", "bytes_before", "samples"} <= totals.keys()
+        if not isinstance(steps, list) or not known or not isinstance(notes, list):
             raise CheckpointError(f"{where}: damaged; overwrite it (--overwrite)")
         plans = [
             Plan.from_json(read_bounded(folder / "plans" / plan_name(index), MOST_BYTES), source=plan_name(index))
@@ -140,7 +142,7 @@ class State:
             point, plan = (None, None) if index is None else (points[index], plans[index])
             self.done.append(Done(item["step"], item["scale"], point, plan))
         self.totals = data["totals"]
-        self.notes = [str(note) for note in data.get("notes", [])]
+        self.notes = [str(note) for note in notes]
 
     def _compare(self, before: dict[str, Any], where: str) -> None:
         now = self.arguments

@@ -220,6 +220,10 @@ def test_damaged_steps_are_bad_input(tmp_path: Path) -> None:
         (out / STATE_NAME).write_text(json.dumps(state | {"steps": steps}))
         with pytest.raises(CheckpointError, match="damaged"):
             measured(out)
+    for other in ({"notes": 3}, {"totals": {}}, {"totals": None}):
+        (out / STATE_NAME).write_text(json.dumps(state | other))
+        with pytest.raises(CheckpointError, match="damaged"):
+            measured(out)
 
 
 # ---- arguments
