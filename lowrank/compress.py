@@ -22,7 +22,7 @@ from lowrank import checkpoint
 from lowrank.batches import Batch, prepare_batches
 from lowrank.bench import Bench
 from lowrank.choose import choose, measure_given, planner_of
-from lowrank.errors import BudgetError, NumericsError, UsageError
+from lowrank.errors import BudgetError, CheckpointError, NumericsError, UsageError
 from lowrank.latency import speed_of
 from lowrank.ledger import compression_report, layer_rows
 from lowrank.linalg import fallback_counts, reset_fallback_counts
@@ -228,8 +228,11 @@ def apply_plan(model: nn.Module, plan: Plan, calibration: Iterable[Any] | None =
         'QuantizedLinear'
     """
     metadata = plan.metadata
+    seed = metadata.get("seed", 0)
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise CheckpointError(f"plan: metadata: seed must be an integer from 0, got {seed!r}")
     options = Options(
-        seed=int(metadata.get("seed", 0)),
+        seed=seed,
         progress=False,
         metric=str(metadata.get("metric", "output")),
         fold_batchnorm=bool(metadata.get("fold_batchnorm")),

@@ -131,7 +131,7 @@ class Plan:
         objective_value: its total.
         duality_gap: no plan within the budget has an objective below ``objective_value − duality_gap``; in the
             objective's unit, 0 where the plan is proven optimal; ``None`` after a change by hand.
-        metadata: JSON data of the caller's; kept, never read.
+        metadata: JSON data of the caller's; kept, never read here. :func:`lowrank.apply_plan` reads what made the factors.
 
     Example:
         >>> plan = Plan((PlanEntry("fc", "linear", (8, 4), "int8", None, 8, "int8", 64, 0.01),))

@@ -281,3 +281,11 @@ def test_models_used_in_other_dtypes_and_unusual_geometry() -> None:
     assert len(compressed_layers(result.model)) >= 2
     assert result.model(batches[0]).dtype == torch.bfloat16
     assert relative(copy.deepcopy(model).float(), result.model.float(), batches[0].float()) <= 0.35
+
+
+@pytest.mark.parametrize("seed", ["x", 1.5, -1, True, None])
+def test_a_plan_with_an_impossible_seed_is_refused(seed: object) -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))
+    plan = lowrank.Plan((), metadata={"seed": seed})
+    with pytest.raises(lowrank.LowRankError, match="metadata: seed must be an integer"):
+        lowrank.apply_plan(model, plan)
