@@ -22,8 +22,11 @@ model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
 x = torch.randn(23, 6); y = torch.randint(3, (23,))
 data = [(x[:8], y[:8]), (x[8:17], y[8:17]), (x[17:22], y[17:22]), (x[22:], y[22:])]
 result = finetune(model, data, data, epochs=3, lr=0.02, gradient_accumulation=2, output_dir=sys.argv[1], progress=False)
-print(json.dumps({"history": result.history, "evaluations": result.evaluations,
-                  "weights": [p.flatten().tolist() for p in model.parameters()]}), flush=True)
+line = json.dumps({"history": result.history, "evaluations": result.evaluations,
+                   "weights": [p.flatten().tolist() for p in model.parameters()]})
+# In one piece: two processes share the stream.
+sys.stdout.write(line + "\\n")
+sys.stdout.flush()
 """
 
 
