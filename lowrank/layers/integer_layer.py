@@ -41,7 +41,10 @@ class IntegerLayer(CompressedLayer):
         raise NotImplementedError
 
     def prepared(self) -> Any:
-        """What is derived from the codes and the scale, made anew when one of them is replaced or written to."""
+        """What is derived from the codes and the scale, made anew when one of them is replaced or written to.
+
+        Tensors made in inference mode do not tell that they were written to: replace such a one instead.
+        """
         tensors = self.codes_and_scale()
         versions = [0 if tensor.is_inference() else tensor._version for tensor in tensors]
         kept: tuple[tuple[Tensor, ...], list[int], Any] | None = self.__dict__.get("_derived")
