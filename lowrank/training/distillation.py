@@ -17,6 +17,8 @@ from lowrank.training.blocks import repeated_blocks
 __all__ = ["Distillation", "tapped_modules"]
 
 OutputFn = Callable[[Any], Tensor]
+# Of the original's hidden states and outputs; beyond it they are computed again.
+KEPT_BYTES = 2**30
 
 
 def tapped_modules(compressed: nn.Module, original: nn.Module) -> list[str]:
@@ -46,30 +48,52 @@ class Distillation:
         compressed, original: the models.
         hidden_weight: of the first term; 0 for none.
         output_fn: picks the tensor out of the model's output.
+        again: batches that come more than once: what the original makes of them is kept, up to ``KEPT_BYTES``.
     """
 
     def __init__(
-        self, compressed: nn.Module, original: nn.Module, hidden_weight: float, output_fn: OutputFn | None = None
+        self,
+        compressed: nn.Module,
+        original: nn.Module,
+        hidden_weight: float,
+        output_fn: OutputFn | None = None,
+        again: Sequence[Batch] = (),
     ) -> None:
         self.compressed, self.original = compressed, original
         self.hidden_weight = hidden_weight
         self.output_fn = output_fn
         self.taps = tapped_modules(compressed, original) if hidden_weight else []
+        self._again = {id(batch) for batch in again}
+        self._room = KEPT_BYTES
+        self._kept: dict[int, tuple[Batch, tuple[Tensor, bool, dict[str, Tensor]]]] = {}
 
     def loss(self, batch: Batch) -> Tensor:
         """A scalar with a gradient; the original runs without one."""
-        with torch.no_grad(), _recorded(self.original, self.taps) as wanted:
-            reference = batch.run(self.original)
+        reference, logits, wanted = self._of_original(batch)
         with _recorded(self.compressed, self.taps) as found:
             output = batch.run(self.compressed)
         pick = self.output_fn or model_tensor
-        total = self._of_output(pick(output), pick(reference), batch, is_logits(reference) and self.output_fn is None)
+        total = self._of_output(pick(output), reference, batch, logits)
         pairs = [(found[name], wanted[name]) for name in self.taps if name in found and name in wanted]
         pairs = [(ours, theirs) for ours, theirs in pairs if ours.shape == theirs.shape]
         if pairs:
             hidden = torch.stack([_relative(ours, theirs, _mask(theirs, batch)) for ours, theirs in pairs])
             total = total + self.hidden_weight * hidden.mean()
         return total
+
+    def _of_original(self, batch: Batch) -> tuple[Tensor, bool, dict[str, Tensor]]:
+        """Output, whether it is logits, and taps; kept for a batch that comes again."""
+        if id(batch) in self._kept:
+            return self._kept[id(batch)][1]
+        with torch.no_grad(), _recorded(self.original, self.taps) as wanted:
+            reference = batch.run(self.original)
+        found = (self.output_fn or model_tensor)(reference), is_logits(reference) and self.output_fn is None, wanted
+        size = sum(tensor.nbytes for tensor in (found[0], *wanted.values()))
+        if id(batch) in self._again and size <= self._room:
+            self._room -= size
+            # The batch too: as long as it lives no other has its id.
+            self._kept[id(batch)] = batch, found
+        return found
 
     @staticmethod
     def _of_output(ours: Tensor, theirs: Tensor, batch: Batch, logits: bool) -> Tensor:

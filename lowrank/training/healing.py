@@ -87,7 +87,7 @@ def heal(
     hidden_weight: float = 1.0,
     batch_size: int = 32,
     validation: Iterable[Any] | None = None,
-    vary: bool = True,
+    vary: bool = False,
     max_grad_norm: float = 1.0,
     output_fn: Callable[[Any], Tensor] | None = None,
     seed: int = 0,
@@ -114,8 +114,8 @@ def heal(
         hidden_weight: of the hidden states against the output.
         batch_size: samples a step, where dimension 0 counts samples.
         validation: batches to compare before and after; else a tenth of the samples (256 at most) is set aside.
-        vary: token samples are varied (spans joined, tokens exchanged): the original says what is right for any input,
-            so little text goes further.
+        vary: token samples are varied (spans joined, tokens exchanged): the original says what is right for any input.
+            It then runs in every step; else what it makes of a batch is kept, a third of the time of a step.
         max_grad_norm: gradients are clipped to it.
         output_fn: picks the tensor to match out of the model's output.
         seed: of the split, the order and the variation; same input, seed and thread count give the same bytes.
@@ -155,8 +155,10 @@ def heal(
     try:
         healed.eval()
         original.eval()
-        loss = Distillation(healed, original, hidden_weight, output_fn)
-        losses = _train(form, loss, pool, total, lr, batch_size, max_grad_norm, seed, progress)
+        fixed = () if pool.varies else tuple(pool.epoch(batch_size, _generator(seed, 0)))
+        loss = Distillation(healed, original, hidden_weight, output_fn, fixed)
+        drawn = _shuffled(fixed, seed) if fixed else _varied(pool, batch_size, seed)
+        losses = _train(form, loss, drawn, total, lr, max_grad_norm, progress)
     finally:
         for module, mode in modes:
             module.training = mode
@@ -185,17 +187,14 @@ def heal(
 def _train(
     form: TrainableForm,
     distillation: Distillation,
-    pool: SamplePool,
+    drawn: Iterator[Batch],
     total: int,
     lr: float,
-    batch_size: int,
     max_grad_norm: float,
-    seed: int,
     progress: bool,
 ) -> list[float]:
     factors = FactorDescent(form.parameters, lr) if form.what == "factors" else None
     adapters = torch.optim.AdamW(form.parameters, lr=lr, weight_decay=0.0, foreach=False) if factors is None else None
-    drawn = _forever(pool, batch_size, seed)
     losses: list[float] = []
     with torch.enable_grad(), tqdm(total=total, desc="heal", disable=not progress) as bar:
         for step in range(total):
@@ -219,11 +218,24 @@ def _train(
     return losses
 
 
-def _forever(pool: SamplePool, batch_size: int, seed: int) -> Iterator[Batch]:
+def _shuffled(batches: Sequence[Batch], seed: int) -> Iterator[Batch]:
+    """The same batches in another order every epoch, so that the original need not see them twice."""
     epoch = 0
     while True:
-        yield from pool.epoch(batch_size, torch.Generator().manual_seed(derived_seed(seed, 3, epoch)))
         epoch += 1
+        for index in torch.randperm(len(batches), generator=_generator(seed, epoch)).tolist():
+            yield batches[index]
+
+
+def _varied(pool: SamplePool, batch_size: int, seed: int) -> Iterator[Batch]:
+    epoch = 0
+    while True:
+        yield from pool.epoch(batch_size, _generator(seed, epoch))
+        epoch += 1
+
+
+def _generator(seed: int, epoch: int) -> torch.Generator:
+    return torch.Generator().manual_seed(derived_seed(seed, 3, epoch))
 
 
 def _set_aside(batches: Sequence[Batch], checks: list[Batch] | None, seed: int) -> tuple[list[Batch], list[Batch]]:

@@ -60,6 +60,11 @@ class SamplePool:
             return cls(rows, [], fill, vocabulary, (len(ends[0]) == 1, len(ends[1]) == 1))
         return cls([], [_joined(batches)] if _same_shapes(batches) else list(batches), {})
 
+    @property
+    def varies(self) -> bool:
+        """Whether a sample is another one each time it is drawn."""
+        return bool(self.rows) and self.vocabulary > 0
+
     def epoch(self, size: int, generator: torch.Generator) -> Iterator[Batch]:
         """All samples once, in batches of ``size`` and random order."""
         if self.rows:

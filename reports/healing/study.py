@@ -229,8 +229,10 @@ def run_case(name: str, cases: dict[str, tuple[str, float, str, dict[str, Any]]]
     start_seconds = time.perf_counter() - started
     load = os.getloadavg()[0]
     started = time.perf_counter()
+    processor = time.process_time()
     result = lowrank.heal(smaller, subject.model, subject.calibration, **options)
     seconds = time.perf_counter() - started
+    processor = time.process_time() - processor
     report = json.loads(result.report.to_json())
     losses = report.pop("losses")
     return {
@@ -243,6 +245,7 @@ def run_case(name: str, cases: dict[str, tuple[str, float, str, dict[str, Any]]]
         "left_as_is": sum(isinstance(smaller.get_submodule(n), (nn.Linear, QuantizedLinear)) for n in subject.layers),
         "start_seconds": round(start_seconds, 1),
         "seconds": round(seconds, 1),
+        "cpu_seconds": round(processor, 1),
         "load_at_start": round(load, 1),
         "threads": torch.get_num_threads(),
         "loss_first": losses[0],

@@ -132,7 +132,7 @@ def test_a_language_model_is_matched_by_kl_on_varied_text() -> None:
         layer.mlp.down_proj = SVDCompressedLinear.from_linear(layer.mlp.down_proj, rank=6)
     ids = torch.randint(4, 25, (96, 9), generator=seeded())
     batches = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in ids.split(16)]
-    report = heal(model, original, batches, epochs=12, lr=5e-3, progress=False).report
+    report = heal(model, original, batches, epochs=12, lr=5e-3, vary=True, progress=False).report
     assert (report.metric, report.kept, report.steps) == ("kl", "after", 36)
     assert report.error_after < 0.8 * report.error_before
     assert (report.samples, report.samples_held_out) == (86, 10)
@@ -168,6 +168,20 @@ def test_the_loss_is_zero_for_the_original_and_padding_counts_nowhere() -> None:
     loss = Distillation(other, original, 1.0)
     assert float(loss.loss(_tokens([[1, 5, 6], [1, 7, 0]])).detach()) == 0.0
     assert float(loss.loss(_tokens([[1, 5, 6], [1, 0, 7]])).detach()) > 0.0
+
+
+def test_the_original_sees_a_batch_that_comes_again_once() -> None:
+    original = Net().eval()
+    model = compressed(original, "lowrank")
+    calls = []
+    original.register_forward_hook(lambda *_: calls.append(1))
+    batch, other = (Batch((x,), size=len(x)) for x in inputs(64))
+    kept, fresh = Distillation(model, original, 1.0, again=(batch,)), Distillation(model, original, 1.0)
+    first = kept.loss(batch)
+    assert torch.equal(first, kept.loss(batch)) and torch.equal(first, fresh.loss(batch))
+    assert len(calls) == 2
+    kept.loss(other), kept.loss(other)
+    assert len(calls) == 4
 
 
 def _tokens(rows: list[list[int]]) -> Batch:
