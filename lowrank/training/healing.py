@@ -18,7 +18,6 @@ from lowrank.batches import Batch, prepare_batches, sample_count
 from lowrank.errors import CalibrationError, NumericsError, UsageError
 from lowrank.evaluation import Evaluator
 from lowrank.training.data import derived_seed
-from lowrank.training.descent import FactorDescent
 from lowrank.training.distillation import Distillation, is_logits
 from lowrank.training.forms import TrainableForm
 from lowrank.training.options import learning_rate_factor
@@ -30,6 +29,8 @@ __all__ = ["HealReport", "HealResult", "heal"]
 _SET_ASIDE_SHARE, _MAX_SET_ASIDE = 0.1, 256
 _MIN_SAMPLES = 8
 WARMUP = 0.05
+# A memory of 100 steps for squares: healing has few, and its gradients shrink while it goes on.
+BETAS = (0.9, 0.99)
 
 
 @dataclass
@@ -82,7 +83,7 @@ def heal(
     *,
     steps: int | None = None,
     epochs: int | None = None,
-    lr: float = 1e-3,
+    lr: float = 4e-4,
     what: str = "auto",
     hidden_weight: float = 1.0,
     batch_size: int = 32,
@@ -107,8 +108,7 @@ def heal(
         original: the model it was made from, or stands for: takes the same inputs.
         calibration: batches without labels, as :func:`lowrank.compress_model` takes them.
         steps, epochs: at most one of them; by default 20 epochs, but 100 to 400 steps.
-        lr: peak learning rate; it rises over a twentieth of the steps and falls as a cosine. For factors it is a share
-            of their size a step (:class:`lowrank.training.descent.FactorDescent`); for adapters it is AdamW's.
+        lr: AdamW's peak learning rate; it rises over a twentieth of the steps and falls as a cosine.
         what: "factors", "adapters" (what :func:`lowrank.add_lora` added, of the active adapter), or "auto": adapters
             where there are any.
         hidden_weight: of the hidden states against the output.
@@ -193,8 +193,7 @@ def _train(
     max_grad_norm: float,
     progress: bool,
 ) -> list[float]:
-    factors = FactorDescent(form.parameters, lr) if form.what == "factors" else None
-    adapters = torch.optim.AdamW(form.parameters, lr=lr, weight_decay=0.0, foreach=False) if factors is None else None
+    optimizer = torch.optim.AdamW(form.parameters, lr=lr, betas=BETAS, weight_decay=0.0, foreach=False)
     losses: list[float] = []
     with torch.enable_grad(), tqdm(total=total, desc="heal", disable=not progress) as bar:
         for step in range(total):
@@ -207,11 +206,8 @@ def _train(
             loss.backward()
             torch.nn.utils.clip_grad_norm_(form.parameters, max_grad_norm)
             factor = learning_rate_factor(step, total, math.ceil(WARMUP * total), "cosine")
-            if factors is not None:
-                factors.step(factor)
-            if adapters is not None:
-                adapters.param_groups[0]["lr"] = lr * factor
-                adapters.step()
+            optimizer.param_groups[0]["lr"] = lr * factor
+            optimizer.step()
             losses.append(value)
             bar.set_postfix(loss=f"{value:.4g}", refresh=False)
             bar.update()

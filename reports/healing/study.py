@@ -175,7 +175,7 @@ CASES: dict[str, tuple[str, float, str, dict[str, Any]]] = {
     "resnet20-50-lowrank": ("resnet20", 0.5, "lowrank", {"batch_size": 64}),
     "resnet56-50-lowrank": ("resnet56", 0.5, "lowrank", {"batch_size": 64}),
 }
-SMOKE = {"digits-30-lowrank": ("digits", 0.3, "lowrank", {"steps": 60})}
+SMOKE = {"digits-10-lowrank": ("digits", 0.1, "lowrank", {"steps": 60, "lr": 2e-3})}
 
 
 def compressed(subject: Subject, share: float, format: str, ranks: str = "by cost") -> nn.Module:
