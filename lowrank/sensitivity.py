@@ -88,7 +88,8 @@ def output_gradients(
         for batch in batches:
             mask = batch.mask
             output = (output_fn or model_tensor)(batch.run(model))
-            output.backward(_directions(output, mask, generator))
+            if output.requires_grad:
+                output.backward(_directions(output, mask, generator))
     return {name: sums[name] / counts[name] for name in targets if name in sums}
 
 

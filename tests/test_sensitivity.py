@@ -40,6 +40,13 @@ def test_the_gradients_of_a_linear_chain_are_its_own_gram() -> None:
     assert all(torch.equal(found[name], again[name]) for name in found)
 
 
+def test_layers_that_the_output_does_not_depend_on_are_absent() -> None:
+    model = nn.Sequential(nn.Linear(3, 2))
+    batch = Batch((torch.ones(4, 3),), size=4)
+    assert output_gradients(model, [batch], {}) == {}
+    assert output_gradients(model, [batch], {"elsewhere": nn.Linear(3, 2)}) == {}
+
+
 def test_padding_counts_nowhere() -> None:
     class Tokens(nn.Module):
         def __init__(self) -> None:
