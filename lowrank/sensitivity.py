@@ -32,7 +32,10 @@ def output_gradients(
     output_fn: OutputFn | None = None,
     seed: int = 0,
 ) -> dict[str, Tensor]:
-    """Second moment, per token, of the gradient with respect to each layer's output: C of DESIGN §4, without labels.
+    """Second moments of the gradients with respect to each layer's outputs: C of DESIGN §4, without labels.
+
+    One gradient is of one position (a token, a pixel); their products are summed over the positions of a sample and averaged over
+    samples, so that layers with more positions count for more.
 
     Random directions are back-propagated from the model's output (Gauss-Newton): one for every position, and where the
     output has positions one more that all positions of a sample share, as the error of their mean would send it back.
@@ -41,7 +44,7 @@ def output_gradients(
     Args:
         model: run in evaluation mode.
         batches: from :func:`lowrank.batches.prepare_batches`.
-        targets: linear layers by name.
+        targets: linear layers and convolutions by name.
         output_fn: picks the tensor out of the model's output.
         seed: of the directions.
 
@@ -55,17 +58,18 @@ def output_gradients(
     """
     generator = torch.Generator().manual_seed(seed)
     sums: dict[str, Tensor] = {}
-    counts: dict[str, int] = {}
+    samples = max(sum(batch.size for batch in batches), 1)
     modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     mask: Tensor | None = None
 
     def watch(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
         def add(gradient: Tensor) -> None:
+            if isinstance(targets[name], (nn.Conv1d, nn.Conv2d)):
+                gradient = gradient.movedim(1, -1)
             rows = gradient[mask] if mask is not None and gradient.shape[:2] == mask.shape else gradient.flatten(0, -2)
             # A batch is short: its products keep enough digits, their sum over batches is float64.
             sums[name] = sums.get(name, 0.0) + (rows.T @ rows).double()
-            counts[name] = counts.get(name, 0) + len(rows)
 
         def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
             if not output.requires_grad:
@@ -90,7 +94,7 @@ def output_gradients(
             output = (output_fn or model_tensor)(batch.run(model))
             if output.requires_grad:
                 output.backward(_directions(output, mask, generator))
-    return {name: sums[name] / counts[name] for name in targets if name in sums}
+    return {name: sums[name] / samples for name in targets if name in sums}
 
 
 def _directions(output: Tensor, mask: Tensor | None, generator: torch.Generator) -> Tensor:
@@ -113,7 +117,7 @@ class LossAwareCurve:
         costs: (max_rank + 1,) float64; ``costs[r]`` is ``tr(C ΔW Σ ΔWᵀ)`` at rank r, in one unit for all layers.
 
     Args:
-        weight: (out, in).
+        weight: (out, in); of a convolution ``weight.flatten(1)``.
         statistics: of the layer's inputs.
         gradients: C, (out, out) float64.
         ridge: relative, of both metrics; C is inverted, so it needs one.

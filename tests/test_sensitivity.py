@@ -61,9 +61,16 @@ def test_padding_counts_nowhere() -> None:
     ids = torch.tensor([[1, 2, 3, 0], [4, 5, 0, 0]])
     batch = Batch((), {"input_ids": ids, "attention_mask": (ids > 0).long()}, 2)
     found = output_gradients(model, [batch] * 400, {"head": model.head})["head"]
-    # One direction for each position and one in all positions of a sample, divided by the root of their number: 1 + the mean of
-    # 1/count over the positions, 2/5 here.
-    torch.testing.assert_close(found, 1.4 * torch.eye(3, dtype=torch.float64), rtol=0.1, atol=0.12)
+    # Five positions in two samples: one direction for each, and one in all positions of a sample over the root of their number.
+    torch.testing.assert_close(found, 3.5 * torch.eye(3, dtype=torch.float64), rtol=0.1, atol=0.3)
+
+
+def test_the_gradients_of_a_convolution_are_summed_over_its_positions() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.Flatten())
+    batches = [Batch((torch.randn(100, 2, 4, 5, generator=seeded(k)),), size=100) for k in range(5)]
+    found = output_gradients(model, batches, {"0": model[0]})["0"]
+    torch.testing.assert_close(found, 20 * torch.eye(3, dtype=torch.float64), rtol=0.05, atol=1.0)
 
 
 def test_the_factors_are_the_best_in_both_metrics() -> None:

@@ -35,6 +35,7 @@ from torch.nn import functional as F
 import lowrank
 from lowrank.batches import prepare_batches
 from lowrank.calibration import collect_statistics
+from lowrank.conv_factors import ConvFactors
 from lowrank.layers import QuantizedLinear, QuantizedLowRankLayer, SVDCompressedConv2d, SVDCompressedLinear
 from lowrank.modules import replace_module
 from lowrank.sensitivity import LossAwareCurve, output_gradients, ranks_for_budget
@@ -181,25 +182,31 @@ SMOKE = {"digits-10-lowrank": ("digits", 0.1, "lowrank", {"steps": 60, "lr": 2e-
 def compressed(subject: Subject, share: float, format: str, ranks: str = "by cost") -> nn.Module:
     """A copy whose layers hold this share of their parameters in factors.
 
-    Linear layers: factors by what an error costs the model, of the ranks that cost it least in all ("by cost"; a layer
-    whose factors would hold more than its matrix stays as it is, in int8 where the format is), or of the same share in
-    every layer ("alike"). Convolutions: by their inputs' statistics, the same share in every layer.
+    Factors by what an error costs the model, of the ranks that cost it least in all ("by cost"; a layer whose factors
+    would hold more than its matrix stays as it is, in int8 where the format is), or of the same share in every layer
+    ("alike"). Convolutions in the channel form, as matrices on patches.
     """
     model = copy.deepcopy(subject.model)
     layers = {name: model.get_submodule(name) for name in subject.layers}
     batches = prepare_batches(model, subject.calibration)
-    linear = {name: layer for name, layer in layers.items() if isinstance(layer, nn.Linear)}
-    found = collect_statistics(model, batches if linear else batches[:24], layers)
-    gradients = output_gradients(model, batches, linear)
+    found = collect_statistics(model, batches, layers)
+    gradients = output_gradients(model, batches, layers)
     shapes = {name: (layer.weight.shape[0], layer.weight[0].numel()) for name, layer in layers.items()}
     chosen: dict[str, int | None] = {
         name: max(int(share * rows * columns / (rows + columns)), 1) for name, (rows, columns) in shapes.items()
     }
     curves = {
-        name: LossAwareCurve(layer.weight, found[name], gradients[name], ridge=RIDGE, name=name)
-        for name, layer in linear.items()
+        name: LossAwareCurve(
+            layer.weight.flatten(1),
+            found[name],
+            gradients[name],
+            ridge=RIDGE,
+            shift_bias=layer.bias is not None,
+            name=name,
+        )
+        for name, layer in layers.items()
     }
-    if curves and ranks == "by cost":
+    if ranks == "by cost":
         budget = int(share * sum(math.prod(shapes[name]) for name in curves))
         chosen |= ranks_for_budget({name: curve.costs for name, curve in curves.items()}, shapes, budget)
     for name, layer in layers.items():
@@ -207,12 +214,15 @@ def compressed(subject: Subject, share: float, format: str, ranks: str = "by cos
         factored: nn.Module = layer
         if rank is None:
             factored = QuantizedLinear.from_linear(layer) if format == "lowrank-int8" else layer
-        elif name in curves:
+        elif isinstance(layer, nn.Conv2d):
+            best = curves[name].factors(rank)
+            first = best.right.reshape(rank, *layer.weight.shape[1:])
+            kernels = ConvFactors(first, best.left[:, :, None, None], best.bias_shift)
+            factored = SVDCompressedConv2d.from_factors(kernels, layer)
+        else:
             factored = SVDCompressedLinear.from_factors(curves[name].factors(rank), layer)
             if format == "lowrank-int8":
                 factored = QuantizedLowRankLayer.from_factors(factored)
-        else:
-            factored = SVDCompressedConv2d.from_conv2d(layer, rank=rank, statistics=found[name], ridge=RIDGE)
         replace_module(model, [name], factored)
     return model
 
@@ -242,7 +252,9 @@ def run_case(name: str, cases: dict[str, tuple[str, float, str, dict[str, Any]]]
         "dense": subject.measure(subject.model),
         "before": subject.measure(smaller),
         "after": subject.measure(result.model),
-        "left_as_is": sum(isinstance(smaller.get_submodule(n), (nn.Linear, QuantizedLinear)) for n in subject.layers),
+        "left_as_is": sum(
+            isinstance(smaller.get_submodule(n), (nn.Linear, nn.Conv2d, QuantizedLinear)) for n in subject.layers
+        ),
         "start_seconds": round(start_seconds, 1),
         "seconds": round(seconds, 1),
         "cpu_seconds": round(processor, 1),
