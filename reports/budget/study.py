@@ -1,6 +1,6 @@
 """Is the promise kept on data that nothing in the choice ever saw?
 
-Four real models, four budgets, three seeds. Each case calibrates and verifies on one set and measures the finished model on another.
+Six real models, four budgets, three seeds. Each case calibrates and verifies on one set and measures the finished model on another.
 
     python reports/budget/study.py                # everything that is not yet in results.json
     python reports/budget/study.py --only digits  # one model
@@ -14,9 +14,11 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +31,37 @@ from lowrank.batches import prepare_batches
 from lowrank.evaluation import Evaluator
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+
+import resnet  # noqa: E402
+
 SHARED = HERE.parents[2] / "shared"
 CACHE = HERE / ".cache"
 BUDGETS = (0.02, 0.05, 0.1, 0.2)
 SEEDS = (0, 1, 2)
-Case = tuple[nn.Module, list[Any], list[Any]]
+# One seed where a case takes minutes.
+SEEDS_OF = {"resnet56": (0,)}
+
+
+@dataclass
+class Case:
+    """A model and its data.
+
+    Attributes:
+        model: in eval mode.
+        calibration: batches for statistics and search, and for verification too where there is no other.
+        unseen: batches to measure on.
+        validation: batches to verify on.
+        labelled: images and labels to count top-1 on, by name.
+        shifted: batches from a distribution that nothing was promised for.
+    """
+
+    model: nn.Module
+    calibration: list[Any]
+    unseen: list[Any]
+    validation: list[Any] | None = None
+    labelled: dict[str, tuple[Tensor, Tensor]] | None = None
+    shifted: list[Any] | None = None
 
 
 def minilm() -> Case:
@@ -47,7 +75,7 @@ def minilm() -> Case:
     seen = (SHARED / "data/sts/calibration.txt").read_text(encoding="utf-8").splitlines()
     rows = [line.split("\t") for line in (SHARED / "data/sts/eval.tsv").read_text(encoding="utf-8").splitlines()[1:]]
     unseen = sorted({sentence for row in rows for sentence in row[1:3]})
-    return model, _tokenized(tokenizer, seen), _tokenized(tokenizer, unseen)
+    return Case(model, _tokenized(tokenizer, seen), _tokenized(tokenizer, unseen))
 
 
 def _tokenized(tokenizer: Any, texts: list[str], size: int = 32, max_length: int = 256) -> list[Any]:
@@ -80,7 +108,7 @@ def stories() -> Case:
             for batch in _tokenized(tokenizer, text.split("<|endoftext|>"), size=16, max_length=512)
         ]
 
-    return model, batches("calibration.txt"), batches("eval.txt")
+    return Case(model, batches("calibration.txt"), batches("eval.txt"))
 
 
 CONTEXT = 128
@@ -131,7 +159,7 @@ def gpt() -> Case:
         rows = tokens[: len(tokens) // CONTEXT * CONTEXT].reshape(-1, CONTEXT)
         return [{"input_ids": rows[start : start + 16]} for start in range(0, len(rows), 16)]
 
-    return model.eval(), batches("valid"), batches("test")
+    return Case(model.eval(), batches("valid"), batches("test"))
 
 
 def _train(model: nn.Module, tokens: Tensor) -> None:
@@ -169,29 +197,66 @@ def digits() -> Case:
             optimizer.zero_grad()
             nn.functional.cross_entropy(model(inputs[rows]), classes[rows]).backward()
             optimizer.step()
-    return model.eval(), list(inputs[3 * fifth : 4 * fifth].split(64)), list(inputs[4 * fifth :].split(64))
+    return Case(model.eval(), list(inputs[3 * fifth : 4 * fifth].split(64)), list(inputs[4 * fifth :].split(64)))
 
 
-MODELS: dict[str, Callable[[], Case]] = {"minilm": minilm, "stories260K": stories, "gpt": gpt, "digits": digits}
+def cifar(depth: int) -> Case:
+    """A ResNet: calibrate on training images, verify on half of eval.npz, measure on its other half and on eval_jpeg.npz."""
+    seen, _ = resnet.images("calibration")
+    images, labels = resnet.images("eval")
+    verify, measure = resnet.halves()
+    jpeg = resnet.images("eval_jpeg")
+    return Case(
+        resnet.pretrained(depth),
+        list(seen.split(64)),
+        list(images[measure].split(125)),
+        list(images[verify].split(125)),
+        {"eval": (images[measure], labels[measure]), "eval_jpeg": jpeg},
+        list(jpeg[0].split(125)),
+    )
+
+
+MODELS: dict[str, Callable[[], Case]] = {
+    "minilm": minilm,
+    "stories260K": stories,
+    "gpt": gpt,
+    "digits": digits,
+    "resnet20": lambda: cifar(20),
+    "resnet56": lambda: cifar(56),
+}
 
 
 def run_case(name: str, case: Case, budget: float, seed: int) -> dict[str, Any]:
     """Compress under one budget with one seed, then measure on the unseen data."""
-    model, calibration, unseen = case
+    model = case.model
     start = time.perf_counter()
     row: dict[str, Any] = {"model": name, "budget": budget, "seed": seed}
     try:
-        result = lowrank.compress_model(model, error_budget=budget, calibration=calibration, seed=seed, progress=False)
+        result = lowrank.compress_model(
+            model,
+            error_budget=budget,
+            calibration=case.calibration,
+            validation=case.validation,
+            seed=seed,
+            progress=False,
+        )
     except lowrank.BudgetError as error:
         return row | {"refused": str(error), "seconds": time.perf_counter() - start}
     seconds = time.perf_counter() - start
-    measured = Evaluator(model, prepare_batches(model, unseen), "output").measure(result.model)
+    measured = Evaluator(model, prepare_batches(model, case.unseen), "output").measure(result.model)
     low, high = measured.interval()
     totals = result.report.totals
     formats: dict[str, int] = {}
     for entry in result.plan.entries:
         key = entry.format + ("" if entry.activations != "float" else " (weight-only)")
         formats[key] = formats.get(key, 0) + 1
+    if case.shifted is not None:
+        row["shifted"] = Evaluator(model, prepare_batches(model, case.shifted), "output").measure(result.model).value
+    if case.labelled is not None:
+        row["top1"] = {
+            name: [resnet.accuracy(kind, *data) for kind in (model, result.model)]
+            for name, data in case.labelled.items()
+        }
     return row | {
         "upper": totals["error_upper"],
         "verified": totals["error_measured"],
@@ -267,7 +332,28 @@ def render(results: dict[str, Any]) -> str:
         f"Median use of the budget where something smaller existed ({facts['cases_with_something_smaller']} cases): "
         + (f"{facts['median_use']:.2f}." if facts["median_use"] is not None else "none."),
     ]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *_images(results["rows"])]) + "\n"
+
+
+def _images(rows: list[dict[str, Any]]) -> list[str]:
+    """What the classifiers make of images like those they were verified on, and of JPEG copies, for which nothing was promised."""
+    body = [
+        [
+            row["model"],
+            f"{row['budget']:.0%}",
+            row["seed"],
+            f"{row['unseen']:.2%}",
+            f"{row['shifted']:.2%}",
+            *(f"{before:.1%} → {after:.1%}" for before, after in (row["top1"]["eval"], row["top1"]["eval_jpeg"])),
+            f"{row['size_ratio']:.2%}",
+        ]
+        for row in sorted(rows, key=lambda row: (row["model"], row["budget"], row["seed"]))
+        if "top1" in row
+    ]
+    if not body:
+        return []
+    header = ["model", "budget", "seed", "logits error, other half", "JPEG", "top-1, other half", "top-1, JPEG", "size"]
+    return ["", tabulate(body, headers=header, tablefmt="github", disable_numparse=True)]
 
 
 def smoke() -> None:
@@ -301,7 +387,8 @@ def main() -> None:
         if arguments.only not in (None, name):
             continue
         done = {(row["model"], row["budget"], row["seed"]) for row in results["rows"]}
-        missing = [(budget, seed) for budget in BUDGETS for seed in SEEDS if (name, budget, seed) not in done]
+        seeds = SEEDS_OF.get(name, SEEDS)
+        missing = [(budget, seed) for budget in BUDGETS for seed in seeds if (name, budget, seed) not in done]
         case = make() if missing else None
         for budget, seed in missing:
             assert case is not None

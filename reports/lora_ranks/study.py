@@ -1,0 +1,378 @@
+"""What does the rank of an adapter buy, next to full fine-tuning? See README.md.
+
+Run: ``python reports/lora_ranks/study.py`` (resumes where it stopped; ``--smoke`` is for CI).
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from tabulate import tabulate
+from torch import Tensor, nn
+
+import lowrank
+
+HERE = Path(__file__).resolve().parent
+SHARED = HERE.parents[2] / "shared"
+CACHE = HERE / ".cache"
+RANKS: tuple[int | None, ...] = (4, 8, 16, 32, None)
+CONTEXT = 128
+PRETRAINING, ADAPTATION = 600, 100
+# Printable ASCII and the line end; anything else becomes a question mark.
+LETTERS = "\n" + "".join(map(chr, range(32, 127)))
+LORA_RATE, FULL_RATE = 2e-3, 5e-4
+
+
+def ids_of(text: str) -> Tensor:
+    """Characters as numbers."""
+    number = {letter: index for index, letter in enumerate(LETTERS)}
+    return torch.tensor([number.get(letter, number["?"]) for letter in text])
+
+
+def texts() -> dict[str, dict[str, Tensor]]:
+    """For each task what is trained on, what chooses the best step, and what no step saw."""
+
+    def read(name: str) -> str:
+        return (SHARED / "data" / name).read_text(encoding="utf-8")
+
+    train = read("shakespeare/train.txt")
+    cut = int(0.8 * len(train))
+    wiki = read("wikitext2/valid.txt")
+    first, second = int(0.8 * len(wiki)), int(0.9 * len(wiki))
+    return {
+        "pretraining": {"train": ids_of(train[:cut])},
+        "shakespeare": {
+            "train": ids_of(train[cut:]),
+            "valid": ids_of(read("shakespeare/valid.txt")),
+            "test": ids_of(read("shakespeare/test.txt")),
+        },
+        "wikitext2": {
+            "train": ids_of(wiki[:first]),
+            "valid": ids_of(wiki[first:second])[:60_000],
+            "test": ids_of(wiki[second:])[:60_000],
+        },
+    }
+
+
+def language_model(layers: int = 4, width: int = 256) -> nn.Module:
+    """A GPT-2 over characters; 3.2 million parameters at the default size."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=len(LETTERS),
+        n_positions=CONTEXT,
+        n_embd=width,
+        n_layer=layers,
+        n_head=4,
+        bos_token_id=0,
+        eos_token_id=0,
+        resid_pdrop=0.1,
+        embd_pdrop=0.1,
+        attn_pdrop=0.1,
+    )
+    return GPT2LMHeadModel(config)
+
+
+def stretches(ids: Tensor, size: int, count: int | None = None, seed: int = 0) -> list[dict[str, Tensor]]:
+    """Batches of stretches of the text: random ones where a count of batches is given, else all in a row."""
+    if count is None:
+        rows = ids[: len(ids) // CONTEXT * CONTEXT].view(-1, CONTEXT)
+    else:
+        starts = torch.randint(0, len(ids) - CONTEXT, (count * size,), generator=torch.Generator().manual_seed(seed))
+        rows = torch.stack([ids[start : start + CONTEXT] for start in starts])
+    return [{"input_ids": part, "labels": part} for part in rows.split(size)]
+
+
+@torch.no_grad()
+def perplexity(model: nn.Module, ids: Tensor) -> float:
+    """exp of the mean negative log-likelihood a character."""
+    model.eval()
+    total = count = 0.0
+    for batch in stretches(ids, 32):
+        rows = batch["labels"].shape[0] * (CONTEXT - 1)
+        total += float(model(**batch).loss) * rows
+        count += rows
+    return math.exp(total / count)
+
+
+def pretrained(data: Tensor, steps: int) -> nn.Module:
+    """The language model after training on 80 % of the plays; kept in ``.cache``."""
+    from safetensors.torch import load_model, save_model
+
+    model = language_model()
+    stored = CACHE / f"gpt-{steps}.safetensors"
+    if stored.exists():
+        load_model(model, stored)
+        return model.eval()
+    lowrank.finetune(model, stretches(data, 32, steps), steps=steps, lr=1e-3, weight_decay=0.1, warmup=50, seed=0)
+    CACHE.mkdir(exist_ok=True)
+    save_model(model, str(stored))
+    return model.eval()
+
+
+@torch.no_grad()
+def samples(model: nn.Module, prompt: str, count: int = 16, length: int = 112) -> list[str]:
+    """Texts drawn at temperature 0.8 from the same random numbers for every model."""
+    model.eval()
+    generator = torch.Generator().manual_seed(0)
+    ids = ids_of(prompt).repeat(count, 1)
+    while ids.shape[1] < length:
+        logits = model(input_ids=ids).logits[:, -1] / 0.8
+        ids = torch.cat([ids, torch.multinomial(logits.softmax(-1), 1, generator=generator)], dim=1)
+    return ["".join(LETTERS[index] for index in row) for row in ids.tolist()]
+
+
+def distinct(texts: list[str], n: int = 3) -> float:
+    """Share of the word n-grams that are different ones."""
+    grams = [tuple(words[i : i + n]) for text in texts if (words := text.split()) for i in range(len(words) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else 0.0
+
+
+def adapt(base: nn.Module, rank: int | None, targets: list[str]) -> nn.Module:
+    """A copy with an adapter of this rank, or the whole model trainable."""
+    torch.manual_seed(0)
+    if rank is None:
+        return copy.deepcopy(base).requires_grad_(True)
+    # The last layer of the classifier has ten outputs: no adapter of its is of a higher rank.
+    narrow = {"rank_pattern": {"4": min(rank, 10)}, "alpha_pattern": {"4": 2 * min(rank, 10)}} if "4" in targets else {}
+    return lowrank.add_lora(base, lowrank.LoRAConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, **narrow))
+
+
+def run_language(base: nn.Module, task: str, rank: int | None, data: dict[str, Tensor], steps: int) -> dict[str, Any]:
+    """Adapt to a task and look at perplexity, time, memory for training, and what it writes."""
+    model = adapt(base, rank, ["c_attn", "c_proj", "c_fc"])
+    trainable, total = lowrank.trainable_parameters(model)
+    start = time.perf_counter()
+    lowrank.finetune(
+        model,
+        stretches(data["train"], 32, steps, seed=1),
+        validation=stretches(data["valid"], 32)[:8],
+        steps=steps,
+        lr=FULL_RATE if rank is None else LORA_RATE,
+        warmup=20,
+        evaluate_every=50,
+        seed=0,
+        progress=False,
+    )
+    seconds = time.perf_counter() - start
+    written = samples(model, "\n")
+    return {
+        "task": task,
+        "rank": rank,
+        "trainable": trainable,
+        "total": total,
+        "milliseconds_per_step": 1e3 * seconds / steps,
+        # Gradient and AdamW's two moments of every trainable parameter, in float32.
+        "training_state_bytes": 12 * trainable,
+        "valid": perplexity(model, data["valid"]),
+        "test": perplexity(model, data["test"]),
+        "distinct_3grams": distinct(written),
+        "sample": written[0],
+        "samples": written,
+    }
+
+
+def digits() -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, tuple[Tensor, Tensor]]]:
+    """scikit-learn's digits enlarged to 28 × 28, upright and turned by 90 degrees: three fifths, a fifth, a fifth."""
+    from sklearn.datasets import load_digits
+
+    images, labels = load_digits(return_X_y=True)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    small = torch.tensor(images, dtype=torch.float32)[order].view(-1, 1, 8, 8) / 16
+    large = F.interpolate(small, size=(28, 28), mode="bilinear", align_corners=False)
+    classes = torch.tensor(labels)[order]
+    fifth = len(large) // 5
+    parts = {"train": slice(0, 3 * fifth), "valid": slice(3 * fifth, 4 * fifth), "test": slice(4 * fifth, None)}
+
+    def cut(pictures: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        return {name: (pictures.flatten(1)[part], classes[part]) for name, part in parts.items()}
+
+    return cut(large), cut(torch.rot90(large, 1, (2, 3)))
+
+
+def batches(pair: tuple[Tensor, Tensor], size: int = 64) -> list[tuple[Tensor, Tensor]]:
+    """(inputs, labels) by the batch."""
+    return list(zip(pair[0].split(size), pair[1].split(size), strict=True))
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, pair: tuple[Tensor, Tensor]) -> float:
+    """Share of the images that are classified rightly."""
+    return float(model.eval()(pair[0]).argmax(1).eq(pair[1]).float().mean())
+
+
+def run_digits(epochs: int, ranks: tuple[int | None, ...]) -> list[dict[str, Any]]:
+    """An MLP 784-128-256-10 trained on upright digits, adapted to turned ones."""
+    upright, turned = digits()
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 256), nn.ReLU(), nn.Linear(256, 10))
+    lowrank.finetune(base, batches(upright["train"]), epochs=epochs, lr=1e-3, seed=0, progress=False)
+    rows = [
+        {
+            "rank": "none",
+            "trainable": 0,
+            "milliseconds_per_step": None,
+            "upright": accuracy(base, upright["test"]),
+            "turned": accuracy(base, turned["test"]),
+        }
+    ]
+    for rank in ranks:
+        model = adapt(base, rank, ["0", "2", "4"])
+        trainable, _ = lowrank.trainable_parameters(model)
+        train = batches(turned["train"])
+        start = time.perf_counter()
+        lowrank.finetune(model, train, epochs=epochs, lr=1e-3 if rank is None else 3e-3, seed=0, progress=False)
+        seconds = time.perf_counter() - start
+        rows.append(
+            {
+                "rank": rank,
+                "trainable": trainable,
+                "milliseconds_per_step": 1e3 * seconds / (epochs * len(train)),
+                "upright": accuracy(model, upright["test"]),
+                "turned": accuracy(model, turned["test"]),
+            }
+        )
+    return rows
+
+
+def render(results: dict[str, Any]) -> str:
+    """``table.md`` from ``results.json``."""
+
+    def label(rank: Any) -> str:
+        return {None: "full", "none": "not adapted"}.get(rank, str(rank))
+
+    lines: list[str] = []
+    for task in ("shakespeare", "wikitext2"):
+        body = [
+            ["not adapted", "0", "", "", *(f"{results['base'][task][part]:.3f}" for part in ("valid", "test")), "", ""]
+        ]
+        body += [
+            [
+                label(row["rank"]),
+                f"{row['trainable']:,}",
+                f"{row['milliseconds_per_step']:.0f}",
+                f"{row['training_state_bytes'] / 1e6:.1f}",
+                f"{row['valid']:.3f}",
+                f"{row['test']:.3f}",
+                f"{row['distinct_3grams']:.3f}",
+                f"{row['judged']:.2f}",
+            ]
+            for row in results["language"]
+            if row["task"] == task
+        ]
+        header = [
+            "rank",
+            "trainable",
+            "ms a step",
+            "gradients and moments, MB",
+            "perplexity, valid",
+            "perplexity, test",
+            "distinct word 3-grams",
+            "its samples under the full model",
+        ]
+        lines += [
+            f"**{task}** (perplexity a character)",
+            "",
+            tabulate(body, header, "github", disable_numparse=True),
+            "",
+        ]
+    body = [
+        [
+            label(row["rank"]),
+            f"{row['trainable']:,}",
+            "" if row["milliseconds_per_step"] is None else f"{row['milliseconds_per_step']:.1f}",
+            f"{row['turned']:.1%}",
+            f"{row['upright']:.1%}",
+        ]
+        for row in results["digits"]
+    ]
+    header = ["rank", "trainable", "ms a step", "accuracy on turned digits", "on upright ones"]
+    lines += [
+        "**MLP 784-128-256-10, digits turned by 90°**",
+        "",
+        tabulate(body, header, "github", disable_numparse=True),
+        "",
+    ]
+    lines += ["Samples (the first of sixteen):", ""]
+    for row in results["language"]:
+        if row["rank"] in (4, 32, None):
+            text = row["sample"].strip().replace("\n", " / ").replace("`", "'")
+            lines.append(f"* {row['task']}, {label(row['rank'])}: `{text}`")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Run what is missing and write the table anew."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--smoke", action="store_true")
+    smoke = parser.parse_args().smoke
+    torch.set_num_threads(1)
+    if smoke:
+        base = language_model(1, 32)
+        data = {part: torch.arange(2000) % len(LETTERS) for part in ("train", "valid", "test")}
+        print(run_language(base, "shakespeare", 4, data, 4))
+        print(run_digits(1, (4, None)))
+        return
+    path = HERE / "results.json"
+    results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    results["host"] = {"machine": platform.machine(), "torch": torch.__version__, "threads": torch.get_num_threads()}
+    data = texts()
+    base = pretrained(data["pretraining"]["train"], PRETRAINING)
+
+    def keep() -> None:
+        path.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+    if "base" not in results:
+        results["base"] = {
+            task: {part: perplexity(base, data[task][part]) for part in ("valid", "test")}
+            for task in ("shakespeare", "wikitext2")
+        }
+        keep()
+    rows = results.setdefault("language", [])
+    for task in ("shakespeare", "wikitext2"):
+        for rank in RANKS:
+            if not any((row["task"], row["rank"]) == (task, rank) for row in rows):
+                rows.append(run_language(base, task, rank, data[task], ADAPTATION))
+                print({key: value for key, value in rows[-1].items() if not key.startswith("sample")}, flush=True)
+                keep()
+        judge = adapt(base, None, [])
+        if any("judged" not in row for row in rows if row["task"] == task):
+            lowrank.finetune(
+                judge,
+                stretches(data[task]["train"], 32, ADAPTATION, seed=1),
+                steps=ADAPTATION,
+                lr=FULL_RATE,
+                warmup=20,
+                seed=0,
+                progress=False,
+            )
+            for row in rows:
+                if row["task"] == task:
+                    row["judged"] = judged(judge, row["samples"])
+            keep()
+    if "digits" not in results:
+        results["digits"] = run_digits(30, RANKS)
+        keep()
+    (HERE / "table.md").write_text(render(results), encoding="utf-8")
+    print(render(results))
+
+
+@torch.no_grad()
+def judged(model: nn.Module, written: list[str]) -> float:
+    """Perplexity of sampled texts under the fully fine-tuned model."""
+    rows = torch.stack([ids_of(text) for text in written])
+    return math.exp(float(model.eval()(input_ids=rows, labels=rows).loss))
+
+
+if __name__ == "__main__":
+    main()
