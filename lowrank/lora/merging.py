@@ -248,7 +248,7 @@ def _merge_codes(name: str, base: CompressedLayer, change: Change, options: Merg
     if not options.requantize:
         raise AdapterError(
             f"layer {name}: a {base.kind} holds one int8 matrix, and an adapter's change is often smaller than its steps; "
-            "keep the adapter separate, or pass requantize=True to round the sum anew (the report says what that costs)"
+            "keep the adapter separate, or pass requantize=True (--requantize) to round the sum anew (the report says what that costs)"
         )
     result = _changed(exact_weight(base).flatten(1), change)
     codes, scale = quantize_rows(result.T if isinstance(base, QuantizedEmbedding) else result, base.n_bits)
