@@ -18,7 +18,7 @@ from lowrank.checkpoint import describe
 from lowrank.cli_benchmark import benchmark_command
 from lowrank.cli_frontier import frontier_command
 from lowrank.cli_models import model_batches, open_model
-from lowrank.cli_options import Fraction, common_options, data_options
+from lowrank.cli_options import Fraction, choice_options, common_options, data_options
 from lowrank.cli_shell import check_file, emit, note, run, write_file
 from lowrank.cli_text import comparison_text, info_text, plan_text
 from lowrank.cli_training import finetune_command, merge_command
@@ -31,7 +31,6 @@ from lowrank.integrations.matplotlib import draw_spectra
 from lowrank.options import METRIC_NAMES, check_budgets
 from lowrank.plan import Plan
 from lowrank.version import __version__
-from lowrank.workshop import FORMATS
 
 __all__ = ["main"]
 
@@ -139,17 +138,7 @@ def analyze(
 @click.option(
     "--validation", type=_ANY_PATH, help="Inputs to verify on; else a quarter of the calibration is kept for it."
 )
-@click.option(
-    "--formats", default=",".join(FORMATS), show_default=True, help="Formats to choose from; dense always is one."
-)
-@click.option("--ignore", multiple=True, metavar="PATTERN", help="Leave modules as they are (glob; repeatable).")
-@click.option(
-    "--activations",
-    type=click.Choice(["auto", "int8", "float"]),
-    default="auto",
-    show_default=True,
-    help="int8: integer products; float: weight-only.",
-)
+@choice_options
 @click.option(
     "--objective",
     type=click.Choice(["size", "latency"]),

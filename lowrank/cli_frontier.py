@@ -9,13 +9,12 @@ import click
 
 from lowrank import cli_data
 from lowrank.cli_models import model_batches, open_model
-from lowrank.cli_options import Fraction, common_options, data_options
+from lowrank.cli_options import Fraction, choice_options, common_options, data_options
 from lowrank.cli_shell import check_file, emit, note, write_file
 from lowrank.errors import UsageError
 from lowrank.files import check_destination, printable
 from lowrank.frontier import POINTS, STATE_NAME, measure_frontier
 from lowrank.options import METRIC_NAMES
-from lowrank.workshop import FORMATS
 
 __all__ = ["frontier_command"]
 
@@ -42,17 +41,7 @@ _STANDARD_OUTPUT = Path("-")
     default="auto",
     help="auto: output error with --calibration, else weight error.",
 )
-@click.option(
-    "--formats", default=",".join(FORMATS), show_default=True, help="Formats to choose from; dense always is one."
-)
-@click.option("--ignore", multiple=True, metavar="PATTERN", help="Leave modules as they are (glob; repeatable).")
-@click.option(
-    "--activations",
-    type=click.Choice(["auto", "int8", "float"]),
-    default="auto",
-    show_default=True,
-    help="int8: integer products; float: weight-only.",
-)
+@choice_options
 @click.option("--overwrite", is_flag=True, help="Start anew in OUTPUT, whatever is there.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the sample split.")
 @click.option("--json", "json_file", type=_ANY_PATH, help="Write the points as JSON to a file, - for standard output.")

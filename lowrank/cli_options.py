@@ -9,7 +9,9 @@ from typing import Any, TypeVar
 import click
 import torch
 
-__all__ = ["Fraction", "common_options", "data_options"]
+from lowrank.workshop import FORMATS
+
+__all__ = ["Fraction", "choice_options", "common_options", "data_options"]
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -48,6 +50,30 @@ def common_options(command: _Command) -> _Command:
             help="Threads to compute with; all cores by default.",
         ),
         click.option("-q", "--quiet", is_flag=True, help="No progress on standard error."),
+    ):
+        command = option(command)
+    return command
+
+
+def choice_options(command: _Command) -> _Command:
+    """Options of the commands that choose formats: what from, where not, and how activations are taken."""
+    for option in (
+        click.option(
+            "--activations",
+            type=click.Choice(["auto", "int8", "float"]),
+            default="auto",
+            show_default=True,
+            help="int8: integer products; float: weight-only.",
+        ),
+        click.option(
+            "--ignore", multiple=True, metavar="PATTERN", help="Leave modules as they are (glob; repeatable)."
+        ),
+        click.option(
+            "--formats",
+            default=",".join(FORMATS),
+            show_default=True,
+            help="Formats to choose from; dense always is one.",
+        ),
     ):
         command = option(command)
     return command
