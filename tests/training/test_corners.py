@@ -175,4 +175,5 @@ def test_a_metric_with_state_is_not_copied(tmp_path: Path) -> None:
         def __deepcopy__(self, memo: object) -> object:
             raise AssertionError("copied")
 
-    finetune(base(), batches(), steps=1, metric=Metric(), output_dir=tmp_path / "run", progress=False)
+    result = finetune(base(), batches(), steps=1, metric=Metric(), output_dir=tmp_path / "run", progress=False)
+    assert result.best_value == 0.0
