@@ -177,14 +177,21 @@ def test_recurrent_layers_export(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["QuantizedLSTMCell", "QuantizedGRUCell", "QuantizedRNNCell"])
-def test_recurrent_cells_compile_to_the_bits_of_eager(kind: str) -> None:
+def test_recurrent_cells_compile_to_the_bits_of_the_dense_cell(kind: str) -> None:
     torch.manual_seed(7)
-    layer = LAYER_KINDS[kind].from_module(getattr(nn, kind.removeprefix("Quantized"))(5, 6))  # type: ignore[attr-defined]
+    dense = getattr(nn, kind.removeprefix("Quantized"))(5, 6)
+    layer = LAYER_KINDS[kind].from_module(dense)  # type: ignore[attr-defined]
+    with torch.no_grad():
+        for name, weight in layer.dense_weights().items():
+            dense.get_parameter(name).copy_(weight)
     x = torch.randn(3, 5, generator=seeded(9))
     with torch.no_grad():
-        expected, actual = layer(x), graph_of(layer)(x)
-    pairs = zip(expected, actual, strict=True) if isinstance(expected, tuple) else [(expected, actual)]
-    assert all(torch.equal(one, other) for one, other in pairs)
+        actual = graph_of(layer)(x)
+        # Torch takes a cell apart when it compiles, and the last bit of its gates then depends on the width of the registers
+        # (seen with AVX2): so to the bit it is the dense cell, compiled too, that counts.
+        for other, limit in ((graph_of(dense)(x), 0.0), (layer(x), 4 * torch.finfo(torch.float32).eps)):
+            pairs = zip(other, actual, strict=True) if isinstance(other, tuple) else [(other, actual)]
+            assert all(float((one - two).abs().max()) <= limit for one, two in pairs)
 
 
 def test_attention_compiles_to_the_bits_of_eager() -> None:

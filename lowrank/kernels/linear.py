@@ -138,11 +138,11 @@ def native_ready() -> bool:
 
 
 def route(device: torch.device | str = "cpu") -> str:
-    """How layers multiply on a device: ``"native"`` (the C library), ``"int_mm"`` (torch's integer product) or
-    ``"float"``; runs the self-tests if they have not run yet.
+    """How layers multiply on a device: ``"native"`` (the C library does all), ``"int_mm"`` (torch's integer product),
+    ``"avx2"`` (the C library's product alone) or ``"float"``; runs the self-tests if they have not run yet.
 
     Example:
-        >>> route("cpu") in ("native", "int_mm", "float")
+        >>> route("cpu") in ("native", "int_mm", "avx2", "float")
         True
     """
     device = torch.empty(0, device=device).device

@@ -1,6 +1,7 @@
 """The C library that was built with the package, where there is one and this machine has its instructions.
 
-``LOWRANK_NATIVE=0`` in the environment turns it off, and so does a ``ONEDNN_MAX_CPU_ISA`` below AVX512 with VNNI.
+Whole layers need AVX512 with VNNI (:func:`library`), the plain integer product AVX2 (:func:`narrow_product`).
+``LOWRANK_NATIVE=0`` in the environment turns both off, and a lower ``ONEDNN_MAX_CPU_ISA`` what it excludes.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from torch import Tensor
 from lowrank.convolutions import ConvGeometry
 from lowrank.errors import ResourceError
 
-__all__ = ["NativeConv", "NativeLinear", "library", "torch_route"]
+__all__ = ["NativeConv", "NativeLinear", "library", "narrow_product", "torch_route"]
 
 # 255 · 128 · 65535 < 2³¹: sums stay in int32 after the zero point is taken off.
 LONGEST = 65_535
 MOST_PIECES = 3
 # As in native/support.c: a library that an older version of the package left behind is passed over.
-_INTERFACE = 1
+_INTERFACE = 2
 _int64, _address, _int = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int
 _SIGNATURES = {
     "lowrank_interface": ([], _int),
@@ -32,6 +33,8 @@ _SIGNATURES = {
     "lowrank_packed_bytes": ([_int64, _int64], _int64),
     "lowrank_pack": ([_address, _int64, _int64, _int64, _int64, _address, _address], None),
     "lowrank_conv": ([_address, _address, _address, _address, *[_int64] * 5, _int], _int),
+    "lowrank_narrow_supported": ([], _int),
+    "lowrank_narrow": ([_address, _address, _address, *[_int64] * 3, _int], None),
     "lowrank_linear": ([_address, _address, _int64, _address, _address, _int64, _int, _int], _int),
 }
 _loaded: list[ctypes.CDLL | None] = []
@@ -42,19 +45,45 @@ def library() -> ctypes.CDLL | None:
     """The library, or ``None``: not built, no VNNI instructions, or turned off. Not yet tested: see
     :func:`lowrank.kernels.route`.
     """
+    loaded = _library()
+    layers = loaded is not None and loaded.lowrank_supported() and _isa_allows("AVX512_CORE_", "AVX10")
+    return loaded if layers and not _switched_off else None
+
+
+def narrow_product(a: Tensor, b: Tensor) -> Tensor | None:
+    """``a @ bᵀ`` of int8 codes on the CPU by AVX2, exactly; ``None`` where the library or the instructions are not there.
+
+    Args:
+        a: (M, K) int8; K at most 131,071.
+        b: (N, K) int8.
+
+    Returns:
+        (M, N) int32.
+    """
+    loaded = _library()
+    if loaded is None or not loaded.lowrank_narrow_supported() or not _isa_allows("AVX2", "AVX512", "AVX10"):
+        return None
+    a, b = a.contiguous(), b.contiguous()
+    result = torch.empty(a.shape[0], b.shape[0], dtype=torch.int32)
+    sizes = a.shape[0], b.shape[0], a.shape[1]
+    loaded.lowrank_narrow(a.data_ptr(), b.data_ptr(), result.data_ptr(), *sizes, torch.get_num_threads())
+    return result
+
+
+def _library() -> ctypes.CDLL | None:
     if not _loaded:
         _loaded.append(_load())
-    return None if _switched_off else _loaded[0]
+    return _loaded[0]
 
 
 @contextmanager
 def torch_route() -> Iterator[None]:
-    """Within it the layers of the whole process take torch's products: to compare with.
+    """Within it the layers of the whole process do what lies between products in torch: to compare with.
 
     Example:
         >>> from lowrank.kernels import route
         >>> with torch_route():
-        ...     route() in ("int_mm", "float")
+        ...     route() in ("int_mm", "avx2", "float")
         True
     """
     global _switched_off
@@ -66,7 +95,7 @@ def torch_route() -> Iterator[None]:
 
 
 def _load() -> ctypes.CDLL | None:
-    if os.environ.get("LOWRANK_NATIVE", "1") == "0" or not _isa_allowed(os.environ.get("ONEDNN_MAX_CPU_ISA", "")):
+    if os.environ.get("LOWRANK_NATIVE", "1") == "0":
         return None
     folder = Path(__file__).parent
     found = [path for suffix in EXTENSION_SUFFIXES if (path := folder / f"_native{suffix}").exists()]
@@ -83,13 +112,13 @@ def _load() -> ctypes.CDLL | None:
         if function is None:
             return None
         function.argtypes, function.restype = arguments, result
-    return loaded if loaded.lowrank_interface() == _INTERFACE and loaded.lowrank_supported() else None
+    return loaded if loaded.lowrank_interface() == _INTERFACE else None
 
 
-def _isa_allowed(name: str) -> bool:
-    """Whether oneDNN's limit leaves AVX512 with VNNI."""
-    name = name.upper()
-    return name in ("", "ALL", "DEFAULT") or name.startswith(("AVX512_CORE_", "AVX10"))
+def _isa_allows(*families: str) -> bool:
+    """Whether oneDNN's limit leaves instructions of these families."""
+    name = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
+    return name in ("", "ALL", "DEFAULT") or name.startswith(families)
 
 
 class _Matrix(ctypes.Structure):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ from helpers import seeded
 from torch import Tensor
 
 from lowrank import kernels
-from lowrank.kernels import integer
+from lowrank.kernels import integer, native
+
+HAS_AVX2 = native.narrow_product(torch.ones(1, 1, dtype=torch.int8), torch.ones(1, 1, dtype=torch.int8)) is not None
 
 
 def codes(rows: int, columns: int, seed: int) -> Tensor:
@@ -78,16 +81,50 @@ def test_a_route_that_saturates_is_found_out(monkeypatch: pytest.MonkeyPatch) ->
         return honest(a, b).clamp_(-32768, 32767)
 
     monkeypatch.setattr(torch, "_int_mm", saturating)
+    for others, expected in (("there", "avx2" if HAS_AVX2 else "float"), ("gone", "float")):
+        if others == "gone":
+            monkeypatch.setattr(native, "narrow_product", lambda a, b: None)
+        kernels.reset_routes()
+        try:
+            assert integer.route() == expected
+            with kernels.torch_route():
+                assert kernels.route() == expected
+            a, b = codes(3, 700, 1), codes(5, 700, 2)
+            assert torch.equal(kernels.int_matmul(a, b).long(), a.long() @ b.long().T)
+            assert kernels.routes_in_use() == {expected: 1}
+        finally:
+            kernels.reset_routes()
+
+
+def test_a_route_that_is_exact_but_far_slower_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = torch._int_mm
+
+    def one_at_a_time(a: Tensor, b: Tensor) -> Tensor:
+        time.sleep(0.1)
+        return honest(a, b)
+
+    monkeypatch.setattr(torch, "_int_mm", one_at_a_time)
     kernels.reset_routes()
     try:
-        assert integer.route() == "float"
-        with kernels.torch_route():
-            assert kernels.route() == "float"
-        a, b = codes(3, 700, 1), codes(5, 700, 2)
-        assert torch.equal(kernels.int_matmul(a, b).long(), a.long() @ b.long().T)
-        assert kernels.routes_in_use() == {"float": 1}
+        assert integer.route() == ("avx2" if HAS_AVX2 else "float")
     finally:
         kernels.reset_routes()
+
+
+@pytest.mark.skipif(not HAS_AVX2, reason="the C library was not built, is turned off, or this CPU has no AVX2")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_narrow_product_in_blocks_and_threads(threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        # Rows beyond one block of the second-level cache, ends of every kind.
+        for rows, columns, outputs in ((300, 1500, 7), (2, 16, 4), (1, 15, 5), (71, 4097, 33), (1000, 144, 16)):
+            a, b = codes(rows, columns, 1), codes(outputs, columns, 2)
+            found = native.narrow_product(a, b)
+            assert found is not None
+            assert torch.equal(found.long(), a.long() @ b.long().T)
+    finally:
+        torch.set_num_threads(before)
 
 
 _WITHOUT_VNNI = """
@@ -129,9 +166,9 @@ def test_layers_equal_their_integer_reference_whatever_the_instruction_set(isa: 
         [sys.executable, "-c", _WITHOUT_VNNI], env=environment, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() in (("int_mm", "float") if isa else ("native", "int_mm", "float"))
+    assert done.stdout.strip() in ("int_mm", "avx2", "float", *(() if isa else ("native",)))
     if isa == "AVX2" and "avx512_vnni" in _cpu_flags():
-        assert done.stdout.strip() == "float"
+        assert done.stdout.strip() == ("avx2" if HAS_AVX2 else "float")
 
 
 def _cpu_flags() -> str:

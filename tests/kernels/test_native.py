@@ -238,12 +238,20 @@ def test_no_memory_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "allowed"),
-    [("", True), ("ALL", True), ("AVX512_CORE_VNNI", True), ("avx512_core_amx", True)]
-    + [(name, False) for name in ("AVX2", "AVX2_VNNI", "AVX512_CORE", "SSE41", "nonsense")],
+    ("name", "layers", "product"),
+    [(name, True, True) for name in ("", "ALL", "AVX512_CORE_VNNI", "avx512_core_amx")]
+    + [(name, False, True) for name in ("AVX2", "AVX2_VNNI", "AVX512_CORE")]
+    + [(name, False, False) for name in ("SSE41", "AVX", "nonsense")],
 )
-def test_the_limit_for_onednn_holds_here_too(name: str, allowed: bool) -> None:
-    assert native._isa_allowed(name) == allowed
+def test_the_limit_for_onednn_holds_here_too(
+    name: str, layers: bool, product: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", name)
+    one = torch.ones(1, 1, dtype=torch.int8)
+    loaded = native._library()
+    assert (native.library() is not None) == (layers and loaded is not None and bool(loaded.lowrank_supported()))
+    able = loaded is not None and bool(loaded.lowrank_narrow_supported())
+    assert (native.narrow_product(one, one) is not None) == (product and able)
 
 
 @pytest.mark.parametrize(
@@ -274,7 +282,7 @@ print(kernels.route())
         )
         assert done.returncode == 0, done.stderr
         printed.append(done.stdout.split())
-    assert printed[1][-1] in ("int_mm", "float")
+    assert printed[1][-1] in ("int_mm", "avx2", "float") and (printed[1][-1] != "avx2" or "LOWRANK_NATIVE" not in setting)
     assert printed[0][:4] == printed[1][:4]
 
 

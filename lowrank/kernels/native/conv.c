@@ -9,7 +9,6 @@
 #include <string.h>
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")
 
-#define PARALLEL_WORK (1 << 19)
 #define PIXELS 16 /* of an output row at a time: what one transpose turns from channels last to channels first */
 
 /* As lowrank/kernels/native.py fills it. The weight's columns: kernel rows, kernel columns, channels (filled up to 4). */

@@ -5,7 +5,6 @@
 #include <omp.h>
 #include <stdlib.h>
 
-#define PARALLEL_WORK (1 << 19) /* products below which a second thread costs more than it brings */
 #define ROWS_A_THREAD 12        /* from here on threads share the rows and not the outputs: no waiting for each other */
 #define CHUNK_BYTES (384 << 10) /* of codes at a time: with a panel of weights they stay in L2 */
 #define LONG_COLUMNS 6144       /* above, four panels of them are too much for L2 and two go with taller tiles */

@@ -1,4 +1,5 @@
-/* Integer layers in C: rounding of activations, u8 × s8 products with VNNI instructions, and the way back to floats.
+/* Integer layers in C: rounding of activations, u8 × s8 products with VNNI instructions, and the way back to floats; and,
+   for machines without those, the plain integer product alone (narrow.c).
 
    Every float operation here is one that the torch route does too, in the same order and without fused multiply-adds
    (the file is compiled with -ffp-contract=off), so both routes give the same bits. Loaded with ctypes; nothing of
@@ -12,6 +13,7 @@
 #define LANES 16       /* outputs of a panel: the int32 lanes of a 512-bit register */
 #define MOST_ROWS 12   /* rows of the tallest register tile */
 #define MOST_VECTORS 4 /* panels of the widest register tile */
+#define PARALLEL_WORK (1 << 19) /* products below which a second thread costs more than it brings */
 
 /* A weight of int8 codes (outputs, columns), packed: panels of 16 outputs, in them 4 columns of each output side by
    side, as vpdpbusd wants them. `sums` are those of each output's codes. Both are filled up with zeros. */
