@@ -89,8 +89,12 @@ class Bench:
                         table[name] = copies[id(tensor)]
         return self.model
 
-    def write_back(self) -> nn.Module:
-        """Put the installed layers into the caller's model itself (``inplace=True``)."""
+    def write_back(self, trained: nn.Module | None = None) -> nn.Module:
+        """Put the installed layers into the caller's model itself (``inplace=True``).
+
+        Args:
+            trained: a model of the installed layers whose tensors, all of them, are to be taken over.
+        """
         if self.reference is not self.original:
             aliases: dict[int, list[str]] = {}
             for name, module in self.reference.named_modules(remove_duplicate=False):
@@ -106,6 +110,8 @@ class Bench:
             if choice.format != "dense":
                 for member in shop.target.members:
                     replace_module(self.reference, member.names, shop.build(choice)[member.name])
+        if trained is not None:
+            self.reference.load_state_dict(trained.state_dict())
         call_every_layer(self.reference)
         return self.reference
 

@@ -14,15 +14,18 @@ from lowrank.batches import Batch, evaluating, sample_count
 from lowrank.bench import choice_of, weight_error_of
 from lowrank.errors import BudgetError, UsageError
 from lowrank.evaluation import Evaluator
+from lowrank.finalists import Finalist, Gauge, Healer, Outcome, SampledGauge, ValueGauge
 from lowrank.ledger import layer_rows
 from lowrank.options import RELATIVE_METRICS, Options
 from lowrank.planner import LayerChoices, Plan, plan_formats
 from lowrank.prepare import Job
 from lowrank.probes import uniform_choices
-from lowrank.search import Finalist, Gauge, Outcome, SampledGauge, ValueGauge, keep_error_budget, least_error
+from lowrank.search import keep_error_budget, least_error
+from lowrank.training.healing import HealResult, heal_batches
+from lowrank.training.options import HealOptions
 from lowrank.workshop import Choice
 
-__all__ = ["choose", "gauges_of", "measure_given", "planner_of", "uniform_plans"]
+__all__ = ["choose", "gauges_of", "healer_of", "measure_given", "planner_of", "uniform_plans"]
 
 # Times the budget: what the report says that other budgets would give.
 OTHER_BUDGETS = (0.1, 0.2, 0.35, 0.5, 0.75, 1.5, 2.0, 3.0, 5.0)
@@ -136,6 +139,27 @@ def _relative_loss(
     return loss
 
 
+def healer_of(job: Job, options: Options) -> Healer | None:
+    """What trains the model of a plan, where that is asked for: on the statistics part, with its outcome judged on the search part."""
+    if not options.heal or job.split is None:
+        return None
+    settings, split = HealOptions.of(options.heal), job.split
+
+    def heal(model: nn.Module) -> HealResult:
+        return heal_batches(
+            model,
+            job.bench.reference,
+            split.statistics,
+            split.search,
+            settings,
+            output_fn=options.output_fn,
+            seed=options.seed,
+            progress=options.progress,
+        )
+
+    return heal
+
+
 def choose(job: Job, verification: Sequence[Batch], options: Options) -> Outcome:
     """The plan that keeps the budgets, put up on the bench.
 
@@ -150,9 +174,17 @@ def choose(job: Job, verification: Sequence[Batch], options: Options) -> Outcome
             ("size budget", plan_for(math.inf)),
             *(item for item in uniform_plans(job, options) if item[1].bytes <= allowed),
         ]
-        outcome = least_error(job.bench, plans, search, verify, total=options.contribution, progress=options.progress)
+        outcome = least_error(
+            job.bench,
+            plans,
+            search,
+            verify,
+            total=options.contribution,
+            progress=options.progress,
+            heal=healer_of(job, options),
+        )
         outcome.predicted = _others(plan_for, outcome, outcome.chosen.searched.value, options)
-        return _calibrated(outcome)
+        return _calibrated(outcome, options)
     outcome = keep_error_budget(
         job.bench,
         plan_for,
@@ -163,9 +195,10 @@ def choose(job: Job, verification: Sequence[Batch], options: Options) -> Outcome
         verify_samples=sample_count(verification),
         total=options.contribution,
         progress=options.progress,
+        heal=healer_of(job, options),
     )
     outcome.predicted = _others(plan_for, outcome, options.error_budget, options)
-    return _calibrated(outcome)
+    return _calibrated(outcome, options)
 
 
 def _others(
@@ -188,9 +221,11 @@ def _others(
     return found
 
 
-def _calibrated(outcome: Outcome) -> Outcome:
+def _calibrated(outcome: Outcome, options: Options) -> Outcome:
     """The outcome with the plan's predicted contributions as the end-to-end measurements corrected them."""
     plan, scale = outcome.chosen.plan, outcome.calibration
+    if outcome.chosen.healed is not None and plan.error > 0.0:
+        scale = options.contribution(outcome.chosen.searched.value) / plan.error
     entries = tuple(replace(entry, error=entry.error * scale) for entry in plan.entries)
     outcome.chosen.plan = replace(plan, entries=entries, metadata={**plan.metadata, "calibration": scale})
     return outcome
@@ -203,7 +238,12 @@ def measure_given(job: Job, plan: Plan, verification: Sequence[Batch], options: 
         BudgetError: it does not keep the error budget.
     """
     _, verify = gauges_of(job, verification, options)
-    reading = verify(job.bench.install_plan(plan))
+    heal, healed = healer_of(job, options), None
+    model = job.bench.install_plan(plan)
+    if heal is not None:
+        healed = heal(model)
+        model = healed.model
+    reading = verify(model)
     # An edit by hand leaves the old sizes in the plan; the one that is handed back and saved has those of the built layers.
     sized = tuple(
         replace(entry, bytes=job.bench.workshops[entry.name].bytes(choice_of(entry))) for entry in plan.entries
@@ -216,4 +256,4 @@ def measure_given(job: Job, plan: Plan, verification: Sequence[Batch], options: 
             plan=plan,
             error=reading.upper,
         )
-    return Outcome(Finalist("given plan", plan, reading, reading), 1.0)
+    return Outcome(Finalist("given plan", plan, reading, reading, healed), 1.0)

@@ -157,6 +157,10 @@ def analyze(
     show_default=True,
     help="What to do with a layer that holds NaN or Inf.",
 )
+@click.option(
+    "--heal", is_flag=True, help="Train smaller plans until they keep the budget; no labels needed, takes minutes."
+)
+@click.option("--heal-steps", type=click.IntRange(min=1), help="Of each plan that is healed; 100 to 400 by default.")
 @click.option("--fold-batchnorm", is_flag=True, help="Take BatchNorm into the convolution before it first.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the sample split.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report (with --dry-run: the plan) as JSON.")
@@ -171,6 +175,8 @@ def compress(
     plan_file: Path | None,
     dry_run: bool,
     overwrite: bool,
+    heal: bool,
+    heal_steps: int | None,
     as_json: bool,
     max_tokens: int,
     batch_size: int,
@@ -187,6 +193,7 @@ def compress(
     Example: lowrank compress my-model -o smaller --error-budget 5% --calibration texts.txt
     """
     options["formats"] = [name.strip() for name in formats.split(",") if name.strip()]
+    options["heal"] = {"steps": heal_steps} if heal_steps is not None else heal
     _check_compress_options(output, calibration, validation, plan_file, dry_run, options)
     plan = None if plan_file is None else _read_plan(plan_file)
     inputs = [path for path in (source, calibration, validation, plan_file) if path is not None]
@@ -298,6 +305,8 @@ def _check_compress_options(
         raise UsageError(
             f"--metric {options['metric']}: needs --calibration; without data only weight errors are known"
         )
+    if options["heal"] and (calibration is None or options["metric"] == "weight"):
+        raise UsageError("--heal: needs --calibration and a --metric that the model's outputs decide")
     if validation is not None and calibration is None:
         raise UsageError("--validation: needs --calibration too; the search must not see the data it is verified on")
 

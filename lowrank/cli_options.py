@@ -66,6 +66,12 @@ def choice_options(command: _Command) -> _Command:
             help="int8: integer products; float: weight-only.",
         ),
         click.option(
+            "--loss-aware/--no-loss-aware",
+            default=None,
+            callback=_loss_aware,
+            help="Fit factors to what their error costs the output, by gradients; where that is possible by default.",
+        ),
+        click.option(
             "--ignore", multiple=True, metavar="PATTERN", help="Leave modules as they are (glob; repeatable)."
         ),
         click.option(
@@ -92,6 +98,10 @@ def data_options(command: _Command) -> _Command:
     ):
         command = option(command)
     return command
+
+
+def _loss_aware(ctx: click.Context, param: click.Parameter, value: bool | None) -> bool | str:
+    return "auto" if value is None else value
 
 
 def _set_threads(ctx: click.Context, param: click.Parameter, value: int | None) -> None:

@@ -29,7 +29,7 @@ from lowrank.linalg import fallback_counts, reset_fallback_counts
 from lowrank.modules import unwrapped
 from lowrank.options import Metric, Options
 from lowrank.planner import Plan
-from lowrank.prepare import Job, fold_and_find, gather, split_again, split_samples, weigh
+from lowrank.prepare import Job, fold_and_find, gather, planned, split_again, split_samples, weigh
 from lowrank.report import CompressionReport
 from lowrank.timings import load_timings
 from lowrank.workshop import FORMATS
@@ -83,7 +83,7 @@ def compress_model(
     overrides: Mapping[str, Any] | None = None,
     objective: str = "size",
     loss_aware: bool | str = "auto",
-    heal: bool = False,
+    heal: bool | Mapping[str, Any] = False,
     strict: bool = False,
     activations: str = "auto",
     output_fn: Callable[[Any], Tensor] | None = None,
@@ -119,7 +119,12 @@ def compress_model(
         objective: "size", or "latency": the fastest model within ``error_budget`` by the measured table of
             :func:`lowrank.timings.load_timings`, at the tokens per call of the calibration batches; no layer that the table
             calls slower than dense is used.
-        loss_aware, heal: later versions bring True.
+        loss_aware: fit low-rank factors to what their error costs the model's output, by its gradients (no labels needed), not to
+            the layer's own output. "auto": where the model can be differentiated; True: or raise; False: never.
+        heal: also train plans that are smaller than the budget allows until they keep it (:func:`lowrank.heal`, no labels needed), on
+            the statistics part of the calibration samples; what is promised is verified as ever, on samples that no training has seen.
+            True, or a dict of ``steps, epochs, lr, hidden_weight, batch_size, vary, max_grad_norm``. Takes minutes: up to four plans
+            are healed.
         strict: raise where a decomposition needed a fallback.
         activations: "int8" (integer products), "float" (weight-only), or "auto": integer, weight-only where that buys size.
         output_fn: picks the tensor to measure out of the model's output.
@@ -136,7 +141,7 @@ def compress_model(
         CalibrationError: data that cannot be used.
         NumericsError: NaN or Inf in weights or activations.
         BudgetError: the budget cannot be met; carries the best plan and the error it reaches.
-        NotImplementedError: an option of a later version.
+        NotImplementedError: a format of a later version.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))
@@ -164,6 +169,8 @@ def compress_model(
         on_nonfinite=on_nonfinite,
         fold_batchnorm=fold_batchnorm or (plan is not None and bool(plan.metadata.get("fold_batchnorm"))),
     ).checked(calibrated=calibration is not None, planned=plan is not None)
+    if plan is not None:
+        options = planned(options, plan.metadata)
     stages = _Stages()
     original = _on_device(unwrapped(model), device)
     with stages.stage("prepare"):
@@ -173,7 +180,11 @@ def compress_model(
             choose(job, verification, options) if plan is None else measure_given(job, plan, verification, options)
         )
     with stages.stage("report"):
-        finished = job.bench.release() if not inplace else job.bench.model
+        healed = outcome.chosen.healed
+        if healed is not None:
+            finished = healed.model
+        else:
+            finished = job.bench.release() if not inplace else job.bench.model
         rows = layer_rows(job.survey, finished, job.bench.workshops)
         report = compression_report(rows, outcome, options, job.notes)
         if job.speed is not None:
@@ -187,7 +198,7 @@ def compress_model(
                 error=report.totals["error_upper"],
             )
         if inplace:
-            finished = job.bench.write_back()
+            finished = job.bench.write_back(None if healed is None else healed.model)
     return CompressionResult(finished, outcome.chosen.plan, report, _local_source(original))
 
 
@@ -212,11 +223,23 @@ def plan_model(
     return planner_of(job, checked)(checked.contribution(checked.error_budget))
 
 
-def apply_plan(model: nn.Module, plan: Plan, calibration: Iterable[Any] | None = None) -> nn.Module:
+def apply_plan(
+    model: nn.Module,
+    plan: Plan,
+    calibration: Iterable[Any] | None = None,
+    *,
+    output_fn: Callable[[Any], Tensor] | None = None,
+) -> nn.Module:
     """A copy of the model with the plan's layers in place. Decides nothing and measures nothing.
 
     With the calibration data that the plan was made with, the layers are the same to the last bit. Without any, factors come from
     the plain SVD and a message on the logger "lowrank" says so.
+
+    Args:
+        model: the one that the plan was made for; stays as it is.
+        plan: from :func:`compress_model`, a file, or an edit by hand.
+        calibration: batches, as for :func:`compress_model`.
+        output_fn: the one that the plan was made with, if any.
 
     Raises:
         LowRankError: the plan is for another model, or asks for something impossible.
@@ -234,6 +257,7 @@ def apply_plan(model: nn.Module, plan: Plan, calibration: Iterable[Any] | None =
     options = Options(
         seed=seed,
         progress=False,
+        output_fn=output_fn,
         metric=str(metadata.get("metric", "output")),
         fold_batchnorm=bool(metadata.get("fold_batchnorm")),
     )
@@ -243,11 +267,16 @@ def apply_plan(model: nn.Module, plan: Plan, calibration: Iterable[Any] | None =
             log.warning(
                 "apply_plan: the plan's factors were fitted to calibration data; without it they come from the plain SVD"
             )
+    else:
+        options = planned(options, metadata)
+    if metadata.get("healed"):
+        log.warning("apply_plan: the plan's model was healed afterwards, which applying the plan does not repeat")
     original = unwrapped(model)
     working, found, _ = fold_and_find(original, options)
     batches = prepare_batches(original, calibration) if calibration is not None else None
     split = split_again(batches, metadata) if batches is not None else None
-    bench = Bench(working, gather(working, found, split, options))
+    factored = any(entry.rank is not None for entry in plan.entries)
+    bench = Bench(working, gather(working, found, split, options, factored=factored)[0])
     bench.install_plan(plan)
     return bench.release()
 
@@ -277,7 +306,10 @@ def prepare_job(
         batches = validation = None
     checks = prepare_batches(model, validation, "validation") if validation is not None else None
     split = split_samples(batches, checks, options)
-    bench = Bench(working, gather(working, found, split, options), model)
+    factored = not probing or bool({"lowrank", "lowrank-int8"} & set(options.formats)) or bool(options.overrides)
+    shops, told = gather(working, found, split, options, factored=factored)
+    notes += told
+    bench = Bench(working, shops, model)
     if probing:
         job = weigh(bench, found, split, options)
         if latency and calls is not None:

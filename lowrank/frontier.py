@@ -20,6 +20,7 @@ from lowrank.choose import gauges_of, planner_of, uniform_plans
 from lowrank.compress import prepare_job
 from lowrank.errors import BudgetError, UsageError
 from lowrank.files import check_destination, lock_destination
+from lowrank.finalists import Gauge, Reading
 from lowrank.frontier_report import STATE_NAME, FrontierReport
 from lowrank.frontier_state import Done, State, arguments_of
 from lowrank.ledger import frontier_point, layer_rows
@@ -28,7 +29,6 @@ from lowrank.options import Options, check_budgets
 from lowrank.plan import Plan
 from lowrank.prepare import Job
 from lowrank.report_frontier import FrontierPoint
-from lowrank.search import Gauge, Reading
 from lowrank.version import __version__
 from lowrank.workshop import Choice
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank import kernels
+from lowrank.finalists import Finalist, Outcome
 from lowrank.layers import CompressedLayer
 from lowrank.linalg import fallback_counts
 from lowrank.modules import Survey
@@ -19,7 +20,6 @@ from lowrank.options import Options
 from lowrank.plan import Plan
 from lowrank.report import CompressionReport, LayerRow, sum_rows
 from lowrank.report_frontier import FrontierPoint
-from lowrank.search import Finalist, Outcome
 from lowrank.version import __version__
 from lowrank.workshop import Workshop
 
@@ -138,6 +138,13 @@ def compression_report(
         "finalists": [_finalist(item, rows, chosen) for item in outcome.finalists],
     }
     told = list(notes)
+    if chosen.healed is not None:
+        healed = chosen.healed.report
+        totals["heal"] = {key: value for key, value in healed.to_dict().items() if key != "losses"}
+        told.append(
+            f"healed: {healed.steps} steps on {healed.samples:,} samples took the {healed.metric} error on the search part from "
+            f"{healed.error_before:.4g} to {healed.error_after:.4g}"
+        )
     counts = fallback_counts()
     if counts:
         told.append(

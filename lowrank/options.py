@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lowrank.errors import UsageError
+from lowrank.training.options import HealOptions
 from lowrank.workshop import FORMATS
 
 __all__ = ["LATER_FORMATS", "Metric", "Options", "check_budgets"]
@@ -49,7 +50,12 @@ def check_budgets(error_budget: float | None, size_budget: float | None, metric:
 
 @dataclass(frozen=True)
 class Options:
-    """Everything but the model and the data; see :func:`lowrank.compress_model`."""
+    """Everything but the model and the data; see :func:`lowrank.compress_model`.
+
+    Attributes:
+        directions: of the gradients that factors are fitted to (:func:`lowrank.sensitivity.output_gradients`), ``None`` for none;
+            :meth:`checked` finds them by ``loss_aware`` and the metric.
+    """
 
     error_budget: float | None = None
     size_budget: float | None = None
@@ -61,7 +67,7 @@ class Options:
     overrides: Mapping[str, Any] | None = None
     objective: str = "size"
     loss_aware: bool | str = "auto"
-    heal: bool = False
+    heal: bool | Mapping[str, Any] = False
     strict: bool = False
     activations: str = "auto"
     output_fn: Callable[[Any], Tensor] | None = None
@@ -69,6 +75,7 @@ class Options:
     progress: bool = True
     on_nonfinite: str = "raise"
     fold_batchnorm: bool = False
+    directions: str | None = None
 
     def checked(self, *, calibrated: bool, planned: bool = False) -> Options:
         """The same with "auto" and "all" resolved.
@@ -79,7 +86,7 @@ class Options:
 
         Raises:
             UsageError: an argument outside its range.
-            NotImplementedError: an option that a later version brings.
+            NotImplementedError: a format that a later version brings.
 
         Example:
             >>> Options(error_budget=0.1).checked(calibrated=True).metric
@@ -101,7 +108,7 @@ class Options:
             raise UsageError(
                 f"metric {metric!r}: needs calibration batches; without any only metric='weight' can be promised"
             )
-        self._check_later()
+        self._check_choices()
         if self.objective == "latency" and not planned and not (calibrated and self.error_budget is not None):
             missing = "calibration batches, whose token counts it plans for" if not calibrated else "an error_budget"
             raise UsageError(f'objective="latency": needs {missing}')
@@ -115,7 +122,8 @@ class Options:
             raise UsageError(f"fold_batchnorm: must be True or False, got {self.fold_batchnorm!r}")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
             raise UsageError(f"seed: must be an integer from 0, got {self.seed!r}")
-        return Options(**{**vars(self), "metric": metric, "formats": self._formats()})
+        resolved = {"metric": metric, "formats": self._formats(), "directions": self._directions(metric)}
+        return Options(**{**vars(self), **resolved})
 
     def contribution(self, value: float | None) -> float:
         """A value of the metric in the unit in which layers' contributions add up: squares, but for KL and perplexity; inf for None.
@@ -147,15 +155,26 @@ class Options:
             check_format(name, "formats")
         return tuple(name for name in FORMATS if name in self.formats)
 
-    def _check_later(self) -> None:
+    def _check_choices(self) -> None:
         if self.objective not in ("size", "latency"):
             raise UsageError(f'objective: must be "size" or "latency", got {self.objective!r}')
         if self.loss_aware not in ("auto", True, False):
             raise UsageError(f'loss_aware: must be "auto", True or False, got {self.loss_aware!r}')
-        if self.loss_aware is True:
-            raise NotImplementedError('loss_aware=True: not in this version of lowrank; use loss_aware="auto"')
-        if self.heal:
-            raise NotImplementedError("heal=True: not in this version of lowrank; use heal=False")
+        if not isinstance(self.heal, (bool, Mapping)):
+            raise UsageError(f"heal: must be True, False or a dict of lowrank.heal's arguments, got {self.heal!r}")
+        HealOptions.of(self.heal)
+
+    def _directions(self, metric: Metric) -> str | None:
+        """What is back-propagated for factors that cost the metric least; ``None`` where they are not wanted or not known."""
+        measured = metric != "weight"
+        for name, wanted in (("loss_aware=True", self.loss_aware is True), ("heal", bool(self.heal))):
+            if wanted and not measured:
+                raise UsageError(
+                    f"{name}: needs calibration batches and a metric that the model's outputs decide, not metric='weight'"
+                )
+        if not measured or self.loss_aware is False:
+            return None
+        return "labels" if metric in ("kl", "perplexity") else "output"
 
 
 def check_format(name: object, argument: str) -> None:

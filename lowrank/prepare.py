@@ -2,38 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lowrank.batches import Batch, Split, sample_count, split_batches
 from lowrank.batchnorm import fold_sharing
 from lowrank.bench import Bench
 from lowrank.calibration import collect_statistics
-from lowrank.errors import NumericsError, UsageError
+from lowrank.errors import CheckpointError, NumericsError, UsageError
 from lowrank.evaluation import Evaluator
-from lowrank.factors import check_rank
 from lowrank.latency import Speed
 from lowrank.linalg import check_finite
-from lowrank.modules import Skipped, Survey, Target, matching, survey
-from lowrank.options import Options, check_format
+from lowrank.modules import Skipped, Survey, Target, module_matrix, survey
+from lowrank.options import Options
+from lowrank.overrides import forced_choices
 from lowrank.packed import packed_kind
 from lowrank.planner import LayerChoices
 from lowrank.probes import Sensitivity, exact_sensitivities, layer_choices, probe_layers
+from lowrank.sensitivity import DIRECTIONS, output_gradients
 from lowrank.statistics import InputStatistics, TokenCounts
-from lowrank.workshop import Choice, Workshop
+from lowrank.workshop import Workshop
 from lowrank.workshops import open_workshop
 
-__all__ = ["Job", "find_work", "fold_and_find", "forced_choices", "gather", "split_again", "split_samples", "weigh"]
+__all__ = [
+    "Job",
+    "find_work",
+    "fold_and_find",
+    "gather",
+    "planned",
+    "split_again",
+    "split_samples",
+    "weigh",
+]
 
 # Samples on which single layers are probed. More would not change which layers are the sensitive ones, and the whole plan is measured
 # on all search samples anyway.
 PROBE_SAMPLES = 32
 PROBE_BATCHES = 4
 MAX_ROWS_IN_NOTE = 6
+# The gradients' moment is outputs × outputs in float64: 128 MB a layer at this width, and its roots twice that again.
+MAX_GRADIENT_OUTPUTS = 4096
 
 
 @dataclass
@@ -47,6 +59,11 @@ class Job:
     notes: list[str] = field(default_factory=list)
     speed: Speed | None = None
 
+    @property
+    def loss_aware(self) -> bool:
+        """Whether the factors of any layer are fitted to what its errors cost the model."""
+        return any(shop.gradients is not None for shop in self.bench.workshops.values())
+
     def metadata(self, options: Options) -> dict[str, Any]:
         """What applying a plan again needs to know."""
         return {
@@ -54,9 +71,34 @@ class Job:
             "metric": options.metric if isinstance(options.metric, str) else "callable",
             "seed": options.seed,
             "split": 0 if self.split is None else self.split.ways,
+            **({"loss_aware": options.directions} if self.loss_aware else {}),
+            **({"output_fn": _name_of(options.output_fn)} if self.loss_aware and options.output_fn else {}),
             **({"fold_batchnorm": True} if options.fold_batchnorm else {}),
             **({"objective": "latency", "timings": self.speed.table.name} if self.speed is not None else {}),
         }
+
+
+def planned(options: Options, metadata: Mapping[str, Any]) -> Options:
+    """The options with what a plan says of how its factors were fitted.
+
+    Raises:
+        CheckpointError: the plan asks for gradients of an unknown kind.
+        UsageError: they are of a tensor that ``output_fn`` picked, and none is given.
+    """
+    wanted = metadata.get("loss_aware")
+    if wanted not in (None, *DIRECTIONS):
+        raise CheckpointError(
+            f"plan: metadata: loss_aware must be one of {', '.join(DIRECTIONS)}, got {wanted!r}; written by a newer lowrank?"
+        )
+    if wanted is not None and metadata.get("output_fn") is not None and options.output_fn is None:
+        raise UsageError(
+            f"plan: its factors were fitted to what output_fn={metadata['output_fn']} picks; pass the same output_fn"
+        )
+    return replace(options, directions=wanted, loss_aware=wanted is not None)
+
+
+def _name_of(function: Callable[..., Any]) -> str:
+    return str(getattr(function, "__qualname__", type(function).__qualname__))
 
 
 def find_work(model: nn.Module, options: Options) -> Survey:
@@ -127,8 +169,17 @@ def split_again(batches: Sequence[Batch], metadata: Mapping[str, Any]) -> Split:
     return split_batches(batches, None, int(metadata.get("seed", 0)), verify=ways == 3)
 
 
-def gather(model: nn.Module, found: Survey, split: Split | None, options: Options) -> list[Workshop]:
-    """A workshop for every target, with the statistics of what flows into it."""
+def gather(
+    model: nn.Module, found: Survey, split: Split | None, options: Options, *, factored: bool
+) -> tuple[list[Workshop], list[str]]:
+    """A workshop for every target, with the statistics of what flows into it and what an error of it costs; and notes.
+
+    Args:
+        factored: low-rank formats may be built; else nothing needs the gradients.
+
+    Raises:
+        UsageError: ``loss_aware=True``, or a plan made so, and the model cannot be differentiated.
+    """
     statistics: Mapping[str, InputStatistics | TokenCounts] = {}
     data_aware = split is not None and options.metric != "weight"
     if split is not None and data_aware:
@@ -139,13 +190,69 @@ def gather(model: nn.Module, found: Survey, split: Split | None, options: Option
             if packed_kind(member.module) is None
         }
         statistics = collect_statistics(model, split.statistics, modules, progress=options.progress, seed=options.seed)
+    gradients: Mapping[str, Tensor] = {}
+    notes: list[str] = []
+    if split is not None and data_aware and factored and options.directions is not None:
+        gradients, notes = _gradients(model, found, split, options)
     shops = []
     for target in found.targets:
+        costs = [gradients[member.name] for member in target.members if member.name in gradients]
         gathered = [statistics[member.name] for member in target.members if member.name in statistics]
         inputs = next((item for item in gathered if isinstance(item, InputStatistics)), None)
         lookups = next((item for item in gathered if isinstance(item, TokenCounts)), None)
-        shops.append(open_workshop(target, inputs, lookups, data_aware=data_aware))
-    return shops
+        shops.append(
+            open_workshop(target, inputs, lookups, data_aware=data_aware, gradients=costs[0] if costs else None)
+        )
+    return shops, notes
+
+
+def _gradients(
+    model: nn.Module, found: Survey, split: Split, options: Options
+) -> tuple[Mapping[str, Tensor], list[str]]:
+    """C of every linear layer and convolution, and what the report should say of it."""
+    assert options.directions is not None
+    modules = {
+        member.name: member.module
+        for target in found.targets
+        for member in target.members
+        if target.kind in ("linear", "conv") and not isinstance(member.module, nn.Embedding)
+    }
+    wide = [name for name, module in modules.items() if _outputs(module) > MAX_GRADIENT_OUTPUTS]
+    modules = {name: module for name, module in modules.items() if name not in wide}
+    try:
+        gradients = output_gradients(
+            model,
+            split.statistics,
+            modules,
+            directions=options.directions,
+            output_fn=options.output_fn,
+            seed=options.seed,
+        )
+    except RuntimeError as error:
+        reason = f"the model cannot be differentiated ({str(error).splitlines()[0]})"
+        if options.loss_aware != "auto":
+            raise UsageError(f'loss_aware: {reason}; pass loss_aware="auto" or False') from error
+        return {}, [f"factors are fitted to the layers' inputs alone: {reason}"]
+    sound = {
+        name: moment
+        for name, moment in gradients.items()
+        if bool(torch.isfinite(moment).all()) and float(moment.diagonal().sum()) > 0.0
+    }
+    notes = []
+    if sound:
+        notes.append(f"low-rank factors of {len(sound)} layers are those whose error costs the output least")
+    elif modules and options.loss_aware is True:
+        raise UsageError("loss_aware=True: no gradient of the output reaches any layer; is it detached?")
+    if wide:
+        notes.append(
+            f"{_named(wide)}: over {MAX_GRADIENT_OUTPUTS:,} outputs, so its factors are fitted to its inputs alone"
+        )
+    return sound, notes
+
+
+def _outputs(module: nn.Module) -> int:
+    """Of a linear layer (transformers' ``Conv1D`` too, which stores its weight the other way) or a convolution."""
+    return int(module_matrix(module).shape[0])
 
 
 def weigh(bench: Bench, found: Survey, split: Split | None, options: Options) -> Job:
@@ -179,80 +286,6 @@ def weigh(bench: Bench, found: Survey, split: Split | None, options: Options) ->
             skipped += [Skipped(member, refused) for member in shop.target.members]
     notes = _notes(shops, sensitivities, split, exact=split is None or options.metric == "weight")
     return Job(bench, Survey(found.targets, tuple(skipped), found.members), split, layers, notes)
-
-
-def forced_choices(overrides: Mapping[str, Any] | None, workshops: Mapping[str, Workshop]) -> dict[str, list[Choice]]:
-    """The only choices of the layers that ``overrides`` names.
-
-    Raises:
-        UsageError: a pattern that matches no target, an unknown key or format, a layer that would not get smaller.
-        RankError: a rank outside the layer's range.
-    """
-    found: dict[str, list[Choice]] = {}
-    if not overrides:
-        return found
-    aliases = {
-        member_name: shop
-        for shop in workshops.values()
-        for member in shop.target.members
-        for member_name in member.names
-    }
-    covered = matching(list(overrides), aliases, "overrides")
-    for pattern, value in overrides.items():
-        for name in sorted(covered[pattern]):
-            shop = aliases[name]
-            found[shop.name] = _forced(shop, value, f"overrides: {pattern!r}, layer {name}")
-    return found
-
-
-def _forced(shop: Workshop, value: Any, where: str) -> list[Choice]:
-    wanted: Any = {"format": value} if isinstance(value, str) else value
-    known = {"format", "rank", "bits", "activations", "scheme"}
-    if not isinstance(wanted, Mapping) or not set(wanted) <= known or "format" not in wanted:
-        raise UsageError(
-            f'{where}: must be a format or a dict with "format" and maybe "rank", "bits", "activations", "scheme", got {value!r}'
-        )
-    name = wanted["format"]
-    check_format(name, where)
-    if name == "dense":
-        return [Choice("dense")]
-    if name not in shop.formats:
-        raise UsageError(
-            f"{where}: this {shop.target.kind} layer can be dense or {', '.join(shop.formats)}, got {name!r}"
-        )
-    factored, rounded = "lowrank" in name, "int8" in name
-    rank, bits, scheme = wanted.get("rank"), wanted.get("bits"), wanted.get("scheme")
-    if scheme is not None and (not factored or scheme not in shop.schemes):
-        possible = [each for each in shop.schemes if each is not None] if factored else []
-        raise UsageError(
-            f"{where}: scheme of format {name!r} must be {' or '.join(possible) or 'left out'}, got {scheme!r}"
-        )
-    schemes = shop.schemes if scheme is None else (scheme,)
-    if rank is not None:
-        if not factored:
-            raise UsageError(f"{where}: format {name!r} has no rank, got {rank!r}")
-        check_rank(rank, max(map(shop.max_rank, schemes)), f"{where}, rank")
-        schemes = tuple(each for each in schemes if rank <= shop.max_rank(each))
-    if bits is not None and (not rounded or isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 8):
-        raise UsageError(
-            f"{where}: bits must be an integer from 2 to 8, for the formats int8 and lowrank-int8, got {bits!r}"
-        )
-    modes: list[str | None] = [None]
-    if rounded and shop.target.linears:
-        modes = list(shop.modes(wanted.get("activations", "auto")))
-        if wanted.get("activations", modes[0]) not in modes:
-            raise UsageError(f"{where}: this {shop.target.kind} layer is weight-only, got {wanted['activations']!r}")
-    thin: list[tuple[int | None, str | None]] = [(None, None)]
-    if factored:
-        thin = [(each, cut) for cut in schemes for each in ([rank] if rank is not None else shop.ranks(name, cut))]
-    choices = [Choice(name, each, (bits or 8) if rounded else None, mode, cut) for each, cut in thin for mode in modes]
-    small = [choice for choice in choices if shop.bytes(choice) < shop.bytes(Choice("dense"))]
-    if not small:
-        smallest = min((shop.bytes(choice) for choice in choices), default=0)
-        raise UsageError(
-            f"{where}: {value!r} would take {smallest:,} bytes, the dense layer takes {shop.bytes(Choice('dense')):,}"
-        )
-    return small
 
 
 def _spread(batches: Sequence[Batch], samples: int) -> list[Batch]:

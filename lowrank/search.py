@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Protocol
 
-from torch import nn
 from tqdm import tqdm
 
 from lowrank.bench import Bench
 from lowrank.errors import BudgetError
-from lowrank.evaluation import Evaluator
+from lowrank.finalists import Finalist, Gauge, Healer, Outcome, same_choices
+from lowrank.healed import heal_plan, healed_plans
 from lowrank.planner import Plan
 
-__all__ = ["Finalist", "Gauge", "Outcome", "Reading", "SampledGauge", "ValueGauge", "keep_error_budget", "least_error"]
+__all__ = ["keep_error_budget", "least_error"]
 
 # Fractions of the calibrated budget at which plans are made. The small ones are there for the day when predictions are far off or
 # samples so few that the test's margin is wide; steps near 1 are about as fine as a few hundred samples can tell apart.
@@ -36,64 +34,6 @@ REACH_STEPS = 12
 SURE_SHARE = 0.6
 
 
-@dataclass(frozen=True)
-class Reading:
-    """A measured error, and the bound that must lie within the budget."""
-
-    value: float
-    upper: float
-    samples: int = 0
-
-
-class Gauge(Protocol):
-    """Measures the error of a model."""
-
-    def __call__(self, model: nn.Module) -> Reading: ...
-
-
-@dataclass
-class SampledGauge:
-    """The error on samples, bounded with 95 % confidence."""
-
-    evaluator: Evaluator
-    desc: str | None = None
-
-    def __call__(self, model: nn.Module) -> Reading:
-        measured = self.evaluator.measure(model, desc=self.desc)
-        return Reading(measured.value, measured.upper(), len(measured.numerators))
-
-
-@dataclass
-class ValueGauge:
-    """An error that needs no statistics: computed from the weights, or a callable's value as it is."""
-
-    function: Callable[[nn.Module], float]
-
-    def __call__(self, model: nn.Module) -> Reading:
-        value = self.function(model)
-        return Reading(value, value)
-
-
-@dataclass
-class Finalist:
-    """A plan with what was measured on the search part and, where its turn came, on the verification part."""
-
-    label: str
-    plan: Plan
-    searched: Reading
-    verified: Reading | None = None
-
-
-@dataclass
-class Outcome:
-    """The plan chosen, measured over predicted contributions, everything that was tried, and plans for other error budgets."""
-
-    chosen: Finalist
-    calibration: float
-    finalists: list[Finalist] = field(default_factory=list)
-    predicted: list[tuple[float, Plan]] = field(default_factory=list)
-
-
 def keep_error_budget(
     bench: Bench,
     plan_for: Callable[[float], Plan],
@@ -105,6 +45,7 @@ def keep_error_budget(
     verify_samples: int,
     total: Callable[[float], float],
     progress: bool,
+    heal: Healer | None = None,
 ) -> Outcome:
     """The smallest plan whose verification bound is within the budget.
 
@@ -116,6 +57,7 @@ def keep_error_budget(
         plan_for: the smallest plan whose *predicted* contributions sum to at most this.
         uniform: named plans that are always among the finalists.
         total: from a value of the metric to the unit in which predicted contributions add up.
+        heal: trains the model of a plan; healed models are finalists too. It may see neither part that is measured on.
 
     Raises:
         BudgetError: not even the safest finalist passed, or nothing can be compressed.
@@ -131,6 +73,8 @@ def keep_error_budget(
         finalists = _measured(bench, [("the mildest plan tried", tried)], search, progress)
     _reach(bench, plan_for, finalists, target, search)
     _fill_gaps(bench, plan_for, finalists, target, search)
+    if heal is not None:
+        finalists += healed_plans(bench, plan_for, finalists, target, search, total, heal, progress)
     if not finalists:
         raise BudgetError(
             f"error budget {budget:g}: nothing could be compressed within it; every layer stays dense",
@@ -142,7 +86,7 @@ def keep_error_budget(
     sequence = sequence[max(len(sure) - 1, 0) :]
     passed: Finalist | None = None
     for finalist in tqdm(sequence, desc="verifying plans", delay=2, disable=not progress):
-        finalist.verified = verify(bench.install_plan(finalist.plan))
+        finalist.verified = verify(finalist.model(bench))
         if not finalist.verified.upper <= budget:
             break
         passed = finalist
@@ -168,11 +112,23 @@ def least_error(
     *,
     total: Callable[[float], float],
     progress: bool,
+    heal: Healer | None = None,
 ) -> Outcome:
-    """The plan with the smallest error on the search part, measured on the verification part."""
+    """The plan with the smallest error on the search part, measured on the verification part.
+
+    Args:
+        heal: as for :func:`keep_error_budget`; the best plan is healed.
+    """
+
+    def value(finalist: Finalist) -> tuple[float, int]:
+        return finalist.searched.value, finalist.plan.bytes
+
     finalists = _measured(bench, _distinct(plans), search, progress, keep_dense=True)
-    chosen = min(finalists, key=lambda finalist: (finalist.searched.value, finalist.plan.bytes))
-    chosen.verified = verify(bench.install_plan(chosen.plan))
+    if heal is not None:
+        finalists.append(heal_plan(bench, min(finalists, key=value).plan, search, heal))
+    chosen = min(finalists, key=value)
+    bench.install_plan(chosen.plan)
+    chosen.verified = verify(chosen.model(bench))
     scale = total(chosen.searched.value) / chosen.plan.error if chosen.plan.error > 0.0 else 1.0
     return Outcome(chosen, scale, finalists)
 
@@ -195,7 +151,7 @@ def _calibrate(
             # Nothing is predicted to fit; the predictions may be too high.
             scale /= 4.0
             continue
-        if tries == CALIBRATION_ROUNDS or (previous is not None and _same(plan, previous)):
+        if tries == CALIBRATION_ROUNDS or (previous is not None and same_choices(plan, previous)):
             break
         tries += 1
         previous = plan
@@ -232,7 +188,7 @@ def _reach(
             return
         allowed *= REACH_FACTOR
         plan = plan_for(allowed)
-        if plan.error > 0.0 and not _same(plan, boldest.plan):
+        if plan.error > 0.0 and not same_choices(plan, boldest.plan):
             boldest = Finalist(f"bolder, step {step + 1}", plan, search(bench.install_plan(plan)))
             finalists.append(boldest)
 
@@ -256,7 +212,7 @@ def _fill_gaps(
         if below is None or above is None or width <= GAP_WIDTH:
             return
         plan = plan_for(math.sqrt(below.plan.error * above.plan.error))
-        if any(_same(plan, item.plan) for item in finalists):
+        if any(same_choices(plan, item.plan) for item in finalists):
             closed.add((below.searched.value, above.searched.value))
         else:
             finalists.append(Finalist(f"between, step {step + 1}", plan, search(bench.install_plan(plan))))
@@ -294,16 +250,6 @@ def _size(plan: Plan) -> tuple[float, ...]:
 def _distinct(plans: Iterable[tuple[str, Plan]]) -> list[tuple[str, Plan]]:
     kept: list[tuple[str, Plan]] = []
     for label, plan in plans:
-        if not any(_same(plan, other) for _, other in kept):
+        if not any(same_choices(plan, other) for _, other in kept):
             kept.append((label, plan))
     return kept
-
-
-def _same(one: Plan, other: Plan) -> bool:
-    def key(plan: Plan) -> list[tuple[object, ...]]:
-        return [
-            (entry.name, entry.format, entry.rank, entry.bits, entry.activations, entry.scheme)
-            for entry in plan.entries
-        ]
-
-    return key(one) == key(other)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,15 +13,20 @@ from torch import Tensor, nn
 
 from lowrank.batches import Batch, model_tensor
 from lowrank.calibration import no_fast_path
-from lowrank.errors import RankError
+from lowrank.errors import NumericsError, RankError, UsageError
 from lowrank.factors import Factors, RankCurve, factorize_in_metric
 from lowrank.knapsack import allocate
 from lowrank.linalg import safe_eigh
 from lowrank.statistics import InputStatistics
 
-__all__ = ["LossAwareCurve", "output_gradients", "ranks_for_budget"]
+__all__ = ["DIRECTIONS", "GradientMetric", "LossAwareCurve", "output_gradients", "ranks_for_budget"]
 
 OutputFn = Callable[[Any], Tensor]
+DIRECTIONS = ("output", "pooled", "labels")
+# Activations are kept for the backward pass: so many samples at a time bound what that takes.
+SAMPLES_AT_ONCE = 16
+# Of a gradient metric, relative to the mean of its eigenvalues: it is inverted. As small as the inputs' ridge, for the same reason.
+GRADIENT_RIDGE = 1e-3
 
 
 def output_gradients(
@@ -29,33 +34,44 @@ def output_gradients(
     batches: Sequence[Batch],
     targets: Mapping[str, nn.Module],
     *,
+    directions: str = "pooled",
     output_fn: OutputFn | None = None,
     seed: int = 0,
 ) -> dict[str, Tensor]:
     """Second moments of the gradients with respect to each layer's outputs: C of DESIGN §4, without labels.
 
     One gradient is of one position (a token, a pixel); their products are summed over the positions of a sample and averaged over
-    samples, so that layers with more positions count for more.
+    samples, so that layers with more positions count for more. Padding is left out. Neither values nor flags of the model change.
 
-    Random directions are back-propagated from the model's output (Gauss-Newton): one for every position, and where the
-    output has positions one more that all positions of a sample share, as the error of their mean would send it back.
-    Padding is left out. Neither values nor flags of the model change.
+    What is back-propagated from the output y is, by ``directions``:
+
+    * ``"output"``: random directions, independent for every number (Gauss-Newton of ‖Δy‖²).
+    * ``"pooled"``: the same, and where the output has positions one more that all positions of a sample share, as the error of
+      their mean would send it back.
+    * ``"labels"``: ``softmax(y) − onehot(c)`` with c drawn from ``softmax(y)`` (Fisher information: ½ tr(C ΔW Σ ΔWᵀ) nats).
 
     Args:
         model: run in evaluation mode.
         batches: from :func:`lowrank.batches.prepare_batches`.
         targets: linear layers and convolutions by name.
+        directions: see above.
         output_fn: picks the tensor out of the model's output.
         seed: of the directions.
 
     Returns:
         (out, out) float64 by name; a layer that the output does not depend on is absent.
 
+    Raises:
+        UsageError: unknown directions.
+        RuntimeError: torch's own, where the model cannot be differentiated.
+
     Example:
         >>> model = nn.Sequential(nn.Linear(3, 2))
         >>> output_gradients(model, [Batch((torch.ones(5, 3),), size=5)], {"0": model[0]})["0"].shape
         torch.Size([2, 2])
     """
+    if directions not in DIRECTIONS:
+        raise UsageError(f"directions: must be one of {', '.join(DIRECTIONS)}, got {directions!r}")
     generator = torch.Generator().manual_seed(seed)
     sums: dict[str, Tensor] = {}
     samples = max(sum(batch.size for batch in batches), 1)
@@ -63,7 +79,7 @@ def output_gradients(
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     mask: Tensor | None = None
 
-    def watch(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
+    def watch(name: str) -> Callable[[nn.Module, Any, Tensor], Tensor]:
         def add(gradient: Tensor) -> None:
             if isinstance(targets[name], (nn.Conv1d, nn.Conv2d)):
                 gradient = gradient.movedim(1, -1)
@@ -71,10 +87,14 @@ def output_gradients(
             # A batch is short: its products keep enough digits, their sum over batches is float64.
             sums[name] = sums.get(name, 0.0) + (rows.T @ rows).double()
 
-        def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
-            if not output.requires_grad:
-                output.requires_grad_(True)
-            output.register_hook(add)
+        def hook(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+            # A copy where the chain begins: what comes next may work in place, which a leaf does not allow.
+            watched = output if output.requires_grad else output.detach().requires_grad_(True).clone()
+            if not watched.requires_grad:
+                # Within the model's own torch.no_grad.
+                return output
+            watched.register_hook(add)
+            return watched
 
         return hook
 
@@ -89,25 +109,88 @@ def output_gradients(
         stack.enter_context(torch.enable_grad())
         for name, module in targets.items():
             stack.callback(module.register_forward_hook(watch(name)).remove)
-        for batch in batches:
+        for batch in _in_pieces(batches):
             mask = batch.mask
             output = (output_fn or model_tensor)(batch.run(model))
             if output.requires_grad:
-                output.backward(_directions(output, mask, generator))
+                output.backward(_directions(output, mask, directions, generator))
     return {name: sums[name] / samples for name in targets if name in sums}
 
 
-def _directions(output: Tensor, mask: Tensor | None, generator: torch.Generator) -> Tensor:
+def _in_pieces(batches: Sequence[Batch]) -> Iterator[Batch]:
+    for batch in batches:
+        for indices in torch.arange(batch.size).split(SAMPLES_AT_ONCE):
+            yield batch.select(indices) if len(indices) < batch.size else batch
+
+
+def _directions(output: Tensor, mask: Tensor | None, kind: str, generator: torch.Generator) -> Tensor:
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(output.device, output.dtype)
 
-    found = draw(*output.shape)
+    inside = None
     if output.ndim == 3:
-        # Errors at single positions weigh as much, in all, as the error of the mean over them.
-        inside = mask[:, :, None].to(output.dtype) if mask is not None else torch.ones_like(output[:, :, :1])
-        inside = inside if inside.shape[:2] == output.shape[:2] else torch.ones_like(output[:, :, :1])
-        found = (found + draw(output.shape[0], 1, output.shape[2]) / inside.sum(dim=1, keepdim=True).sqrt()) * inside
-    return found
+        inside = torch.ones_like(output[:, :, :1])
+        if mask is not None and mask.shape == output.shape[:2]:
+            inside = mask[:, :, None].to(output.dtype)
+    if kind == "labels":
+        shares = output.detach().float().softmax(dim=-1)
+        # The first whose cumulative share passes a random number: the generator is on the CPU, the model may not be.
+        passed = torch.rand((*shares.shape[:-1], 1), generator=generator).to(shares.device)
+        drawn = (shares.cumsum(dim=-1) < passed).sum(dim=-1, keepdim=True).clamp_max(shares.shape[-1] - 1)
+        found = shares.scatter_add(-1, drawn, -torch.ones_like(passed)).to(output.dtype)
+    else:
+        found = draw(*output.shape)
+        if kind == "pooled" and inside is not None:
+            # Errors at single positions weigh as much, in all, as the error of the mean over them.
+            found = found + draw(output.shape[0], 1, output.shape[2]) / inside.sum(dim=1, keepdim=True).sqrt()
+    return found if inside is None else found * inside
+
+
+class GradientMetric:
+    """The metric of a layer's outputs: ``ΔWᵀ C ΔW`` in place of ``ΔWᵀ ΔW``, by the roots of C.
+
+    Attributes:
+        root, inverse: C^½ and C^-½, (out, out) float64.
+
+    Args:
+        gradients: C, (out, out) float64.
+        ridge: relative to the mean eigenvalue; C is inverted, so it needs one.
+        groups: of a convolution; what different groups share is left out, since each is factored by itself.
+
+    Raises:
+        NumericsError: C is not finite, or all zeros.
+
+    Example:
+        >>> metric = GradientMetric(torch.diag(torch.tensor([4.0, 1.0])).double(), ridge=0.0)
+        >>> metric.root.diagonal().tolist(), metric.inverse.diagonal().tolist()
+        ([2.0, 1.0], [0.5, 1.0])
+    """
+
+    def __init__(
+        self, gradients: Tensor, *, ridge: float = GRADIENT_RIDGE, groups: int = 1, name: str = "weight"
+    ) -> None:
+        size = gradients.shape[0] // groups
+        blocks = [gradients[at : at + size, at : at + size] for at in range(0, gradients.shape[0], size)]
+        mean = float(gradients.diagonal().mean())
+        if not 0.0 < mean < math.inf:
+            raise NumericsError(f"{name}: gradients whose mean square is {mean} make no metric")
+        roots, inverses = [], []
+        for block in blocks:
+            values, vectors = safe_eigh(block, name=f"{name} (gradients)")
+            root = (values + ridge * mean).sqrt()
+            roots.append((vectors * root) @ vectors.T)
+            inverses.append((vectors / root) @ vectors.T)
+        self.root, self.inverse = torch.block_diag(*roots), torch.block_diag(*inverses)
+
+    def of(self, matrix: Tensor) -> Tensor:
+        """``C^½ matrix``; the first dimension of a tensor with more is the outputs'."""
+        product: Tensor = self.root.to(matrix.device) @ matrix.to(torch.float64).flatten(1)
+        return product.view(matrix.shape)
+
+    def back(self, matrix: Tensor) -> Tensor:
+        """``C^-½ matrix``: what :meth:`of` undoes."""
+        product: Tensor = self.inverse.to(matrix.device) @ matrix.flatten(1)
+        return product.view(matrix.shape)
 
 
 class LossAwareCurve:
@@ -142,18 +225,15 @@ class LossAwareCurve:
     ) -> None:
         self._weight = weight.detach().double()
         self._mean = statistics.mean if shift_bias else None
-        values, vectors = safe_eigh(gradients, name=f"{name} (gradients)")
-        values = values + ridge * values.mean()
-        root = values.sqrt()
-        self._inverse = (vectors / root) @ vectors.T
+        self._metric = GradientMetric(gradients, ridge=ridge, name=name)
         moment = statistics.moment(centred=shift_bias, ridge=ridge)
-        self._curve: RankCurve = factorize_in_metric((vectors * root) @ (vectors.T @ self._weight), moment, name=name)
+        self._curve: RankCurve = factorize_in_metric(self._metric.of(self._weight), moment, name=name)
         self.costs = self._curve.errors.square() * self._curve.energy
 
     def factors(self, rank: int) -> Factors:
         """The best factors of this rank."""
         found = self._curve.factors(rank)
-        left = self._inverse @ found.left
+        left = self._metric.back(found.left)
         shift = None if self._mean is None else (self._weight - left @ found.right) @ self._mean
         return Factors(left, found.right, shift)
 

@@ -22,6 +22,7 @@ from lowrank.layers import (
 )
 from lowrank.modules import Target, module_matrix
 from lowrank.quantization import dequantize_rows, quantize_rows
+from lowrank.sensitivity import GradientMetric
 from lowrank.statistics import InputStatistics, TokenCounts
 
 __all__ = ["FORMATS", "RIDGE", "Choice", "Workshop"]
@@ -66,6 +67,8 @@ class Workshop:
         inputs: moments of what flows into the (first) linear member, if any was reached.
         lookups: counts of the rows looked up in the embedding member, if any was reached.
         data_aware: use them; off for the "weight" metric, whose optimum is the plain SVD.
+        gradients: C of the (first) linear member, from :func:`lowrank.sensitivity.output_gradients`. Factors are then those whose
+            error costs the model's output least, and truncation and rounding are weighed in that metric.
 
     Attributes:
         formats: what the target can become besides dense.
@@ -84,11 +87,18 @@ class Workshop:
     schemes: tuple[str | None, ...] = (None,)
 
     def __init__(
-        self, target: Target, inputs: InputStatistics | None, lookups: TokenCounts | None, *, data_aware: bool = True
+        self,
+        target: Target,
+        inputs: InputStatistics | None,
+        lookups: TokenCounts | None,
+        *,
+        data_aware: bool = True,
+        gradients: Tensor | None = None,
     ) -> None:
         self.target = target
         self.inputs = inputs if data_aware else None
         self.lookups = lookups if data_aware else None
+        self.gradients = gradients if self.inputs is not None else None
         self.weight = module_matrix(target.owner)
         self.rows, self.columns = self.weight.shape
         # A bias can take the correction of the mean only where the layer has one and no embedding shares the weight.
@@ -114,12 +124,37 @@ class Workshop:
 
     @cached_property
     def curve(self) -> RankCurve:
-        """One decomposition for every rank."""
+        """One decomposition for every rank, of ``C^½ W`` where there are gradients: see :meth:`factors`."""
         if self.inputs is not None:
-            return factorize(self.weight, self.inputs, ridge=RIDGE, shift_bias=self.centred, name=f"layer {self.name}")
+            return factorize(
+                self._weighed(self.weight), self.inputs, ridge=RIDGE, shift_bias=self.centred, name=f"layer {self.name}"
+            )
         if self.lookups is not None and not self.unseen_rows:
             return factorize_embedding(self.weight, self.lookups, name=f"layer {self.name}")
         return factorize(self.weight, name=f"layer {self.name}")
+
+    def factors(self, rank: int) -> Factors:
+        """The best factors of the weight of this rank.
+
+        Raises:
+            RankError: the rank is not an integer in [1, max_rank].
+        """
+        found = self.curve.factors(rank)
+        if self.metric is None:
+            return found
+        shift = None if found.bias_shift is None else self.metric.back(found.bias_shift[:, None])[:, 0]
+        return Factors(self.metric.back(found.left), found.right, shift)
+
+    @cached_property
+    def metric(self) -> GradientMetric | None:
+        """What an error at the layer's outputs costs the model, where gradients tell."""
+        if self.gradients is None:
+            return None
+        return GradientMetric(self.gradients, name=f"layer {self.name}")
+
+    def _weighed(self, matrix: Tensor) -> Tensor:
+        """``C^½ matrix``, or the matrix where there are no gradients."""
+        return matrix if self.metric is None else self.metric.of(matrix)
 
     @cached_property
     def _moment(self) -> Tensor | None:
@@ -140,8 +175,13 @@ class Workshop:
 
     @cached_property
     def energy(self) -> float:
-        """What relative errors are relative to, squared."""
+        """What activation errors are relative to, squared."""
         return self._norm(self.weight)
+
+    @cached_property
+    def cost(self) -> float:
+        """What :attr:`rounding`, :meth:`truncation` and :meth:`rounding_of_factors` are relative to: the energy, weighed by C."""
+        return self.energy if self.metric is None else self._norm(self._weighed(self.weight))
 
     @cached_property
     def square_sum(self) -> float:
@@ -160,10 +200,10 @@ class Workshop:
 
     @cached_property
     def rounding(self) -> float:
-        """Squared relative error of rounding the dense weight to 8 bits, in the metric of the inputs."""
+        """Squared relative error of rounding the dense weight to 8 bits, in the metric of the inputs (and of the gradients)."""
         codes, scale = quantize_rows(self.weight, 8)
         difference = self.weight.to(torch.float64) - dequantize_rows(codes, scale).to(torch.float64)
-        return max(self._norm(difference), 0.0) / self.energy if self.energy > 0.0 else 0.0
+        return max(self._norm(self._weighed(difference)), 0.0) / self.cost if self.cost > 0.0 else 0.0
 
     @cached_property
     def factor_rounding(self) -> Tensor:
@@ -171,7 +211,7 @@ class Workshop:
 
         Rounding errors of different rank components are independent, so their squares add up.
         """
-        factors = self.curve.factors(self.curve.max_rank)
+        factors = self.factors(self.curve.max_rank)
         left, right = factors.left, factors.right
         left_codes, left_scale = quantize_rows(left.T.contiguous(), 8)
         right_codes, right_scale = quantize_rows(right.contiguous(), 8)
@@ -179,18 +219,18 @@ class Workshop:
         right_error = right - dequantize_rows(right_codes, right_scale).to(torch.float64)
 
         def in_rows(matrix: Tensor) -> Tensor:
-            squares = matrix.square()
+            squares = self._weighed(matrix).square()
             return (squares if self._row_weights is None else squares * self._row_weights[:, None]).sum(dim=0)
 
         def in_columns(matrix: Tensor) -> Tensor:
             return ((matrix if self._moment is None else matrix @ self._moment) * matrix).sum(dim=1).clamp_min(0.0)
 
         per_component = in_rows(left_error) * in_columns(right) + in_rows(left) * in_columns(right_error)
-        total = torch.cumsum(per_component, 0) / self.energy if self.energy > 0.0 else torch.zeros_like(per_component)
+        total = torch.cumsum(per_component, 0) / self.cost if self.cost > 0.0 else torch.zeros_like(per_component)
         return torch.cat([total.new_zeros(1), total]).cpu()
 
     def truncation(self, choice: Choice) -> float:
-        """Squared relative error of the factors of a choice, before rounding, in the metric of the inputs."""
+        """Squared relative error of the factors of a choice, before rounding, in the metric of the inputs (and of the gradients)."""
         assert choice.rank is not None
         return float(self.errors(choice.scheme)[choice.rank]) ** 2
 
@@ -287,7 +327,7 @@ class Workshop:
         self._built = {key: built for key, built in self._built.items() if key == choice}
 
     def _build(self, choice: Choice) -> dict[str, nn.Module]:
-        factors = self.curve.factors(choice.rank) if choice.rank is not None else None
+        factors = self.factors(choice.rank) if choice.rank is not None else None
         built: dict[str, nn.Module] = {}
         for member in self.target.members:
             layer = _layer(member.module, choice, factors)

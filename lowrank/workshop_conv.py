@@ -19,6 +19,7 @@ from lowrank.layers import (
 )
 from lowrank.modules import Target
 from lowrank.quantization import dequantize_rows, quantize_rows
+from lowrank.sensitivity import GradientMetric
 from lowrank.statistics import InputStatistics, TokenCounts
 from lowrank.workshop import RIDGE, Choice, Workshop
 
@@ -40,9 +41,15 @@ class ConvWorkshop(Workshop):
     """
 
     def __init__(
-        self, target: Target, inputs: InputStatistics | None, lookups: TokenCounts | None, *, data_aware: bool = True
+        self,
+        target: Target,
+        inputs: InputStatistics | None,
+        lookups: TokenCounts | None,
+        *,
+        data_aware: bool = True,
+        gradients: Tensor | None = None,
     ) -> None:
-        super().__init__(target, inputs, lookups, data_aware=data_aware)
+        super().__init__(target, inputs, lookups, data_aware=data_aware, gradients=gradients)
         conv = target.owner
         assert isinstance(conv, (nn.Conv1d, nn.Conv2d))
         self.conv: nn.Conv1d | nn.Conv2d = conv
@@ -55,10 +62,10 @@ class ConvWorkshop(Workshop):
         self._roundings: dict[str | None, Tensor] = {}
 
     def curve_of(self, scheme: str | None) -> ConvCurve:
-        """One decomposition for every rank of one scheme."""
+        """One decomposition for every rank of one scheme, of ``C^½ W`` where there are gradients: see :meth:`factors_of`."""
         if scheme not in self._curves:
             self._curves[scheme] = factorize_conv(
-                self.kernel,
+                self._weighed(self.kernel),
                 self.inputs,
                 scheme=scheme or "channel",
                 groups=self.groups,
@@ -68,8 +75,23 @@ class ConvWorkshop(Workshop):
             )
         return self._curves[scheme]
 
+    def factors_of(self, scheme: str | None, rank: int) -> ConvFactors:
+        """The best factors of the kernel of this rank that are known."""
+        found = self.curve_of(scheme).factors(rank)
+        if self.metric is None:
+            return found
+        shift = None if found.bias_shift is None else self.metric.back(found.bias_shift[:, None])[:, 0]
+        return ConvFactors(found.first, self.metric.back(found.second), shift)
+
+    @cached_property
+    def metric(self) -> GradientMetric | None:
+        """What an error at the layer's outputs costs the model, group by group."""
+        if self.gradients is None:
+            return None
+        return GradientMetric(self.gradients, groups=self.groups, name=f"layer {self.name}")
+
     def errors(self, scheme: str | None) -> Tensor:
-        """(max_rank + 1,) relative error of the factors of each rank, in the metric of the patches."""
+        """(max_rank + 1,) relative error of the factors of each rank, in the metric of the patches (and of the gradients)."""
         return self.curve_of(scheme).errors
 
     def max_rank(self, scheme: str | None) -> int:
@@ -115,7 +137,7 @@ class ConvWorkshop(Workshop):
     def _rounding_by_rank(self, scheme: str | None) -> Tensor:
         """(largest offered rank + 1,) what rounding adds, summed over rank components, whose errors are independent."""
         if scheme not in self._roundings:
-            self._roundings[scheme] = self._component_rounding(self.curve_of(scheme).factors(self.max_rank(scheme)))
+            self._roundings[scheme] = self._component_rounding(self.factors_of(scheme, self.max_rank(scheme)))
         return self._roundings[scheme]
 
     def _component_rounding(self, factors: ConvFactors) -> Tensor:
@@ -128,7 +150,7 @@ class ConvWorkshop(Workshop):
         second = second.reshape(groups * rank, -1)
         first_error, second_error = (_rounding_error(part) for part in (first, second))
         lost = self._outer_norms(first, second_error, rank, wide) + self._outer_norms(first_error, second, rank, wide)
-        total = torch.cumsum(lost, 0) / self.energy if self.energy > 0.0 else torch.zeros_like(lost)
+        total = torch.cumsum(lost, 0) / self.cost if self.cost > 0.0 else torch.zeros_like(lost)
         return torch.cat([total.new_zeros(1), total]).cpu()
 
     def _outer_norms(self, first: Tensor, second: Tensor, rank: int, wide: int) -> Tensor:
@@ -136,6 +158,9 @@ class ConvWorkshop(Workshop):
         groups = self.groups
         first = first.reshape(groups, rank, -1)
         second = second.reshape(groups, rank, -1, wide)
+        if self.metric is not None:
+            by_output = second.transpose(1, 2).reshape(self.rows, rank, wide)
+            second = self.metric.of(by_output).view(groups, -1, rank, wide).transpose(1, 2)
         gram = torch.einsum("grow,grov->grwv", second, second)
         if self._moments is None:
             own = first.square().sum(dim=2)
@@ -159,7 +184,7 @@ class ConvWorkshop(Workshop):
             return QuantizedConv1d.from_conv1d(self.conv, bits=bits, activations=activations)
         if choice.rank is None:
             return QuantizedConv2d.from_conv2d(self.conv, bits=bits, activations=activations)
-        factors, scheme = self.curve_of(choice.scheme).factors(choice.rank), choice.scheme or "channel"
+        factors, scheme = self.factors_of(choice.scheme, choice.rank), choice.scheme or "channel"
         if flat:
             thin = SVDCompressedConv1d.from_factors(factors, self.conv, scheme)
             if not choice.rounded:

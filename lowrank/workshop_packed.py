@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import cached_property
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lowrank.layers import RECURRENT, CompressedLayer, QuantizedMultiheadAttention
 from lowrank.modules import Target
@@ -34,10 +34,16 @@ class PackedWorkshop(Workshop):
     formats = ("int8",)
 
     def __init__(
-        self, target: Target, inputs: InputStatistics | None, lookups: TokenCounts | None, *, data_aware: bool = True
+        self,
+        target: Target,
+        inputs: InputStatistics | None,
+        lookups: TokenCounts | None,
+        *,
+        data_aware: bool = True,
+        gradients: Tensor | None = None,
     ) -> None:
         self.target = target
-        self.inputs = self.lookups = None
+        self.inputs = self.lookups = self.gradients = None
         self.matrices = {name: weight.detach() for name, weight in weight_matrices(target.owner).items()}
         # One row with all weights: norms are sums over it.
         self.weight = torch.cat([weight.flatten() for weight in self.matrices.values()])[None]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from lowrank.modules import Target
 from lowrank.statistics import InputStatistics, TokenCounts
 from lowrank.workshop import Workshop
@@ -20,7 +22,12 @@ _OF_KIND: dict[str, type[Workshop]] = {
 
 
 def open_workshop(
-    target: Target, inputs: InputStatistics | None, lookups: TokenCounts | None, *, data_aware: bool = True
+    target: Target,
+    inputs: InputStatistics | None,
+    lookups: TokenCounts | None,
+    *,
+    data_aware: bool = True,
+    gradients: Tensor | None = None,
 ) -> Workshop:
     """The workshop for a target's kind; the arguments are those of :class:`lowrank.workshop.Workshop`.
 
@@ -30,4 +37,4 @@ def open_workshop(
         >>> type(open_workshop(survey(nn.Sequential(nn.Conv1d(4, 4, 3))).targets[0], None, None)).__name__
         'ConvWorkshop'
     """
-    return _OF_KIND[target.kind](target, inputs, lookups, data_aware=data_aware)
+    return _OF_KIND[target.kind](target, inputs, lookups, data_aware=data_aware, gradients=gradients)

@@ -393,13 +393,11 @@ def test_arguments_that_mean_nothing_are_refused(options: dict[str, Any], messag
 @pytest.mark.parametrize(
     "options",
     [
-        {"heal": True},
-        {"loss_aware": True},
         {"formats": ("int4",)},
         {"overrides": {"0": "int4"}},
     ],
 )
-def test_later_options_say_that_they_are_later(options: dict[str, Any]) -> None:
+def test_later_formats_say_that_they_are_later(options: dict[str, Any]) -> None:
     with pytest.raises(NotImplementedError, match="not in this version"):
         compress(mlp(), error_budget=0.1, **options)
 

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from lowrank.errors import BudgetError
+from lowrank.finalists import Reading, ValueGauge
 from lowrank.planner import Plan, PlanEntry
-from lowrank.search import Reading, ValueGauge, keep_error_budget, least_error
+from lowrank.search import keep_error_budget, least_error
 
 
 def plan_of(rank: int, error: float) -> Plan:

@@ -11,8 +11,8 @@ from helpers import seeded
 from torch import nn
 
 from lowrank.batches import Batch
-from lowrank.errors import RankError
-from lowrank.sensitivity import LossAwareCurve, output_gradients, ranks_for_budget
+from lowrank.errors import NumericsError, RankError, UsageError
+from lowrank.sensitivity import GradientMetric, LossAwareCurve, output_gradients, ranks_for_budget
 from lowrank.statistics import InputStatistics
 
 
@@ -116,3 +116,50 @@ def test_ranks_are_those_that_no_other_choice_beats() -> None:
         assert total == pytest.approx(best, rel=1e-9, abs=1e-12)
     with pytest.raises(RankError, match="39 parameters do not pay for rank 1 in each of 3 layers"):
         ranks_for_budget(costs, shapes, 39)
+
+
+def test_drawn_labels_give_the_fisher_information_of_the_logits() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3))
+    x = torch.randn(8000, 4, generator=seeded(1))
+    found = output_gradients(model, [Batch((x,), size=len(x))], {"0": model[0]}, directions="labels")["0"]
+    with torch.no_grad():
+        shares = model(x).double().softmax(dim=-1)
+    # E[(p − onehot)(p − onehot)ᵀ] = diag(p) − ppᵀ, averaged over the samples.
+    fisher = torch.diag(shares.mean(dim=0)) - shares.T @ shares / len(x)
+    torch.testing.assert_close(found, fisher, rtol=0.05, atol=0.01)
+
+
+def test_only_the_pooled_directions_are_shared_by_positions() -> None:
+    model = nn.Sequential(nn.Linear(3, 2))
+    batches = [Batch((torch.randn(50, 6, 3, generator=seeded(k)),), size=50) for k in range(40)]
+    own = output_gradients(model, batches, {"0": model[0]}, directions="output")["0"]
+    pooled = output_gradients(model, batches, {"0": model[0]}, directions="pooled")["0"]
+    # Six positions a sample: one direction each; and, pooled, one more in all of them over √6.
+    torch.testing.assert_close(own, 6 * torch.eye(2, dtype=torch.float64), rtol=0.05, atol=0.2)
+    torch.testing.assert_close(pooled, 7 * torch.eye(2, dtype=torch.float64), rtol=0.05, atol=0.3)
+    with pytest.raises(UsageError, match="directions: must be one of output, pooled, labels, got 'all'"):
+        output_gradients(model, batches, {"0": model[0]}, directions="all")
+
+
+def test_models_that_work_in_place_are_differentiated() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(inplace=True), nn.Linear(6, 3), nn.ReLU(inplace=True))
+    plain = nn.Sequential(model[0], nn.ReLU(), model[2], nn.ReLU())
+    batches = [Batch((torch.randn(40, 4, generator=seeded(3)),), size=40)]
+    targets = {"0": model[0], "2": model[2]}
+    found, expected = output_gradients(model, batches, targets), output_gradients(plain, batches, targets)
+    assert all(torch.equal(found[name], expected[name]) for name in targets)
+
+
+def test_the_roots_of_a_metric_undo_each_other_group_by_group() -> None:
+    gradients = metric(6, 4)
+    whole, cut = GradientMetric(gradients, ridge=0.0), GradientMetric(gradients, ridge=0.0, groups=2)
+    torch.testing.assert_close(whole.root @ whole.root, gradients)
+    assert float(cut.root[:3, 3:].abs().max()) == 0.0
+    torch.testing.assert_close((cut.root @ cut.root)[3:, 3:], gradients[3:, 3:])
+    kernel = torch.randn(6, 2, 3, 3, generator=seeded(5), dtype=torch.float64)
+    for one in (whole, cut):
+        torch.testing.assert_close(one.back(one.of(kernel)), kernel)
+    with pytest.raises(NumericsError, match=r"layer x: gradients whose mean square is 0\.0"):
+        GradientMetric(torch.zeros(2, 2, dtype=torch.float64), name="layer x")

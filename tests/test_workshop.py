@@ -101,3 +101,40 @@ def test_the_bench_leaves_the_original_alone_and_takes_layers_down_again() -> No
     assert torch.equal(bench.model(x), model(x))
     released = bench.release()
     assert released[0].weight is not model[0].weight  # type: ignore[index]
+
+
+def gradient_moment(size: int) -> torch.Tensor:
+    root = torch.randn(size, size, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    return (root * torch.logspace(0, -2, size, dtype=torch.float64)) @ root.T / size
+
+
+@pytest.mark.parametrize("shape", [(40, 64), (64, 40)])
+def test_with_gradients_the_curve_is_what_the_built_layer_costs_the_output(shape: tuple[int, int]) -> None:
+    plain = linear_shop(*shape)
+    gradients = gradient_moment(shape[0])
+    gradients = gradients @ gradients.T
+    shop = Workshop(plain.target, plain.inputs, None, gradients=gradients)
+    assert plain.inputs is not None
+    moment = plain.inputs.moment(centred=True)
+    weight = shop.weight.double()
+
+    def cost(matrix: torch.Tensor) -> float:
+        return float(torch.trace(gradients @ matrix @ moment @ matrix.T))
+
+    for rank in (4, 12, 20):
+        choice = Choice("lowrank", rank)
+        layers = [one.build(choice)["0"] for one in (shop, plain)]
+        costs = [cost(weight - layer.dense_weight().detach().double()) / cost(weight) for layer in layers]
+        # The ridges of the two metrics move the curve a little.
+        assert costs[0] == pytest.approx(shop.truncation(choice), rel=0.1, abs=2e-3)
+        assert costs[0] < 0.9 * costs[1]
+        # The report's errors stay those of the layer's own outputs, of which the plain factors are the best.
+        assert plain.errors_of(layers[1])[1] < shop.errors_of(layers[0])[1]  # type: ignore[operator]
+        assert shop.errors_of(layers[0])[1] == plain.errors_of(layers[0])[1]
+        rounded = shop.build(Choice("lowrank-int8", rank, 8, "float"))["0"]
+        measured = cost(layers[0].dense_weight().detach().double() - rounded.dense_weight().double()) / cost(weight)
+        assert 0.5 * measured <= shop.rounding_of_factors(choice) <= 2.0 * measured
+    whole = shop.build(Choice("int8", None, 8, "float"))["0"]
+    assert shop.rounding == pytest.approx(cost(weight - whole.dense_weight().double()) / cost(weight), rel=0.05)
+    full = shop.factors(min(shape))
+    torch.testing.assert_close(full.left @ full.right, weight, rtol=1e-9, atol=1e-9)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -143,3 +144,37 @@ def test_kernels_without_two_sides_have_one_scheme() -> None:
     assert shop_of(nn.Conv2d(4, 4, (3, 1))).schemes == ("channel",)
     assert shop_of(nn.Conv1d(4, 4, 3)).schemes == ("channel",)
     assert shop_of(nn.Conv2d(4, 4, 3)).schemes == ("channel", "spatial")
+
+
+@pytest.mark.parametrize("case", convolutions(), ids=lambda case: case[0])
+def test_with_gradients_the_curve_is_what_the_built_layer_costs_the_output(
+    case: tuple[str, dict[str, Any], Any],
+) -> None:
+    _, options, kind = case
+    torch.manual_seed(0)
+    plain = shop_of(kind(16, 32, **options))
+    root = torch.randn(32, 32, generator=seeded(7), dtype=torch.float64)
+    gradients = root @ torch.diag(torch.logspace(0, -3, 32, dtype=torch.float64)) @ root.T
+    shop = ConvWorkshop(plain.target, plain.inputs, None, gradients=gradients)
+    blocks = torch.block_diag(
+        *(gradients[at : at + 32 // shop.groups, at : at + 32 // shop.groups] for at in range(0, 32, 32 // shop.groups))
+    )
+    values, vectors = torch.linalg.eigh(blocks)
+    half = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
+    kernel = shop.kernel.double().flatten(1)
+
+    def cost(matrix: torch.Tensor) -> float:
+        return plain._norm(half @ matrix)
+
+    seen = 0
+    for choice in shop.by_size("lowrank")[1::5]:
+        layer = shop.build(choice)["0"]
+        measured = cost(kernel - layer.dense_weight().detach().double().flatten(1)) / cost(kernel)
+        assert measured == pytest.approx(shop.truncation(choice), rel=0.15, abs=3e-3), choice
+        rounded = shop.build(replace(choice, format="lowrank-int8", bits=8, activations="float"))["0"]
+        lost = cost((layer.dense_weight().detach().double() - rounded.dense_weight().double()).flatten(1)) / cost(
+            kernel
+        )
+        assert 0.4 * lost <= shop.rounding_of_factors(choice) <= 2.5 * lost, choice
+        seen += 1
+    assert seen or case[0] == "depthwise"

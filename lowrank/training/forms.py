@@ -3,53 +3,113 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lowrank.errors import UsageError
-from lowrank.layers import CompressedLayer, QuantizedLowRankLayer
+from lowrank.layers import (
+    CompressedLayer,
+    QuantizedConv1d,
+    QuantizedConv2d,
+    QuantizedLinear,
+    QuantizedLowRankConv1d,
+    QuantizedLowRankConv2d,
+    QuantizedLowRankLayer,
+)
 from lowrank.layers.quantized_lowrank import round_factors
 from lowrank.modules import replace_module
-from lowrank.quantization import largest_code
+from lowrank.quantization import largest_code, quantize_rows
 
-__all__ = ["RoundedFactors", "TrainableForm"]
+__all__ = ["RoundedForm", "TrainableForm"]
 
 WHAT = ("auto", "factors", "adapters")
+IntegerKind = (
+    QuantizedLowRankLayer
+    | QuantizedLinear
+    | QuantizedLowRankConv1d
+    | QuantizedLowRankConv2d
+    | QuantizedConv1d
+    | QuantizedConv2d
+)
+_FROM_DENSE: dict[type[nn.Module], str] = {
+    QuantizedLinear: "from_linear",
+    QuantizedConv1d: "from_conv1d",
+    QuantizedConv2d: "from_conv2d",
+}
+_INTEGER = (QuantizedLowRankLayer, QuantizedLowRankConv1d, QuantizedLowRankConv2d, *_FROM_DENSE)
 
 
-class RoundedFactors(nn.Module):
-    """A ``QuantizedLowRankLayer`` while its factors are trained: rounded in the forward pass, straight through in the
-    backward.
+class RoundedForm(nn.Module):
+    """An int8 layer while its numbers are trained: rounded in the forward pass, straight through in the backward.
+
+    Linear layers and convolutions, of one matrix or of two factors; activations are floats meanwhile.
 
     Args:
         layer: the layer that it stands in for.
+        dense: the layer that it was made from, if that is still known: where its rounding is ``layer`` itself, training starts
+            from the numbers before they were rounded.
+
+    Attributes:
+        floats: what is trained.
 
     Example:
         >>> layer = QuantizedLowRankLayer.from_linear(nn.Linear(6, 4), rank=3)
-        >>> again = RoundedFactors(layer).rounded()
+        >>> again = RoundedForm(layer).rounded()
         >>> torch.equal(again.left_codes, layer.left_codes), again.stored_bytes == layer.stored_bytes
         (True, True)
     """
 
-    def __init__(self, layer: QuantizedLowRankLayer) -> None:
+    def __init__(self, layer: IntegerKind, dense: nn.Module | None = None) -> None:
         super().__init__()
-        floats = layer.dequantize()
-        self.left, self.right, self.bias = floats.left, floats.right, floats.bias
-        self.bits, self.activations, self.dtype = layer.n_bits, layer.activations, layer.dtype
+        self.floats: nn.Module = layer.dequantize()
+        self.kind, self.bits, self.activations, self.dtype = type(layer), layer.n_bits, layer.activations, layer.dtype
+        self.groups = getattr(layer, "groups", 1)
+        self.factored = hasattr(layer, "left_codes")
+        self.bias_flag = layer.bias is not None and layer.bias.requires_grad
+        if not self.factored and isinstance(dense, (nn.Linear, nn.Conv1d, nn.Conv2d)):
+            self._sharpen(layer, dense)
+
+    def _sharpen(self, layer: Any, dense: nn.Linear | nn.Conv1d | nn.Conv2d) -> None:
+        if dense.weight.shape != layer.codes.shape or not bool(torch.isfinite(dense.weight).all()):
+            return
+        codes, scale = quantize_rows(dense.weight.flatten(1), self.bits)
+        if torch.equal(codes.view_as(layer.codes), layer.codes) and torch.equal(scale, layer.scale):
+            with torch.no_grad():
+                self.floats.get_parameter("weight").copy_(dense.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in) to (..., out)."""
-        right = _straight_through(self.right, 1, self.bits)
-        return F.linear(F.linear(x, right), _straight_through(self.left, 0, self.bits), self.bias)
+        """What the float layer of the rounded numbers gives."""
+        names = ("left", "right") if self.factored else ("weight",)
+        rounded = {name: self._rounded(name) for name in names}
+        result: Tensor = torch.func.functional_call(self.floats, rounded, (x,))
+        return result
 
-    def rounded(self) -> QuantizedLowRankLayer:
-        """The layer of the factors as they are now: the same rank, bits and activations."""
-        codes = round_factors(self.left, self.right, self.bits)
-        return QuantizedLowRankLayer.from_tensors(
-            *codes[:3], self.bias, bits=self.bits, activations=self.activations, dtype=self.dtype
-        ).train(self.training)
+    def _rounded(self, name: str) -> Tensor:
+        values = self.floats.get_parameter(name)
+        if name != "left":
+            return _straight_through(values, tuple(range(1, values.ndim)), self.bits)
+        # A component is a column of the left factor: (groups, out of a group, rank, *kernel).
+        parts = values.view(self.groups, -1, *values.shape[1:])
+        return _straight_through(parts, (1, *range(3, parts.ndim)), self.bits).view_as(values)
+
+    def rounded(self) -> nn.Module:
+        """The layer of the numbers as they are now: of the same kind, rank, bits and activations."""
+        how: dict[str, Any] = {"bits": self.bits, "activations": self.activations}
+        floats: Any = self.floats
+        kind: Any = self.kind
+        layer: nn.Module
+        if kind is QuantizedLowRankLayer:
+            codes = round_factors(floats.left, floats.right, self.bits)
+            layer = QuantizedLowRankLayer.from_tensors(*codes[:3], floats.bias, dtype=self.dtype, **how)
+        elif self.factored:
+            layer = kind.from_factors(floats, **how)
+        else:
+            layer = getattr(kind, _FROM_DENSE[kind])(floats, **how)
+        if isinstance(layer.bias, nn.Parameter):
+            layer.bias.requires_grad_(self.bias_flag)
+        return layer.train(self.training)
 
 
 class TrainableForm:
@@ -57,7 +117,8 @@ class TrainableForm:
 
     Args:
         model: changed in place; :meth:`close` puts every format back.
-        what: "factors": of compressed layers, with the biases and norms of the whole model; "adapters": what the
+        original: the model that it was made from, whose weights tell what rounding took.
+        what: "factors": the numbers of compressed layers, with the biases and norms of the whole model; "adapters": what the
             model's adapters have made trainable; "auto": adapters where there are any, else factors.
 
     Raises:
@@ -73,7 +134,7 @@ class TrainableForm:
         'QuantizedLowRankLayer'
     """
 
-    def __init__(self, model: nn.Module, what: str = "auto") -> None:
+    def __init__(self, model: nn.Module, what: str = "auto", original: nn.Module | None = None) -> None:
         if what not in WHAT:
             raise UsageError(f"what: must be one of {', '.join(WHAT)}, got {what!r}")
         adapters = [p for name, p in model.named_parameters() if p.requires_grad and "lora_" in name]
@@ -85,7 +146,7 @@ class TrainableForm:
             self.parameters = adapters
             remedy = "add one with lowrank.add_lora(model, config), or use what='factors'"
         else:
-            self._open_layers()
+            self._open_layers(original)
             self.parameters = list(dict.fromkeys(_movable(model)))
             remedy = "compress the model first"
         if not self.parameters:
@@ -96,21 +157,22 @@ class TrainableForm:
         for parameter in self.parameters:
             parameter.requires_grad_(True)
 
-    def _open_layers(self) -> None:
-        found: dict[QuantizedLowRankLayer, list[str]] = {}
+    def _open_layers(self, original: nn.Module | None) -> None:
+        dense = {} if original is None else dict(original.named_modules())
+        found: dict[IntegerKind, list[str]] = {}
         for name, module in self.model.named_modules(remove_duplicate=False):
             # Codes that an embedding shares are not this layer's to move.
-            if type(module) is QuantizedLowRankLayer and not _is_tied(module, self.model):
+            if type(module) in _INTEGER and not _is_tied(module, self.model):
                 found.setdefault(module, []).append(name)
         for layer, names in found.items():
-            form = RoundedFactors(layer)
+            form = RoundedForm(layer, dense.get(names[0]))
             replace_module(self.model, names, form)
             self._places[form] = names
 
     def close(self) -> None:
         """Round what was opened, and give every parameter its ``requires_grad`` back."""
         for form, names in self._places.items():
-            assert isinstance(form, RoundedFactors)
+            assert isinstance(form, RoundedForm)
             replace_module(self.model, names, form.rounded())
         self._places = {}
         for parameter, flag in self._flags:
@@ -124,21 +186,23 @@ class TrainableForm:
 
 
 def _movable(model: nn.Module) -> Iterator[nn.Parameter]:
+    opened = {module.floats for module in model.modules() if isinstance(module, RoundedForm)}
     for module in model.modules():
-        whole = isinstance(module, (CompressedLayer, RoundedFactors)) or "norm" in type(module).__name__.lower()
+        whole = isinstance(module, CompressedLayer) or module in opened or "norm" in type(module).__name__.lower()
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.is_floating_point() and (whole or name == "bias"):
                 yield parameter
 
 
-def _is_tied(layer: QuantizedLowRankLayer, model: nn.Module) -> bool:
+def _is_tied(layer: nn.Module, model: nn.Module) -> bool:
+    own = {id(tensor) for tensor in layer.buffers()}
     others = (module for module in model.modules() if module is not layer and isinstance(module, CompressedLayer))
-    return any(getattr(module, "left_codes", None) is layer.left_codes for module in others)
+    return any(id(tensor) in own for module in others for tensor in module.buffers(recurse=False))
 
 
-def _straight_through(factor: Tensor, dim: int, bits: int) -> Tensor:
-    """The factor rounded component by component (components along the other dimension), with the gradient of itself."""
-    step = factor.detach().abs().amax(dim=dim, keepdim=True) / largest_code(bits)
+def _straight_through(values: Tensor, dims: tuple[int, ...], bits: int) -> Tensor:
+    """The values rounded to steps of their largest along these dimensions, with the gradient of themselves."""
+    step = values.detach().abs().amax(dim=dims, keepdim=True) / largest_code(bits)
     step = torch.where(step > 0, step, torch.ones_like(step))
-    rounded = torch.round(factor.detach() / step) * step
-    return factor + (rounded - factor.detach())
+    rounded = torch.round(values.detach() / step) * step
+    return values + (rounded - values.detach())

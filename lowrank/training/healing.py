@@ -15,15 +15,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lowrank.batches import Batch, prepare_batches, sample_count
-from lowrank.errors import CalibrationError, NumericsError, UsageError
+from lowrank.errors import CalibrationError, NumericsError
 from lowrank.evaluation import Evaluator
 from lowrank.training.data import derived_seed
 from lowrank.training.distillation import Distillation, is_logits
 from lowrank.training.forms import TrainableForm
-from lowrank.training.options import learning_rate_factor
+from lowrank.training.options import HealOptions, learning_rate_factor
 from lowrank.training.pool import SamplePool
 
-__all__ = ["HealReport", "HealResult", "heal"]
+__all__ = ["HealReport", "HealResult", "heal", "heal_batches"]
 
 # Samples set aside to compare before and after: enough to tell a gain from none, few enough to leave the rest to learn from.
 _SET_ASIDE_SHARE, _MAX_SET_ASIDE = 0.1, 256
@@ -63,9 +63,13 @@ class HealReport:
     losses: list[float] = field(default_factory=list)
     run: dict[str, float] = field(default_factory=dict, compare=False)
 
-    def to_json(self) -> str:
+    def to_dict(self) -> dict[str, Any]:
         """All but how long it took, which differs between equal runs."""
-        return json.dumps({key: value for key, value in asdict(self).items() if key != "run"}, indent=1)
+        return {key: value for key, value in asdict(self).items() if key != "run"}
+
+    def to_json(self) -> str:
+        """:meth:`to_dict` as JSON."""
+        return json.dumps(self.to_dict(), indent=1)
 
 
 @dataclass
@@ -98,8 +102,8 @@ def heal(
 
     The compressed model's hidden states (outputs of the blocks that the model repeats; else of the compressed layers)
     and outputs are drawn to the original's: see :class:`lowrank.training.distillation.Distillation` for the loss. Float
-    factors, biases and norms are trained as they are; int8 factors are rounded in every forward pass, straight through
-    in the backward, and end in the same format, rank and number of bytes. Of dense int8 layers only the bias moves.
+    factors, biases and norms are trained as they are; int8 factors and matrices, of linear layers and convolutions, are rounded in
+    every forward pass, straight through in the backward, and end in the same format, rank and number of bytes.
 
     Both models are run in evaluation mode, and neither is changed.
 
@@ -114,8 +118,9 @@ def heal(
         hidden_weight: of the hidden states against the output.
         batch_size: samples a step, where dimension 0 counts samples.
         validation: batches to compare before and after; else a tenth of the samples (256 at most) is set aside.
-        vary: token samples are varied (spans joined, tokens exchanged): the original says what is right for any input.
-            It then runs in every step; else what it makes of a batch is kept, a third of the time of a step.
+        vary: samples are other ones each time: spans of texts joined and tokens exchanged, arrays of floats mixed in pairs, and
+            images mirrored and shifted besides. The original says what is right for any input. It then runs in every
+            step; else what it makes of a batch is kept, a third of the time of a step.
         max_grad_norm: gradients are clipped to it.
         output_fn: picks the tensor to match out of the model's output.
         seed: of the split, the order and the variation; same input, seed and thread count give the same bytes.
@@ -137,32 +142,54 @@ def heal(
         >>> report.kept, report.error_after < report.error_before
         ('after', True)
     """
-    started = time.perf_counter()
-    _check(steps, epochs, lr, hidden_weight, batch_size, max_grad_norm)
+    options = HealOptions(steps, epochs, lr, what, hidden_weight, batch_size, vary, max_grad_norm)
     batches = prepare_batches(original, calibration)
     checks = None if validation is None else prepare_batches(original, validation, "validation")
     train, held = _set_aside(batches, checks, seed)
+    return heal_batches(compressed, original, train, held, options, output_fn=output_fn, seed=seed, progress=progress)
+
+
+def heal_batches(
+    compressed: nn.Module,
+    original: nn.Module,
+    train: Sequence[Batch],
+    held: Sequence[Batch],
+    options: HealOptions,
+    *,
+    output_fn: Callable[[Any], Tensor] | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> HealResult:
+    """:func:`heal` on batches that are prepared, and set aside, already.
+
+    Args:
+        train: to learn from.
+        held: to compare before and after.
+    """
+    started = time.perf_counter()
     metric = _metric_for(original, held[0], output_fn)
     judge = Evaluator(original, held, metric, output_fn)
     before = judge.measure(compressed).value
     healed = copy.deepcopy(compressed)
-    modes = [(module, module.training) for model in (healed, original) for module in model.modules()]
+    modes = [(name, module.training) for name, module in healed.named_modules()]
+    original_modes = [(module, module.training) for module in original.modules()]
     size = _bytes(healed)
-    form = TrainableForm(healed, what)
-    per_epoch = max(math.ceil(sample_count(train) / batch_size), 1)
-    total = steps or (epochs * per_epoch if epochs else min(max(20 * per_epoch, 100), 400))
-    pool = SamplePool.of(train, vocabulary=_vocabulary(original) if vary else 0)
+    form = TrainableForm(healed, options.what, original)
+    total = options.total_steps(sample_count(train))
+    pool = SamplePool.of(train, vocabulary=_vocabulary(original), vary=options.vary)
     try:
         healed.eval()
         original.eval()
-        fixed = () if pool.varies else tuple(pool.epoch(batch_size, _generator(seed, 0)))
-        loss = Distillation(healed, original, hidden_weight, output_fn, fixed)
-        drawn = _shuffled(fixed, seed) if fixed else _varied(pool, batch_size, seed)
-        losses = _train(form, loss, drawn, total, lr, max_grad_norm, progress)
+        fixed = () if pool.varies else tuple(pool.epoch(options.batch_size, _generator(seed, 0)))
+        loss = Distillation(healed, original, options.hidden_weight, output_fn, fixed)
+        drawn = _shuffled(fixed, seed) if fixed else _varied(pool, options.batch_size, seed)
+        losses = _train(form, loss, drawn, total, options.lr, options.max_grad_norm, progress)
     finally:
-        for module, mode in modes:
-            module.training = mode
         form.close()
+        for module, mode in original_modes:
+            module.training = mode
+        for name, mode in modes:
+            healed.get_submodule(name).training = mode
     after = judge.measure(healed).value
     better = after < before
     if better and _bytes(healed) != size:
@@ -276,20 +303,3 @@ def _vocabulary(model: nn.Module) -> int:
 def _bytes(model: nn.Module) -> int:
     unique = {tensor.data_ptr(): tensor.nbytes for tensor in model.state_dict().values() if tensor.numel()}
     return sum(unique.values())
-
-
-def _check(
-    steps: int | None, epochs: int | None, lr: float, hidden_weight: float, batch_size: int, max_grad_norm: float
-) -> None:
-    if steps is not None and epochs is not None:
-        raise UsageError(f"epochs, steps: give at most one of them, got {epochs} and {steps}")
-    for name, count in (("steps", steps), ("epochs", epochs), ("batch_size", batch_size)):
-        if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
-            raise UsageError(f"{name}: must be an integer of at least 1, got {count!r}")
-    for name, value, low in (
-        ("lr", lr, False),
-        ("max_grad_norm", max_grad_norm, False),
-        ("hidden_weight", hidden_weight, True),
-    ):
-        if not math.isfinite(value) or value < 0 or (value == 0 and not low):
-            raise UsageError(f"{name}: must be a finite number {'of at least' if low else 'above'} 0, got {value!r}")

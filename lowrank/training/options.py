@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import nn
 
 from lowrank.errors import UsageError
 
-__all__ = ["SCHEDULES", "TrainingOptions", "learning_rate_factor"]
+__all__ = ["SCHEDULES", "HealOptions", "TrainingOptions", "learning_rate_factor"]
 
 SCHEDULES = ("cosine", "linear", "constant")
 METRICS = ("loss", "accuracy", "perplexity")
@@ -86,6 +86,59 @@ class TrainingOptions:
     def to_json(self) -> dict[str, Any]:
         """Plain data: what two runs must have in common for one to go on where the other stopped."""
         return {entry.name: getattr(self, entry.name) for entry in fields(self)} | {"metric": self.metric_name}
+
+
+@dataclass(frozen=True)
+class HealOptions:
+    """What decides how a model is healed; see :func:`lowrank.heal` for each.
+
+    Raises:
+        UsageError: an option out of its range, or ``epochs`` and ``steps`` both given.
+
+    Example:
+        >>> HealOptions().total_steps(samples=1000), HealOptions(epochs=3).total_steps(samples=1000)
+        (400, 96)
+    """
+
+    steps: int | None = None
+    epochs: int | None = None
+    lr: float = 4e-4
+    what: str = "auto"
+    hidden_weight: float = 1.0
+    batch_size: int = 32
+    vary: bool = False
+    max_grad_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.steps is not None and self.epochs is not None:
+            raise UsageError(f"epochs, steps: give at most one of them, got {self.epochs} and {self.steps}")
+        for name in ("steps", "epochs", "batch_size"):
+            _whole(getattr(self, name), name, low=1)
+        for name in ("lr", "max_grad_norm", "hidden_weight"):
+            _real(getattr(self, name), name, positive=name != "hidden_weight")
+        if not isinstance(self.vary, bool):
+            raise UsageError(f"vary: must be True or False, got {self.vary!r}")
+
+    @classmethod
+    def of(cls, given: bool | Mapping[str, Any]) -> HealOptions:
+        """From ``True`` or a dict of arguments.
+
+        Raises:
+            UsageError: an argument that there is not.
+        """
+        arguments = {} if isinstance(given, bool) else dict(given)
+        known = [entry.name for entry in fields(cls)]
+        unknown = sorted(set(map(str, arguments)) - set(known))
+        if unknown:
+            raise UsageError(f"heal: unknown argument {', '.join(unknown)}; it takes {', '.join(known)}")
+        return cls(**arguments)
+
+    def total_steps(self, samples: int) -> int:
+        """As asked for; by default 20 epochs, but 100 to 400 steps."""
+        per_epoch = max(math.ceil(samples / self.batch_size), 1)
+        if self.steps is not None:
+            return self.steps
+        return self.epochs * per_epoch if self.epochs is not None else min(max(20 * per_epoch, 100), 400)
 
 
 def learning_rate_factor(step: int, total: int, warmup: int, schedule: str) -> float:

@@ -1,4 +1,4 @@
-"""Unlabelled samples drawn into batches of their own: by length where they are token ids, and varied where that helps."""
+"""Unlabelled samples drawn into batches of their own: by length where they are token ids, and varied where that is asked for."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from lowrank.batches import Batch
 
@@ -18,6 +19,8 @@ _SORTED_TOGETHER = 8
 # A heuristic of the healing study: of the batches' rows three in ten stay as they are; of the others two in five are
 # joined from two samples, and up to three in ten of their tokens are exchanged, half of them for any token at all.
 _KEPT, _JOINED, _EXCHANGED = 0.3, 0.4, (0.0, 0.1, 0.2, 0.3)
+# Of an image's sides, the most that it is shifted by: four pixels of 32, as networks for such images are trained.
+_SHIFT = 0.125
 
 
 @dataclass
@@ -29,6 +32,7 @@ class SamplePool:
         batches: other samples: one batch of all of them where their shapes agree, else the batches as they came.
         fill: what padding holds, by argument name.
         vocabulary: token ids are below this; 0 where nothing may be exchanged.
+        mixes: other samples are of floats alone, and are to be varied.
         fixed: ids that begin and end every sample; they are never exchanged.
     """
 
@@ -37,14 +41,16 @@ class SamplePool:
     fill: dict[str, int]
     vocabulary: int = 0
     fixed: tuple[bool, bool] = (False, False)
+    mixes: bool = False
 
     @classmethod
-    def of(cls, batches: Sequence[Batch], *, vocabulary: int = 0) -> SamplePool:
+    def of(cls, batches: Sequence[Batch], *, vocabulary: int = 0, vary: bool = True) -> SamplePool:
         """Take batches apart into samples.
 
         Args:
             batches: from :func:`lowrank.batches.prepare_batches`.
-            vocabulary: number of token ids the model knows, to vary token samples; 0 for not at all.
+            vocabulary: number of token ids the model knows, to vary token samples; 0 where that is not known.
+            vary: let every epoch have samples of its own.
 
         Example:
             >>> ids = torch.tensor([[1, 5, 2, 0], [1, 6, 7, 2]])
@@ -57,13 +63,14 @@ class SamplePool:
             rows = [row for batch in batches for row in _rows(batch)]
             fill = _fill(batches)
             ends = [{int(row["input_ids"][place]) for row in rows} for place in (0, -1)]
-            return cls(rows, [], fill, vocabulary, (len(ends[0]) == 1, len(ends[1]) == 1))
-        return cls([], [_joined(batches)] if _same_shapes(batches) else list(batches), {})
+            return cls(rows, [], fill, vocabulary if vary else 0, (len(ends[0]) == 1, len(ends[1]) == 1))
+        joined = [_joined(batches)] if _same_shapes(batches) else list(batches)
+        return cls([], joined, {}, mixes=vary and len(joined) == 1 and _all_floats(joined[0]))
 
     @property
     def varies(self) -> bool:
         """Whether a sample is another one each time it is drawn."""
-        return bool(self.rows) and self.vocabulary > 0
+        return self.mixes or (bool(self.rows) and self.vocabulary > 0)
 
     def epoch(self, size: int, generator: torch.Generator) -> Iterator[Batch]:
         """All samples once, in batches of ``size`` and random order."""
@@ -72,7 +79,7 @@ class SamplePool:
         elif len(self.batches) == 1 and self.batches[0].size > 1:
             whole = self.batches[0]
             for indices in torch.randperm(whole.size, generator=generator).split(size):
-                yield whole.select(indices)
+                yield _mixed(whole.select(indices), generator) if self.mixes else whole.select(indices)
         else:
             for index in torch.randperm(len(self.batches), generator=generator).tolist():
                 yield self.batches[index]
@@ -168,6 +175,42 @@ def _same_shapes(batches: Sequence[Batch]) -> bool:
 
     first = shapes(batches[0])
     return None not in first and all(shapes(batch) == first for batch in batches)
+
+
+def _all_floats(batch: Batch) -> bool:
+    values = [*batch.args, *batch.kwargs.values()]
+    return batch.size > 1 and all(isinstance(value, Tensor) and value.is_floating_point() for value in values)
+
+
+def _mixed(batch: Batch, generator: torch.Generator) -> Batch:
+    """Half of the samples each a weighted mean of itself and another (mixup, Zhang et al. 2018); images mirrored and shifted first."""
+    shares = torch.rand(batch.size, generator=generator)
+    shares = torch.where(torch.rand(batch.size, generator=generator) < 0.5, shares, torch.ones_like(shares))
+    others = torch.randperm(batch.size, generator=generator)
+    seed = int(torch.randint(2**62, (), generator=generator))
+
+    def vary(value: Tensor) -> Tensor:
+        # Arguments that belong together are turned alike.
+        moved = _moved(value, torch.Generator().manual_seed(seed)) if value.ndim == 4 else value
+        share = shares.to(value.device, value.dtype).view(-1, *[1] * (value.ndim - 1))
+        return share * moved + (1 - share) * moved[others.to(value.device)]
+
+    return Batch(tuple(map(vary, batch.args)), {key: vary(value) for key, value in batch.kwargs.items()}, batch.size)
+
+
+def _moved(images: Tensor, generator: torch.Generator) -> Tensor:
+    """(samples, channels, height, width): each mirrored or not, and shifted by its own few pixels with zeros coming in."""
+    height, width = images.shape[2:]
+    down, along = int(_SHIFT * height), int(_SHIFT * width)
+    padded = F.pad(images, (along, along, down, down))
+    flips = torch.rand(len(images), generator=generator) < 0.5
+    rows = torch.randint(2 * down + 1, (len(images),), generator=generator)
+    columns = torch.randint(2 * along + 1, (len(images),), generator=generator)
+    moved = [
+        image[:, row : row + height, column : column + width].flip(2 if flip else ())
+        for image, flip, row, column in zip(padded, flips.tolist(), rows.tolist(), columns.tolist(), strict=True)
+    ]
+    return torch.stack(moved)
 
 
 def _joined(batches: Sequence[Batch]) -> Batch:

@@ -282,7 +282,9 @@ print(kernels.route())
         )
         assert done.returncode == 0, done.stderr
         printed.append(done.stdout.split())
-    assert printed[1][-1] in ("int_mm", "avx2", "float") and (printed[1][-1] != "avx2" or "LOWRANK_NATIVE" not in setting)
+    assert printed[1][-1] in ("int_mm", "avx2", "float") and (
+        printed[1][-1] != "avx2" or "LOWRANK_NATIVE" not in setting
+    )
     assert printed[0][:4] == printed[1][:4]
 
 
