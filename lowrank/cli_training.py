@@ -53,7 +53,7 @@ def _adapter_options(command: _Command) -> _Command:
 def _training_options(command: _Command) -> _Command:
     """How long and how fast."""
     for option in (
-        click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of order and dropout."),
+        click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the start, order and dropout."),
         click.option("--patience", type=click.IntRange(min=1), help="Stop after this many evaluations without a gain."),
         click.option(
             "--metric", type=click.Choice(["loss", "accuracy", "perplexity"]), default="loss", help="To keep by."
@@ -136,7 +136,7 @@ def finetune_command(
     if heal_from is not None:
         _refuse_for_healing(options, resume)
         original = open_model(heal_from, device, quiet)
-        adapted = lora.add_lora(model, config, inplace=True, original=original)
+        adapted = lora.add_lora(model, config, inplace=True, original=original, seed=options["seed"])
         train = model_batches(_without_labels(data), data_file, original, source, *sizes)
         held = model_batches(_without_labels(checks), validation, original, source, *sizes)
         settings = {key: options[key] for key in ("epochs", "steps", "seed", "progress")}
@@ -152,7 +152,7 @@ def finetune_command(
         )
         _finished(output, quiet, report.to_json() if as_json else text)
         return
-    adapted = lora.add_lora(model, config, inplace=True)
+    adapted = lora.add_lora(model, config, inplace=True, seed=options["seed"])
     train = _labelled(data, data_file, adapted, source, *sizes)
     held = None if checks is None else _labelled(checks, validation, adapted, source, *sizes)
     if options["epochs"] is None and options["steps"] is None:

@@ -27,7 +27,7 @@ from lowrank.files import (
 from lowrank.layers import CompressedLayer, compressed_layers
 from lowrank.version import __version__
 
-__all__ = ["save_compressed", "stored_tensors"]
+__all__ = ["embeddings_tied", "save_compressed", "stored_tensors"]
 
 _SHARD_BYTES = 5_000_000_000
 # Headers and reports beside the tensors; measured 2 MB for a model of 10,000 layers.
@@ -255,12 +255,12 @@ def hugging_face_config(model: nn.Module) -> dict[str, Any] | None:
     for key in ("_name_or_path", "auto_map"):
         document.pop(key, None)
     document["architectures"] = document.get("architectures") or [type(model).__name__]
-    if document.get("tie_word_embeddings") and not _embeddings_tied(model):
+    if document.get("tie_word_embeddings") and not embeddings_tied(model):
         document["tie_word_embeddings"] = False
     return document
 
 
-def _embeddings_tied(model: nn.Module) -> bool:
+def embeddings_tied(model: nn.Module) -> bool:
     """False only where there are two embedding tables and they share no tensor."""
     pointers: list[set[int]] = []
     for side in ("input", "output"):

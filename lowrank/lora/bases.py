@@ -29,6 +29,7 @@ from lowrank.layers.source import is_conv1d
 __all__ = [
     "BaseFacts",
     "adapter_dtype",
+    "allowed_rank",
     "base_bias",
     "base_weight",
     "exact_weight",
@@ -167,3 +168,13 @@ def largest_rank(base: nn.Module) -> int:
     if isinstance(base, CompressedLayer):
         return min(base.shape[0], math.prod(base.shape[1:]))
     return min(base_weight(base).flatten(1).shape)
+
+
+def allowed_rank(base: nn.Module) -> int:
+    """The largest rank whose adapter holds at most 16 times the numbers of the weight, or a million where that is more.
+
+    Ranks over :func:`largest_rank` mean nothing but are harmless; this one keeps a slip from taking all memory.
+    """
+    rows, *others = base.shape if isinstance(base, CompressedLayer) else base_weight(base).shape
+    columns = math.prod(others)
+    return max(16 * rows * columns, 2**20) // (rows + columns)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from tabulate import tabulate
 from torch import nn
 
+from lowrank.checkpoint.saving import embeddings_tied
 from lowrank.errors import AdapterError, RankError, UsageError
 from lowrank.lora.layer import LoRALayer, MergeRow
 from lowrank.lora.merging import MergeOptions, merged_base
@@ -168,7 +170,8 @@ def merge_report(model: nn.Module) -> MergeReport:
 def unload_lora(model: nn.Module) -> nn.Module:
     """The model without adapter layers: merged adapters stay in the weights, others are dropped. Acts on the model itself.
 
-    A module trained whole stays as trained where its adapter is active.
+    A module trained whole stays as trained where its adapter is active. Where merging changed one end of a tied pair, the model's
+    configuration says so from here on (``tie_word_embeddings`` false), so that transformers keeps both.
 
     Example:
         >>> from lowrank.lora import LoRAConfig, add_lora
@@ -182,4 +185,7 @@ def unload_lora(model: nn.Module) -> nn.Module:
             replace_module(model, place.names, place.module.base_layer)
         elif isinstance(place.module, SavedModule):
             replace_module(model, place.names, place.module.running)
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "tie_word_embeddings", False) and not embeddings_tied(model):
+        config.tie_word_embeddings = False
     return model

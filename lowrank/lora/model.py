@@ -8,6 +8,7 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 
+import torch
 from torch import nn
 
 from lowrank.errors import AdapterError, UsageError
@@ -44,6 +45,7 @@ def add_lora(
     *,
     original: nn.Module | None = None,
     statistics: Mapping[str, InputStatistics | TokenCounts] | None = None,
+    seed: int | None = None,
 ) -> nn.Module:
     """Put adapters on a model; everything but the adapters (and ``modules_to_save``) is frozen.
 
@@ -58,11 +60,14 @@ def add_lora(
         original: the model before compression, for ``init_lora_weights="residual"``.
         statistics: inputs of the layers by name, see :func:`lowrank.collect_statistics`; makes the residual's fit that of
             the least output error.
+        seed: of the adapters' random start; torch's own random numbers stay as they are. By default they are drawn from those, in
+            PEFT's order, so that the same ``torch.manual_seed`` starts the same adapter there.
 
     Returns:
         The adapted model: a copy unless ``inplace``.
 
     Raises:
+        RankError: a rank that would take all memory.
         UsageError: an entry of the configuration that matches nothing, a name already taken, a merged model.
         AdapterError: a layer that cannot carry this adapter.
 
@@ -80,7 +85,8 @@ def add_lora(
     find_targets(model, config)  # before a copy is made for nothing
     if not inplace:
         model = copy.deepcopy(model)
-    wide = install(model, config, adapter_name, find_targets(model, config), original, statistics)
+    with _drawn_from(model, seed):
+        wide = install(model, config, adapter_name, find_targets(model, config), original, statistics)
     if wide:
         warnings.warn(
             f"r: over min(out, in) on {len(wide)} layers (first {wide[0]}), where the rest adds parameters but no freedom",
@@ -88,6 +94,20 @@ def add_lora(
             stacklevel=2,
         )
     return model
+
+
+@contextlib.contextmanager
+def _drawn_from(model: nn.Module, seed: int | None) -> Iterator[None]:
+    """Random numbers of this seed within it, on the CPU and where the model is; the caller's come back."""
+    if seed is None:
+        yield
+        return
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise UsageError(f"seed: must be an integer from 0, or None, got {seed!r}")
+    devices = sorted({parameter.device.index or 0 for parameter in model.parameters() if parameter.is_cuda})
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield
 
 
 def install(

@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 import lowrank
@@ -37,6 +38,44 @@ def test_a_rank_over_the_smaller_side_is_a_warning() -> None:
     with pytest.warns(UserWarning, match=r"r: over min\(out, in\) on 1 layers \(first 0\)"):
         adapted = lowrank.add_lora(model, lowrank.LoRAConfig(r=8))
     assert lowrank.trainable_parameters(adapted)[0] == 8 * (4 + 9) + 8 * (9 + 12)
+
+
+def test_a_rank_that_would_take_all_memory_is_refused_before_anything_is_allocated() -> None:
+    model = nn.Sequential(nn.Linear(4, 9), nn.Conv1d(8, 6, 3), nn.Embedding(50, 12))
+    for config, layer, limit in (
+        (lowrank.LoRAConfig(r=10**12), "0", 2**20 // 13),
+        (lowrank.LoRAConfig(r=4, rank_pattern={"1": 10**12}, target_modules=["1"]), "1", 2**20 // 30),
+        (lowrank.LoRAConfig(r=10**12, target_modules=["2"]), "2", 2**20 // 62),
+    ):
+        with pytest.raises(
+            lowrank.RankError, match=rf"r: layer {layer}: must be at most {limit:,} .*got 1,000,000,000,000"
+        ) as caught:
+            lowrank.add_lora(model, config)
+        assert caught.value.exit_code == 3
+    assert lowrank.SVDCompressedLinear.from_linear(nn.Linear(4, 9), rank=2).shape == (9, 4)
+    with pytest.raises(lowrank.RankError, match="layer 0"):
+        lowrank.add_lora(
+            nn.Sequential(lowrank.SVDCompressedLinear.from_linear(nn.Linear(4, 9), rank=2)),
+            lowrank.LoRAConfig(r=10**12),
+        )
+
+
+def test_a_seed_starts_the_same_adapter_and_leaves_the_callers_random_numbers() -> None:
+    model = nn.Sequential(nn.Linear(4, 9), nn.Linear(9, 12))
+
+    def start(seed: int | None) -> torch.Tensor:
+        return lowrank.add_lora(model, lowrank.LoRAConfig(r=2), seed=seed)[0].lora_A["default"].weight.detach()  # type: ignore[index]
+
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    first, again, other = start(1), start(1), start(2)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    drawn = start(None)
+    torch.manual_seed(3)
+    assert torch.equal(start(None), drawn) and not torch.equal(torch.get_rng_state(), state)
+    with pytest.raises(lowrank.UsageError, match="seed: must be an integer from 0, or None, got -1"):
+        start(-1)
 
 
 def test_scalings_and_patterns() -> None:

@@ -123,7 +123,7 @@ def test_arrays_with_labels_train_a_classifier(tmp_path: Path, capfd: pytest.Cap
         "2",
     ]
     options = ["--data", str(tmp_path / "data.npz"), "--validation", str(tmp_path / "data.npz"), "--metric", "accuracy"]
-    assert main([*start, *options, "--lr", "0.02", "--epochs", "8", "--modules-to-save", "classifier", "--json"]) == 0
+    assert main([*start, *options, "--lr", "0.02", "--epochs", "16", "--modules-to-save", "classifier", "--json"]) == 0
     history = json.loads(capfd.readouterr().out)
     assert history["trainable"] > 2 * 17
     assert history["best_value"] > max(history["evaluations"][0]["value"], 0.7)
@@ -200,3 +200,44 @@ def test_labels_of_a_causal_model_are_shifted_by_the_model(tmp_path: Path, capfd
         rows = torch.from_numpy(ids)
         expected = float(model(input_ids=rows, labels=rows).loss)
     assert history[0]["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_seed_is_that_of_the_adapters_start_too(room: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    stored = []
+    for name, seed in (("one", "5"), ("again", "5"), ("other", "6")):
+        arguments = ["finetune", str(room / "out"), "--data", str(room / "order.txt"), "-o", str(room / name), "-q"]
+        torch.rand(3)  # what the process has drawn before does not matter
+        assert main([*arguments, "--rank", "2", "--steps", "1", "--seed", seed]) == 0
+        stored.append((room / name / "adapter_model.safetensors").read_bytes())
+    assert stored[0] == stored[1] != stored[2]
+
+
+def test_a_rank_that_would_take_all_memory_is_bad_input(room: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    arguments = ["finetune", str(room / "out"), "--data", str(room / "order.txt"), "-o", str(room / "huge"), "-q"]
+    code, message = failure([*arguments, "--rank", "1000000000000", "--steps", "1"], capfd)
+    assert code == 3 and message.startswith("r: layer ") and "got 1,000,000,000,000" in message
+    assert not (room / "huge").exists()
+
+
+def test_a_merge_into_one_end_of_a_tied_pair_is_told_to_transformers(tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=40,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        tie_word_embeddings=True,
+    )
+    base = LlamaForCausalLM(config).eval()
+    model = lowrank.add_lora(base, lowrank.LoRAConfig(r=2, target_modules=["lm_head"], init_lora_weights=False))
+    merged = lowrank.unload_lora(lowrank.merge_lora(model))
+    assert merged.config.tie_word_embeddings is False and base.config.tie_word_embeddings is True
+    merged.save_pretrained(tmp_path / "merged")
+    again = LlamaForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    assert torch.equal(logits(again), logits(merged)) and not torch.equal(logits(again), logits(base))
+    # An adapter elsewhere leaves the pair, and what the configuration says of it.
+    other = lowrank.add_lora(base, lowrank.LoRAConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    assert lowrank.unload_lora(lowrank.merge_lora(other)).config.tie_word_embeddings is True
