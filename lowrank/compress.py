@@ -45,7 +45,7 @@ class CompressionResult:
 
     Attributes:
         model: ready to run; of the original's class, in its mode and on its device.
-        plan: plain data; ``apply_plan(model, plan, calibration)`` makes the same model again.
+        plan: plain data; ``apply_plan(model, plan, calibration)`` makes the same model again, but for what healing moved.
         report: rows and totals, see :class:`lowrank.CompressionReport`.
         source: the directory whose tokenizer and processor files :meth:`save` copies; found by itself where transformers loaded the
             model from a local one.

@@ -22,7 +22,7 @@ def test_the_python_of_the_readme_runs(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     code = blocks("python")
-    assert len(code) == 5
+    assert len(code) == 6
     names: dict[str, object] = {"__name__": "readme"}
     for number, block in enumerate(code):
         exec(compile(block, f"README.md, Python block {number}", "exec"), names)
