@@ -72,6 +72,20 @@ def test_compress_writes_a_model_that_loads_and_is_smaller(room: Path, compresse
     assert not lowrank.load_model(compressed).training
 
 
+def test_compress_heals_where_it_is_asked_to_and_says_what_that_did(room: Path, tmp_path: Path) -> None:
+    arguments = ["compress", str(room / "model"), "--calibration", str(room / "texts.txt"), "--size-budget", "12%", "-q"]
+    totals = {}
+    for name, more in (("plain", ["--no-loss-aware"]), ("healed", ["--heal-steps", "60", "--loss-aware"])):
+        assert main([*arguments, "-o", str(tmp_path / name), *more]) == 0
+        totals[name] = json.loads((tmp_path / name / "report.json").read_text())["totals"]
+    assert "heal" not in totals["plain"] and totals["healed"]["heal"]["steps"] == 60
+    assert totals["healed"]["error_measured"] < totals["plain"]["error_measured"]
+    assert totals["healed"]["size_ratio"] <= 0.12
+    assert "healed: 60 steps" in (tmp_path / "healed" / "report.md").read_text()
+    plan = json.loads((tmp_path / "healed" / "plan.json").read_text())
+    assert plan["metadata"]["healed"] == {"steps": 60} and plan["metadata"]["loss_aware"] == "output"
+
+
 def test_the_table_is_on_standard_output_and_remarks_on_standard_error(
     room: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -154,6 +168,9 @@ def test_a_plan_for_another_model(
         ([], "--error-budget or --size-budget"),
         (["--error-budget", "0.1", "--metric", "kl"], "needs --calibration"),
         (["--error-budget", "0.1", "--validation", "x.txt"], "--validation"),
+        (["--error-budget", "0.1", "--heal"], "--heal: needs --calibration"),
+        (["--error-budget", "0.1", "--heal-steps", "9", "--metric", "weight"], "--heal: needs --calibration"),
+        (["--error-budget", "0.1", "--loss-aware"], "loss_aware=True: needs calibration"),
         (["--error-budget", "0.1", "--formats", "int9"], "int9"),
         (["--error-budget", "0.1", "--formats", "int4"], "not in this version"),
         (["--error-budget", "0.1", "--ignore", "no-such-*"], "no-such-*"),
