@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lowrank.errors import RankError
 from lowrank.layers import (
     CompressedLayer,
     LowRankEmbedding,
@@ -29,7 +30,6 @@ from lowrank.layers.source import is_conv1d
 __all__ = [
     "BaseFacts",
     "adapter_dtype",
-    "allowed_rank",
     "base_bias",
     "base_weight",
     "exact_weight",
@@ -37,6 +37,7 @@ __all__ = [
     "factor_pair",
     "family",
     "largest_rank",
+    "require_rank",
     "row_norms",
 ]
 
@@ -170,11 +171,32 @@ def largest_rank(base: nn.Module) -> int:
     return min(base_weight(base).flatten(1).shape)
 
 
-def allowed_rank(base: nn.Module) -> int:
-    """The largest rank whose adapter holds at most 16 times the numbers of the weight, or a million where that is more.
+def require_rank(base: nn.Module, rank: int, name: str) -> None:
+    """Refuse a rank r whose adapter, ``r · (out + in · kernel)`` numbers, would hold over max(16 · weight, 2²⁰) of them.
 
     Ranks over :func:`largest_rank` mean nothing but are harmless; this one keeps a slip from taking all memory.
+
+    Args:
+        base: the layer.
+        rank: of its adapter.
+        name: of the layer, for the message.
+
+    Raises:
+        RankError: over the limit.
+
+    Example:
+        >>> require_rank(nn.Linear(64, 10), 10**12, "head")
+        Traceback (most recent call last):
+            ...
+        lowrank.errors.RankError: r: layer head: must be between 1 and 14,169, got 1,000,000,000,000; ...
     """
     rows, *others = base.shape if isinstance(base, CompressedLayer) else base_weight(base).shape
     columns = math.prod(others)
-    return max(16 * rows * columns, 2**20) // (rows + columns)
+    limit = max(16 * rows * columns, 2**20) // max(rows + columns, 1)
+    if rank > limit:
+        # Python refuses to print integers of thousands of digits.
+        given = f"{rank:,}" if rank < 10**30 else "a number of over 30 digits"
+        raise RankError(
+            f"r: layer {name}: must be between 1 and {limit:,}, got {given}; an adapter may hold 16 times the numbers of its "
+            f"layer, or {2**20:,} where that is more"
+        )

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowrank.errors import AdapterError, CheckpointError, UsageError
+from lowrank.errors import AdapterError, CheckpointError, RankError, UsageError
 from lowrank.files import (
     atomic_directory,
     check_destination,
@@ -25,6 +25,7 @@ from lowrank.files import (
 )
 from lowrank.layers import CompressedLayer
 from lowrank.layers.source import is_conv1d
+from lowrank.lora.bases import require_rank
 from lowrank.lora.config import LoRAConfig
 from lowrank.lora.layer import LoRALayer, Magnitude
 from lowrank.lora.layers import LoRAEmbedding
@@ -142,6 +143,7 @@ def load_adapter(
     Raises:
         CheckpointError: a file is missing, damaged, or does not fit the model (the tensors are named).
         AdapterError: a configuration that this package does not compute.
+        RankError: a configuration with a rank that would take all memory.
         UsageError: the name is taken, or adapters are merged.
     """
     folder = Path(directory)
@@ -176,7 +178,8 @@ def _load(
     # The tensors say where adapters go; the names are whole, not suffixes.
     there = config.replace(target_modules=_exactly(by_layer), layers_to_transform=None, layers_pattern=None)
     targets = find_targets(model, there if by_layer else config, strict=False)
-    names = {name: place.name for place in targets.adapted for name in place.names}
+    places = {name: place for place in targets.adapted for name in place.names}
+    names = {name: place.name for name, place in places.items()}
     missing = [layer for layer in by_layer if layer not in names]
     if missing:
         reason = targets.left.get(missing[0]) or _why_not(model, missing[0])
@@ -184,9 +187,19 @@ def _load(
             f"{where}: holds an adapter for {printable(missing[0])} ({len(missing)} such layers), which this model cannot "
             f"take: {reason}"
         )
+    if not targets.adapted and not targets.saved:
+        raise CheckpointError(
+            f"{where}: holds no adapter of a layer, and no module of its configuration is in this model"
+        )
     before = active_adapters(model)
     trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
     for name, parts in by_layer.items():
+        module = places[name].module
+        try:
+            base = module.base_layer if isinstance(module, LoRALayer) else module
+            require_rank(base, config.rank_of(name), printable(name))
+        except RankError as error:
+            raise RankError(f"{where}: {error}") from error
         has_rank = "lora_A" in parts or "lora_embedding_A" in parts
         if has_rank and _rank(parts) != config.rank_of(name):
             raise CheckpointError(

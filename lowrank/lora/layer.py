@@ -9,8 +9,8 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lowrank.errors import AdapterError, RankError, UsageError
-from lowrank.lora.bases import adapter_dtype, allowed_rank, base_bias, base_weight, facts_of, row_norms
+from lowrank.errors import AdapterError, UsageError
+from lowrank.lora.bases import adapter_dtype, base_bias, base_weight, facts_of, require_rank, row_norms
 from lowrank.lora.config import LoRAConfig
 
 __all__ = ["FORMS", "Change", "LoRALayer", "Magnitude", "MergeRow"]
@@ -108,12 +108,7 @@ class LoRALayer(nn.Module):
             RankError: a rank that would take all memory.
         """
         facts = facts_of(self.base_layer)
-        limit = allowed_rank(self.base_layer)
-        if config.rank_of(name) > limit:
-            raise RankError(
-                f"r: layer {name}: must be at most {limit:,} (more would hold over 16 times the numbers of the layer), got "
-                f"{config.rank_of(name):,}"
-            )
+        require_rank(self.base_layer, config.rank_of(name), name)
         self._make(adapter, config, name, config.rank_of(name))
         self._start(adapter, config.init_lora_weights)
         dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()

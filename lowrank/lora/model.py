@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from lowrank.errors import AdapterError, UsageError
-from lowrank.lora.bases import largest_rank
+from lowrank.lora.bases import largest_rank, require_rank
 from lowrank.lora.config import LoRAConfig
 from lowrank.lora.initialise import start_from_residual, start_from_singular_vectors
 from lowrank.lora.layer import FORMS, LoRALayer
@@ -82,10 +82,12 @@ def add_lora(
     _check_unmerged(model, "add_lora")
     if config.init_lora_weights == "residual" and original is None:
         raise UsageError('init_lora_weights="residual": needs original=, the model before compression')
-    find_targets(model, config)  # before a copy is made for nothing
+    for place in find_targets(model, config).adapted:  # before a copy is made for nothing
+        base = place.module.base_layer if isinstance(place.module, LoRALayer) else place.module
+        require_rank(base, config.rank_of(place.name), place.name)
     if not inplace:
         model = copy.deepcopy(model)
-    with _drawn_from(model, seed):
+    with _drawn_from(seed):
         wide = install(model, config, adapter_name, find_targets(model, config), original, statistics)
     if wide:
         warnings.warn(
@@ -97,16 +99,20 @@ def add_lora(
 
 
 @contextlib.contextmanager
-def _drawn_from(model: nn.Module, seed: int | None) -> Iterator[None]:
-    """Random numbers of this seed within it, on the CPU and where the model is; the caller's come back."""
+def _drawn_from(seed: int | None) -> Iterator[None]:
+    """Random numbers of this seed within it, on the CPU and on CUDA devices; the caller's come back."""
     if seed is None:
         yield
         return
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
         raise UsageError(f"seed: must be an integer from 0, or None, got {seed!r}")
-    devices = sorted({parameter.device.index or 0 for parameter in model.parameters() if parameter.is_cuda})
+    # Parameters are drawn on torch's default device, which need not be the model's. Where CUDA has not started, seeding it
+    # would reach its generators later, when nothing puts them back.
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
+        if devices:
+            torch.cuda.manual_seed_all(seed)
         yield
 
 
@@ -315,6 +321,7 @@ def add_weighted_adapter(
     Raises:
         AdapterError: DoRA or grouped convolutions (no sum of theirs is an adapter), or trained modules, which differ.
         UsageError: another number of weights than adapters, a taken name, merged adapters.
+        RankError: a sum of ranks that would take all memory.
     """
     if len(adapters) != len(weights) or not adapters:
         raise UsageError(f"weights: need one for each adapter, got {len(weights)} for {len(adapters)} adapters")
@@ -333,6 +340,8 @@ def add_weighted_adapter(
         if present:
             sums[name] = layer.change(present), [factors[a] for a in present for _ in range(layer.rank_of(a))]
     ranks = {name: change.right.shape[0] for name, (change, _) in sums.items()}
+    for name, rank in ranks.items():
+        require_rank(lora_layers(model)[name].base_layer, rank, name)
     top = max(ranks.values())
     patterns = {
         f"^{re.escape(name)}": rank

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lowrank.errors import UsageError
 from lowrank.layers import CompressedLayer
 from lowrank.lora.config import LoRAConfig
 from lowrank.lora.layer import LoRALayer
@@ -77,10 +76,7 @@ def adapter_summary(model: nn.Module) -> AdapterSummary:
     layers = lora_layers(model)
     adapted = {name: _line(layer) for name, layer in layers.items()}
     config = next((config for layer in layers.values() for config in layer.configs.values()), LoRAConfig())
-    try:
-        left = find_targets(model, config, strict=False).left
-    except UsageError:
-        left = {}
+    left = find_targets(model, config, strict=False).left
     saved = tuple(saved_modules(model))
     trainable, total = trainable_parameters(model)
     reasons = {name: reason for name, reason in left.items() if name not in adapted and not _inside(name, saved)}

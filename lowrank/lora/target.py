@@ -71,7 +71,8 @@ def find_targets(model: nn.Module, config: LoRAConfig, *, strict: bool = True) -
     """Resolve ``target_modules``, ``exclude_modules``, ``modules_to_save`` and the patterns.
 
     Args:
-        strict: an entry that matches nothing is an error; off where a file of tensors says what there is.
+        strict: an entry that matches nothing is an error, and so is a model with nothing to adapt; off where a file of
+            tensors says what there is.
 
     Raises:
         UsageError: an entry or pattern that matches nothing (near misses are listed), or nothing but modules that no
@@ -101,7 +102,7 @@ def find_targets(model: nn.Module, config: LoRAConfig, *, strict: bool = True) -
             left[place.name] = reason
     if strict:
         _check_entries(places, (*adapted, *saved), left, config, every_name)
-    if not adapted and not saved:
+    if strict and not adapted and not saved:
         raise UsageError("target_modules: nothing in the model fits it; " + _why_nothing(left))
     return Targets(tuple(adapted), saved, left)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ import torch
 from torch import nn
 
 import lowrank
+from lowrank.lora.bases import require_rank
+from lowrank.lora.model import adapter_names
 
 
 @pytest.mark.parametrize(
@@ -48,16 +51,68 @@ def test_a_rank_that_would_take_all_memory_is_refused_before_anything_is_allocat
         (lowrank.LoRAConfig(r=10**12, target_modules=["2"]), "2", 2**20 // 62),
     ):
         with pytest.raises(
-            lowrank.RankError, match=rf"r: layer {layer}: must be at most {limit:,} .*got 1,000,000,000,000"
+            lowrank.RankError, match=rf"r: layer {layer}: must be between 1 and {limit:,}, got 1,000,000,000,000; an"
         ) as caught:
             lowrank.add_lora(model, config)
         assert caught.value.exit_code == 3
-    assert lowrank.SVDCompressedLinear.from_linear(nn.Linear(4, 9), rank=2).shape == (9, 4)
     with pytest.raises(lowrank.RankError, match="layer 0"):
         lowrank.add_lora(
             nn.Sequential(lowrank.SVDCompressedLinear.from_linear(nn.Linear(4, 9), rank=2)),
             lowrank.LoRAConfig(r=10**12),
         )
+
+
+@pytest.mark.parametrize("rank", [10**12, 10**5000], ids=["1e12", "1e5000"])
+def test_no_copy_of_the_model_is_made_for_a_rank_that_is_refused(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("copy.deepcopy", lambda _: pytest.fail("copied"))
+    with pytest.raises(lowrank.RankError, match="r: layer 1: must be between 1 and"):
+        lowrank.add_lora(
+            nn.Sequential(nn.Linear(4, 9), nn.Linear(9, 12)), lowrank.LoRAConfig(r=2, rank_pattern={"1": rank})
+        )
+
+
+def test_the_largest_rank_allowed_is_what_the_message_says() -> None:
+    layer = nn.Linear(1024, 512, device="meta")  # 16 · 2¹⁹ numbers over 1536 for each component
+    require_rank(layer, 2**23 // 1536, "layer")
+    with pytest.raises(lowrank.RankError, match=r"between 1 and 5,461, got 5,462; an adapter may hold 16 times"):
+        require_rank(layer, 2**23 // 1536 + 1, "layer")
+
+
+def test_a_sum_of_adapters_of_too_large_a_rank_leaves_no_trace() -> None:
+    model = nn.Sequential(nn.Linear(512, 512), nn.Linear(4, 9))
+    with pytest.warns(UserWarning, match="over min"):
+        lowrank.add_lora(model, lowrank.LoRAConfig(r=60_000, target_modules=["1"]), "wide", inplace=True)
+    lowrank.add_lora(model, lowrank.LoRAConfig(r=2), "thin", inplace=True)
+    with pytest.raises(lowrank.RankError, match="r: layer 1: must be between 1 and 80,659, got 120,002"):
+        lowrank.add_weighted_adapter(model, ["thin", "wide", "wide"], [1.0, 1.0, 1.0], "sum")
+    assert adapter_names(model) == ["thin", "wide"]
+
+
+@pytest.mark.parametrize("field", [{"r": 10**12}, {"rank_pattern": {"0": 10**12}}], ids=str)
+def test_an_adapter_file_with_such_a_rank_is_refused_by_its_layer(field: dict[str, Any], tmp_path: Path) -> None:
+    lowrank.save_adapter(lowrank.add_lora(nn.Sequential(nn.Linear(4, 9)), lowrank.LoRAConfig(r=2)), tmp_path / "a")
+    path = tmp_path / "a" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | field))
+    with pytest.raises(
+        lowrank.RankError, match=r"adapter_model\.safetensors: r: layer 0: must be between 1 and 80,659, got"
+    ) as caught:
+        lowrank.load_adapter(nn.Sequential(nn.Linear(4, 9)), tmp_path / "a")
+    assert caught.value.exit_code == 3
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_a_seed_leaves_random_numbers_of_cuda() -> None:
+    torch.cuda.init()
+    state = torch.cuda.get_rng_state()
+    lowrank.add_lora(nn.Sequential(nn.Linear(4, 9)), lowrank.LoRAConfig(r=2), seed=1)
+    assert torch.equal(torch.cuda.get_rng_state(), state)
+
+
+def test_a_seed_says_nothing_to_cuda_that_has_not_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Until then seeds are put off, and nothing would put the caller's back.
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: False)
+    monkeypatch.setattr("torch.cuda.manual_seed_all", lambda _: pytest.fail("seeded"))
+    lowrank.add_lora(nn.Sequential(nn.Linear(4, 9)), lowrank.LoRAConfig(r=2), seed=1)
 
 
 def test_a_seed_starts_the_same_adapter_and_leaves_the_callers_random_numbers() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import seeded
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import lowrank
@@ -90,6 +91,28 @@ def test_a_subclass_with_a_forward_of_its_own_is_refused_by_name(inner: nn.Modul
     whole = nn.Sequential(inner)
     with pytest.raises(lowrank.UsageError, match=rf"{type(inner).__name__} has a forward of its own"):
         lowrank.add_lora(whole, config("0"))
+
+
+def test_a_scaled_embedding_of_transformers_is_refused_by_name(tmp_path: Path) -> None:
+    pytest.importorskip("transformers", reason="the extra hf is not installed")
+    from transformers.models.bart.modeling_bart import BartScaledWordEmbedding
+
+    whole = nn.Sequential(BartScaledWordEmbedding(10, 4, 0, embed_scale=2.0))
+    with pytest.raises(lowrank.UsageError, match="'0' matches 0, but BartScaledWordEmbedding has a forward of its own"):
+        lowrank.add_lora(whole, config("0"))
+    # PEFT adapts it: its file, made here with the plain layer, must not load onto the scaled one as if it were plain.
+    lowrank.save_adapter(lowrank.add_lora(nn.Sequential(nn.Embedding(10, 4)), config("0")), tmp_path / "adapter")
+    with pytest.raises(lowrank.CheckpointError, match="cannot take: BartScaledWordEmbedding has a forward of its own"):
+        lowrank.load_adapter(whole, tmp_path / "adapter")
+
+
+def test_a_file_without_anything_for_the_model_is_refused(tmp_path: Path) -> None:
+    lowrank.save_adapter(lowrank.add_lora(model(), config("0")), tmp_path / "adapter")
+    with pytest.raises(lowrank.CheckpointError, match=r"holds an adapter for 0 .* which this model cannot take"):
+        lowrank.load_adapter(nn.ModuleDict({"a": nn.Linear(8, 12)}), tmp_path / "adapter")
+    save_file({}, tmp_path / "adapter" / "adapter_model.safetensors")
+    with pytest.raises(lowrank.CheckpointError, match="holds no adapter of a layer"):
+        lowrank.load_adapter(nn.ModuleDict({"a": nn.Linear(8, 12)}), tmp_path / "adapter")
 
 
 def test_pissa_under_an_adapter_that_is_there_is_refused() -> None:
