@@ -53,7 +53,9 @@ def _adapter_options(command: _Command) -> _Command:
 def _training_options(command: _Command) -> _Command:
     """How long and how fast."""
     for option in (
-        click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the start, order and dropout."),
+        click.option(
+            "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the start, order and dropout."
+        ),
         click.option("--patience", type=click.IntRange(min=1), help="Stop after this many evaluations without a gain."),
         click.option(
             "--metric", type=click.Choice(["loss", "accuracy", "perplexity"]), default="loss", help="To keep by."

@@ -12,6 +12,7 @@ from torch import nn
 
 from lowrank.checkpoint.saving import embeddings_tied
 from lowrank.errors import AdapterError, RankError, UsageError
+from lowrank.layers import CompressedLayer
 from lowrank.lora.layer import LoRALayer, MergeRow
 from lowrank.lora.merging import MergeOptions, merged_base
 from lowrank.lora.model import activate, lora_layers, require_adapter
@@ -171,7 +172,8 @@ def unload_lora(model: nn.Module) -> nn.Module:
     """The model without adapter layers: merged adapters stay in the weights, others are dropped. Acts on the model itself.
 
     A module trained whole stays as trained where its adapter is active. Where merging changed one end of a tied pair, the model's
-    configuration says so from here on (``tie_word_embeddings`` false), so that transformers keeps both.
+    configuration says so from here on (``tie_word_embeddings`` false), so that transformers keeps both; what else of a dense
+    model was tied gets copies of its own.
 
     Example:
         >>> from lowrank.lora import LoRAConfig, add_lora
@@ -188,4 +190,23 @@ def unload_lora(model: nn.Module) -> nn.Module:
     config: Any = getattr(model, "config", None)
     if getattr(config, "tie_word_embeddings", False) and not embeddings_tied(model):
         config.tie_word_embeddings = False
+        # A compressed model's own files say which tensors are shared.
+        if not any(isinstance(module, CompressedLayer) for module in model.modules()):
+            _part_shared(model)
     return model
+
+
+def _part_shared(model: nn.Module) -> None:
+    """Every module its own copy of a parameter that it shares.
+
+    With ``tie_word_embeddings`` false transformers ties none, while its files hold a shared tensor once: without this the
+    further tables of an encoder-decoder would be missing there, and random where it is loaded.
+    """
+    seen: set[int] = set()
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) in seen:
+                own = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
+                module._parameters[name] = own
+            elif parameter is not None:
+                seen.add(id(parameter))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -215,8 +216,45 @@ def test_the_seed_is_that_of_the_adapters_start_too(room: Path, capfd: pytest.Ca
 def test_a_rank_that_would_take_all_memory_is_bad_input(room: Path, capfd: pytest.CaptureFixture[str]) -> None:
     arguments = ["finetune", str(room / "out"), "--data", str(room / "order.txt"), "-o", str(room / "huge"), "-q"]
     code, message = failure([*arguments, "--rank", "1000000000000", "--steps", "1"], capfd)
-    assert code == 3 and message.startswith("r: layer ") and "got 1,000,000,000,000" in message
+    assert code == 3 and message.startswith("r: layer ") and "between 1 and " in message
+    assert "got 1,000,000,000,000" in message
     assert not (room / "huge").exists()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("kind", "end"), [("bart", "lm_head"), ("bert", "cls.predictions.decoder"), ("gpt2", "wte")])
+def test_what_else_was_tied_is_not_lost_where_a_merge_unties_a_pair(kind: str, end: str, tmp_path: Path) -> None:
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 40, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
+    sides = {
+        f"{side}_{what}": 2 for side in ("encoder", "decoder") for what in ("layers", "attention_heads", "ffn_dim")
+    }
+    base: Any = {
+        "bart": lambda: transformers.BartForConditionalGeneration(
+            transformers.BartConfig(d_model=16, decoder_start_token_id=2, forced_eos_token_id=2, **sides, **sizes)
+        ),
+        "bert": lambda: transformers.BertForMaskedLM(
+            transformers.BertConfig(
+                hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, **sizes
+            )
+        ),
+        "gpt2": lambda: transformers.GPT2LMHeadModel(
+            transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, n_positions=32, **sizes)
+        ),
+    }[kind]()
+    with torch.no_grad():
+        # Biases start at zero, which is also what a lost one would be.
+        for name, parameter in base.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_()
+    adapted = lowrank.add_lora(base.eval(), lowrank.LoRAConfig(r=2, target_modules=[end], init_lora_weights=False))
+    expected = logits(adapted)
+    merged = lowrank.unload_lora(lowrank.merge_lora(adapted))
+    torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-5)
+    merged.save_pretrained(tmp_path / "merged")
+    assert torch.equal(logits(type(base).from_pretrained(tmp_path / "merged").eval()), logits(merged))
 
 
 def test_a_merge_into_one_end_of_a_tied_pair_is_told_to_transformers(tmp_path: Path) -> None:
