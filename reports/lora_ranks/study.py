@@ -1,6 +1,7 @@
 """What does the rank of an adapter buy, next to full fine-tuning? See README.md.
 
-Run: ``python reports/lora_ranks/study.py`` (resumes where it stopped; ``--smoke`` is for CI).
+Run: ``python reports/lora_ranks/study.py`` (resumes where it stopped; ``--smoke`` is for CI). Times and peak memory are
+taken at the end, with nothing else running; ``--again timing`` takes them anew.
 """
 
 from __future__ import annotations
@@ -9,7 +10,12 @@ import argparse
 import copy
 import json
 import math
+import os
 import platform
+import resource
+import statistics
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -24,7 +30,11 @@ import lowrank
 HERE = Path(__file__).resolve().parent
 SHARED = HERE.parents[2] / "shared"
 CACHE = HERE / ".cache"
-RANKS: tuple[int | None, ...] = (4, 8, 16, 32, None)
+# A rank, "8 by score" (ranks of 8 on average, given by lowrank.allocate_ranks), or None for the whole model.
+Rank = int | str | None
+BY_SCORE = "8 by score"
+RANKS: tuple[Rank, ...] = (4, 8, BY_SCORE, 16, 32, None)
+TARGETS = ["c_attn", "c_proj", "c_fc"]
 CONTEXT = 128
 PRETRAINING, ADAPTATION = 600, 100
 # Printable ASCII and the line end; anything else becomes a question mark.
@@ -132,30 +142,43 @@ def samples(model: nn.Module, prompt: str, count: int = 16, length: int = 112) -
     return ["".join(LETTERS[index] for index in row) for row in ids.tolist()]
 
 
-def distinct(texts: list[str], n: int = 3) -> float:
+def distinct(texts: list[str], n: int) -> float:
     """Share of the word n-grams that are different ones."""
     grams = [tuple(words[i : i + n]) for text in texts if (words := text.split()) for i in range(len(words) - n + 1)]
     return len(set(grams)) / len(grams) if grams else 0.0
 
 
-def adapt(base: nn.Module, rank: int | None, targets: list[str]) -> nn.Module:
-    """A copy with an adapter of this rank, or the whole model trainable."""
+def adapt(base: nn.Module, rank: Rank, targets: list[str], batches: list[dict[str, Tensor]] | None = None) -> nn.Module:
+    """A copy with an adapter of this rank, or the whole model trainable.
+
+    Args:
+        batches: to score layers on, for ranks "by score".
+    """
     torch.manual_seed(0)
     if rank is None:
         return copy.deepcopy(base).requires_grad_(True)
+    if isinstance(rank, str):
+        average = int(rank.split()[0])
+        config = lowrank.LoRAConfig(r=average, lora_alpha=2 * average, target_modules=targets)
+        pattern = lowrank.allocate_ranks(base, config, batches or [], seed=0)
+        torch.manual_seed(0)
+        # The same scaling as everywhere: alpha = 2 r, layer by layer.
+        alphas = {name: 2 * each for name, each in pattern.items()}
+        return lowrank.add_lora(base, config.replace(rank_pattern=pattern, alpha_pattern=alphas))
     # The last layer of the classifier has ten outputs: no adapter of its is of a higher rank.
     narrow = {"rank_pattern": {"4": min(rank, 10)}, "alpha_pattern": {"4": 2 * min(rank, 10)}} if "4" in targets else {}
     return lowrank.add_lora(base, lowrank.LoRAConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, **narrow))
 
 
-def run_language(base: nn.Module, task: str, rank: int | None, data: dict[str, Tensor], steps: int) -> dict[str, Any]:
-    """Adapt to a task and look at perplexity, time, memory for training, and what it writes."""
-    model = adapt(base, rank, ["c_attn", "c_proj", "c_fc"])
+def run_language(base: nn.Module, task: str, rank: Rank, data: dict[str, Tensor], steps: int) -> dict[str, Any]:
+    """Adapt to a task and look at perplexity and what it writes."""
+    train = stretches(data["train"], 32, steps, seed=1)
+    model = adapt(base, rank, TARGETS, train[:8])
     trainable, total = lowrank.trainable_parameters(model)
-    start = time.perf_counter()
-    lowrank.finetune(
+    layers = [module for module in model.modules() if isinstance(module, lowrank.LoRALinear)]
+    result = lowrank.finetune(
         model,
-        stretches(data["train"], 32, steps, seed=1),
+        train,
         validation=stretches(data["valid"], 32)[:8],
         steps=steps,
         lr=FULL_RATE if rank is None else LORA_RATE,
@@ -164,22 +187,55 @@ def run_language(base: nn.Module, task: str, rank: int | None, data: dict[str, T
         seed=0,
         progress=False,
     )
-    seconds = time.perf_counter() - start
     written = samples(model, "\n")
     return {
         "task": task,
         "rank": rank,
         "trainable": trainable,
         "total": total,
-        "milliseconds_per_step": 1e3 * seconds / steps,
-        # Gradient and AdamW's two moments of every trainable parameter, in float32.
-        "training_state_bytes": 12 * trainable,
+        "ranks": [layer.rank_of("default") for layer in layers],
+        "best_step": result.best_step,
         "valid": perplexity(model, data["valid"]),
         "test": perplexity(model, data["test"]),
-        "distinct_3grams": distinct(written),
         "sample": written[0],
         "samples": written,
     }
+
+
+def peak_memory(rank: Rank, steps: int = 3) -> dict[str, int]:
+    """Resident bytes of this process before training, and at the peak of a few steps. Run in a process of its own."""
+    base, data = pretrained(torch.empty(0, dtype=torch.long), PRETRAINING), texts()["wikitext2"]["train"]
+    train = stretches(data, 32, steps, seed=1)
+    model = adapt(base, rank, TARGETS, train)
+    del base
+    with open("/proc/self/statm", encoding="ascii") as file:
+        before = int(file.read().split()[1]) * resource.getpagesize()
+    lowrank.finetune(model, train, steps=steps, lr=1e-4, seed=0, progress=False)
+    return {"before": before, "peak": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
+
+
+def timing(base: nn.Module, data: Tensor, ranks: tuple[Rank, ...], rounds: int = 7, steps: int = 2) -> dict[str, Any]:
+    """Seconds a step in turns, one after the other in every round, so that all see the same machine; and peak memory."""
+    train = stretches(data, 32, steps, seed=1)
+    models = {str(rank): adapt(base, rank, TARGETS, train) for rank in ranks}
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    for number in range(rounds + 1):
+        for name, model in models.items():
+            start = time.perf_counter()
+            lowrank.finetune(model, train, steps=steps, lr=1e-5, seed=0, progress=False)
+            if number:  # the first round warms up
+                seconds[name].append((time.perf_counter() - start) / steps)
+    return {"seconds": seconds, "load": os.getloadavg()[0]}
+
+
+def memory(ranks: tuple[Rank, ...]) -> dict[str, dict[str, int]]:
+    """Peak memory of training, each case in a process of its own."""
+    found = {}
+    for rank in ranks:
+        command = [sys.executable, str(Path(__file__).resolve()), "--memory", json.dumps(rank)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        found[str(rank)] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def digits() -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, tuple[Tensor, Tensor]]]:
@@ -211,7 +267,7 @@ def accuracy(model: nn.Module, pair: tuple[Tensor, Tensor]) -> float:
     return float(model.eval()(pair[0]).argmax(1).eq(pair[1]).float().mean())
 
 
-def run_digits(epochs: int, ranks: tuple[int | None, ...]) -> list[dict[str, Any]]:
+def run_digits(epochs: int, ranks: tuple[Rank, ...]) -> list[dict[str, Any]]:
     """An MLP 784-128-256-10 trained on upright digits, adapted to turned ones."""
     upright, turned = digits()
     torch.manual_seed(0)
@@ -221,7 +277,6 @@ def run_digits(epochs: int, ranks: tuple[int | None, ...]) -> list[dict[str, Any
         {
             "rank": "none",
             "trainable": 0,
-            "milliseconds_per_step": None,
             "upright": accuracy(base, upright["test"]),
             "turned": accuracy(base, turned["test"]),
         }
@@ -230,14 +285,11 @@ def run_digits(epochs: int, ranks: tuple[int | None, ...]) -> list[dict[str, Any
         model = adapt(base, rank, ["0", "2", "4"])
         trainable, _ = lowrank.trainable_parameters(model)
         train = batches(turned["train"])
-        start = time.perf_counter()
         lowrank.finetune(model, train, epochs=epochs, lr=1e-3 if rank is None else 3e-3, seed=0, progress=False)
-        seconds = time.perf_counter() - start
         rows.append(
             {
                 "rank": rank,
                 "trainable": trainable,
-                "milliseconds_per_step": 1e3 * seconds / (epochs * len(train)),
                 "upright": accuracy(model, upright["test"]),
                 "turned": accuracy(model, turned["test"]),
             }
@@ -251,20 +303,24 @@ def render(results: dict[str, Any]) -> str:
     def label(rank: Any) -> str:
         return {None: "full", "none": "not adapted"}.get(rank, str(rank))
 
+    def spread(rank: Any) -> list[str]:
+        taken = results["timing"]["seconds"][str(rank)]
+        low, middle, high = (1e3 * value for value in statistics.quantiles(taken, n=4))
+        grown = results["memory"][str(rank)]
+        return [f"{middle:.0f} ({low:.0f} to {high:.0f})", f"{(grown['peak'] - grown['before']) / 1e6:.0f}"]
+
     lines: list[str] = []
     for task in ("shakespeare", "wikitext2"):
-        body = [
-            ["not adapted", "0", "", "", *(f"{results['base'][task][part]:.3f}" for part in ("valid", "test")), "", ""]
-        ]
+        before = [f"{results['base'][task][part]:.3f}" for part in ("valid", "test")]
+        body = [["not adapted", "0", "", "", *before, "", ""]]
         body += [
             [
                 label(row["rank"]),
                 f"{row['trainable']:,}",
-                f"{row['milliseconds_per_step']:.0f}",
-                f"{row['training_state_bytes'] / 1e6:.1f}",
+                *spread(row["rank"]),
                 f"{row['valid']:.3f}",
                 f"{row['test']:.3f}",
-                f"{row['distinct_3grams']:.3f}",
+                " / ".join(f"{distinct(row['samples'], n):.2f}" for n in (1, 2, 3)),
                 f"{row['judged']:.2f}",
             ]
             for row in results["language"]
@@ -273,37 +329,28 @@ def render(results: dict[str, Any]) -> str:
         header = [
             "rank",
             "trainable",
-            "ms a step",
-            "gradients and moments, MB",
+            "ms a step (quartiles)",
+            "training adds, MB",
             "perplexity, valid",
             "perplexity, test",
-            "distinct word 3-grams",
+            "distinct words / 2-grams / 3-grams",
             "its samples under the full model",
         ]
-        lines += [
-            f"**{task}** (perplexity a character)",
-            "",
-            tabulate(body, header, "github", disable_numparse=True),
-            "",
-        ]
+        table = tabulate(body, header, "github", disable_numparse=True)
+        lines += [f"**{task}** (perplexity a character)", "", table, ""]
     body = [
-        [
-            label(row["rank"]),
-            f"{row['trainable']:,}",
-            "" if row["milliseconds_per_step"] is None else f"{row['milliseconds_per_step']:.1f}",
-            f"{row['turned']:.1%}",
-            f"{row['upright']:.1%}",
-        ]
+        [label(row["rank"]), f"{row['trainable']:,}", f"{row['turned']:.1%}", f"{row['upright']:.1%}"]
         for row in results["digits"]
     ]
-    header = ["rank", "trainable", "ms a step", "accuracy on turned digits", "on upright ones"]
+    header = ["rank", "trainable", "accuracy on turned digits", "on upright ones"]
     lines += [
         "**MLP 784-128-256-10, digits turned by 90°**",
         "",
         tabulate(body, header, "github", disable_numparse=True),
         "",
+        "Samples (the first of sixteen):",
+        "",
     ]
-    lines += ["Samples (the first of sixteen):", ""]
     for row in results["language"]:
         if row["rank"] in (4, 32, None):
             text = row["sample"].strip().replace("\n", " / ").replace("`", "'")
@@ -315,13 +362,20 @@ def main() -> None:
     """Run what is missing and write the table anew."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--smoke", action="store_true")
-    smoke = parser.parse_args().smoke
+    parser.add_argument("--memory", help="print the peak memory of training at this rank (JSON); what the study calls")
+    parser.add_argument("--again", choices=["timing"], help="take times and memory anew")
+    options = parser.parse_args()
     torch.set_num_threads(1)
-    if smoke:
+    if options.smoke:
         base = language_model(1, 32)
         data = {part: torch.arange(2000) % len(LETTERS) for part in ("train", "valid", "test")}
-        print(run_language(base, "shakespeare", 4, data, 4))
+        for rank in (4, BY_SCORE):
+            print(run_language(base, "shakespeare", rank, data, 4))
+        print(timing(base, data["train"], (4, None), rounds=1))
         print(run_digits(1, (4, None)))
+        return
+    if options.memory is not None:
+        print(json.dumps(peak_memory(json.loads(options.memory))))
         return
     path = HERE / "results.json"
     results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
@@ -338,6 +392,10 @@ def main() -> None:
             for task in ("shakespeare", "wikitext2")
         }
         keep()
+    if "digits" not in results:
+        digit_ranks = tuple(rank for rank in RANKS if not isinstance(rank, str))
+        results["digits"] = run_digits(30, digit_ranks)
+        keep()
     rows = results.setdefault("language", [])
     for task in ("shakespeare", "wikitext2"):
         for rank in RANKS:
@@ -345,23 +403,17 @@ def main() -> None:
                 rows.append(run_language(base, task, rank, data[task], ADAPTATION))
                 print({key: value for key, value in rows[-1].items() if not key.startswith("sample")}, flush=True)
                 keep()
-        judge = adapt(base, None, [])
         if any("judged" not in row for row in rows if row["task"] == task):
-            lowrank.finetune(
-                judge,
-                stretches(data[task]["train"], 32, ADAPTATION, seed=1),
-                steps=ADAPTATION,
-                lr=FULL_RATE,
-                warmup=20,
-                seed=0,
-                progress=False,
-            )
+            judge = adapt(base, None, [])
+            train = stretches(data[task]["train"], 32, ADAPTATION, seed=1)
+            lowrank.finetune(judge, train, steps=ADAPTATION, lr=FULL_RATE, warmup=20, seed=0, progress=False)
             for row in rows:
                 if row["task"] == task:
                     row["judged"] = judged(judge, row["samples"])
             keep()
-    if "digits" not in results:
-        results["digits"] = run_digits(30, RANKS)
+    if "timing" not in results or options.again == "timing":
+        results["timing"] = timing(base, data["wikitext2"]["train"], RANKS)
+        results["memory"] = memory(RANKS)
         keep()
     (HERE / "table.md").write_text(render(results), encoding="utf-8")
     print(render(results))

@@ -24,7 +24,7 @@ ranks_study = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(ranks_study)
 
 TASKS = ("shakespeare", "wikitext2")
-STEPS, SIZE = 100, 0.15
+STEPS, SIZE = 60, 0.15
 
 
 def compressed_base(smoke: bool) -> tuple[nn.Module, nn.Module, dict[str, dict[str, Tensor]]]:
