@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
-from lowrank.errors import AdapterError
+from lowrank.errors import AdapterError, UsageError
 from lowrank.factors import Factors, RankCurve, factorize, factorize_embedding
 from lowrank.layers import CompressedLayer
 from lowrank.layers.linear import balanced
@@ -17,11 +19,29 @@ from lowrank.lora.bases import base_bias, base_weight, exact_weight, family
 from lowrank.lora.layer import LoRALayer
 from lowrank.statistics import InputStatistics, TokenCounts
 
-__all__ = ["start_from_residual", "start_from_singular_vectors"]
+__all__ = ["drawn_from", "start_from_residual", "start_from_singular_vectors"]
 
 # Relative to the mean diagonal, for the one inverse below. The mean lies in the gram's range, so that a singular gram needs
 # no more than to be invertible in float64; 1e-6 already cost 3e-4 of the error on inputs of condition 4^11.
 _RIDGE = 1e-10
+
+
+@contextlib.contextmanager
+def drawn_from(seed: int | None) -> Iterator[None]:
+    """Random numbers of this seed within it, on the CPU and on CUDA devices; the caller's come back."""
+    if seed is None:
+        yield
+        return
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise UsageError(f"seed: must be an integer from 0, or None, got {seed!r}")
+    # Parameters are drawn on torch's default device, which need not be the model's. Where CUDA has not started, seeding it
+    # would reach its generators later, when nothing puts them back.
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices=devices):
+        torch.default_generator.manual_seed(seed)
+        if devices:
+            torch.cuda.manual_seed_all(seed)
+        yield
 
 
 def start_from_singular_vectors(layer: LoRALayer, adapter: str, name: str) -> None:

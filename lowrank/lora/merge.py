@@ -45,6 +45,11 @@ class MergeReport:
         return sum(row.bytes_after for row in self.rows)
 
     @property
+    def lost(self) -> tuple[str, ...]:
+        """Names of the layers that keep less than half of the adapters' change: its numbers are below their codes' steps."""
+        return tuple(row.name for row in self.rows if row.error > 0.5)
+
+    @property
     def worst(self) -> MergeRow | None:
         """The row of the largest error."""
         return max(self.rows, key=lambda row: row.error, default=None)
@@ -111,7 +116,7 @@ def merge_lora(
         for adapter in adapters:
             require_adapter(model, adapter)
     made: list[tuple[LoRALayer, nn.Module, tuple[str, ...], MergeRow]] = []
-    refused: list[str] = []
+    refused: dict[str, list[str]] = {}
     for name, layer in layers.items():
         wanted = tuple(adapter for adapter in (adapters or layer.active_adapters) if adapter in layer.configs)
         if layer.merged_adapters:
@@ -125,10 +130,9 @@ def merge_lora(
         try:
             made.append((layer, *_with_names(merged_base(name, layer, wanted, options), wanted)))
         except AdapterError as error:
-            refused.append(str(error))
+            refused.setdefault(str(error).removeprefix(f"layer {name}: "), []).append(name)
     if refused:
-        more = f" ({len(refused) - 3} more layers)" if len(refused) > 3 else ""
-        raise AdapterError("merge_lora: nothing was merged. " + " | ".join(refused[:3]) + more)
+        raise AdapterError("merge_lora: nothing was merged. " + " | ".join(map(_refusal, refused, refused.values())))
     if not made and not any(layer.merged_adapters for layer in layers.values()):
         raise UsageError("merge_lora: no adapter is active; name one, or set_adapter first")
     if adapters is not None and made:
@@ -137,6 +141,11 @@ def merge_lora(
     for layer, merged, names, row in made:
         layer.take_merged(merged, names, row)
     return model
+
+
+def _refusal(reason: str, layers: Sequence[str]) -> str:
+    others = f" (and {len(layers) - 1} more layers)" if len(layers) > 1 else ""
+    return f"layer {layers[0]}{others}: {reason}"
 
 
 def _with_names(

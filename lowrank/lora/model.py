@@ -8,13 +8,12 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 
-import torch
 from torch import nn
 
 from lowrank.errors import AdapterError, UsageError
 from lowrank.lora.bases import largest_rank, require_rank
 from lowrank.lora.config import LoRAConfig
-from lowrank.lora.initialise import start_from_residual, start_from_singular_vectors
+from lowrank.lora.initialise import drawn_from, start_from_residual, start_from_singular_vectors
 from lowrank.lora.layer import FORMS, LoRALayer
 from lowrank.lora.layers import adapted
 from lowrank.lora.saved_module import SavedModule
@@ -87,7 +86,7 @@ def add_lora(
         require_rank(base, config.rank_of(place.name), place.name)
     if not inplace:
         model = copy.deepcopy(model)
-    with _drawn_from(seed):
+    with drawn_from(seed):
         wide = install(model, config, adapter_name, find_targets(model, config), original, statistics)
     if wide:
         warnings.warn(
@@ -96,24 +95,6 @@ def add_lora(
             stacklevel=2,
         )
     return model
-
-
-@contextlib.contextmanager
-def _drawn_from(seed: int | None) -> Iterator[None]:
-    """Random numbers of this seed within it, on the CPU and on CUDA devices; the caller's come back."""
-    if seed is None:
-        yield
-        return
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
-        raise UsageError(f"seed: must be an integer from 0, or None, got {seed!r}")
-    # Parameters are drawn on torch's default device, which need not be the model's. Where CUDA has not started, seeding it
-    # would reach its generators later, when nothing puts them back.
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    with torch.random.fork_rng(devices=devices):
-        torch.default_generator.manual_seed(seed)
-        if devices:
-            torch.cuda.manual_seed_all(seed)
-        yield
 
 
 def install(

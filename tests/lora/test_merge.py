@@ -193,6 +193,25 @@ def test_what_cannot_be_merged_is_refused_by_layer_and_nothing_is_merged() -> No
     assert not any(layer.merged_adapters for layer in lora_layers(model).values())
 
 
+def test_a_reason_that_many_layers_share_is_said_once() -> None:
+    codes = [lowrank.QuantizedLinear.from_linear(nn.Linear(6, 6)) for _ in range(5)]
+    model = lowrank.add_lora(nn.Sequential(*codes), lowrank.LoRAConfig(r=2, init_lora_weights=False))
+    with pytest.raises(lowrank.AdapterError, match=r"layer 0 \(and 4 more layers\): a QuantizedLinear") as caught:
+        lowrank.merge_lora(model)
+    assert str(caught.value).count("requantize=True") == 1
+
+
+def test_layers_whose_change_is_lost_in_rounding_are_named() -> None:
+    torch.manual_seed(0)
+    codes = [lowrank.QuantizedLinear.from_linear(nn.Linear(32, 32)) for _ in range(2)]
+    model = lowrank.add_lora(nn.Sequential(*codes), lowrank.LoRAConfig(r=2, init_lora_weights=False))
+    with torch.no_grad():
+        model[1].lora_B["default"].weight.mul_(1e-4)
+        model[0].lora_B["default"].weight.mul_(10.0)
+    report = lowrank.merge_report(lowrank.merge_lora(model, requantize=True))
+    assert report.lost == ("1",)
+
+
 def test_a_spatial_convolution_is_refused_by_its_scheme() -> None:
     model = adapted("spatial-conv2d")
     with pytest.raises(lowrank.AdapterError, match=r'layer 0: scheme="spatial" .* scheme="channel"'):
