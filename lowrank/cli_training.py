@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
-from torch import nn
+from torch import Tensor, nn
 
 from lowrank import cli_data, lora, training
+from lowrank.batches import evaluating, model_tensor, prepare_batches
 from lowrank.checkpoint import save_compressed, stored_tensors
 from lowrank.checkpoint.saving import hugging_face_config
 from lowrank.cli_models import model_batches, open_model
 from lowrank.cli_options import Fraction, common_options, data_options
-from lowrank.cli_shell import emit, note
+from lowrank.cli_shell import check_file, emit, note, write_file
 from lowrank.errors import CalibrationError, CheckpointError, UsageError
 from lowrank.files import (
     WEIGHTS_NAME,
@@ -26,8 +28,10 @@ from lowrank.files import (
     write_safetensors,
     write_text,
 )
+from lowrank.integrations.matplotlib import FORMATS, draw_history
 from lowrank.layers import CompressedLayer
 from lowrank.report_text import human_bytes
+from lowrank.training.data import IGNORED, read_example
 from lowrank.training.losses import is_causal
 
 __all__ = ["finetune_command", "merge_command"]
@@ -53,6 +57,7 @@ def _adapter_options(command: _Command) -> _Command:
 def _training_options(command: _Command) -> _Command:
     """How long and how fast."""
     for option in (
+        click.option("--plot", "plot_file", type=_ANY_PATH, help="Draw the losses (.png, .svg or .pdf; extra: plot)."),
         click.option(
             "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the start, order and dropout."
         ),
@@ -101,6 +106,7 @@ def finetune_command(
     dropout: float,
     target_modules: str | None,
     modules_to_save: str | None,
+    plot_file: Path | None,
     resume: bool,
     overwrite: bool,
     as_json: bool,
@@ -122,6 +128,7 @@ def finetune_command(
         raise UsageError("--epochs or --steps: give one of them")
     inputs = [path for path in (source, data_file, validation, heal_from) if path is not None]
     check_destination(output, overwrite or resume, inputs)
+    kind = "" if plot_file is None else _plot_kind(plot_file)
     config = lora.LoRAConfig(
         r=rank,
         lora_alpha=rank if alpha is None else alpha,
@@ -148,6 +155,10 @@ def finetune_command(
         )  # fmt: skip
         lora.save_adapter(healed.model, output, overwrite=overwrite)
         report = healed.report
+        if plot_file is not None:
+            rows = [{"step": step, "loss": loss} for step, loss in enumerate(report.losses, start=1)]
+            errors = [{"step": 0, "value": report.error_before}, {"step": report.steps, "value": report.error_after}]
+            write_file(plot_file, draw_history(rows, errors, f"{report.metric} error", kind))
         text = (
             f"{report.metric} error on {report.samples_held_out} samples not trained on: "
             f"{report.error_before:.4g} before, {report.error_after:.4g} after {report.steps} steps"
@@ -161,6 +172,8 @@ def finetune_command(
         options["epochs"] = DEFAULT_EPOCHS
     options["lr"] = 2e-4 if options["lr"] is None else options["lr"]
     result = training.finetune(adapted, train, held, output_dir=output, resume=resume, overwrite=overwrite, **options)
+    if plot_file is not None:
+        write_file(plot_file, result.plot(kind))
     _finished(output, quiet, result.to_json() if as_json else _outcome_text(result))
 
 
@@ -202,8 +215,24 @@ def merge_command(
     else:
         _save_dense(model, output, overwrite, source)
     before, after = human_bytes(report.bytes_before), human_bytes(report.bytes_after)
-    text = f"{report}\n\n{len(report.rows)} layers, {before} before and {after} after"
+    text = f"{report}\n\n{len(report.rows)} layers, {before} before and {after} after; error: share of the change that was lost"
+    if report.lost:
+        text += (
+            f"\nrounding took over half of the change from {len(report.lost)} layers (first {report.lost[0]}), whose steps are "
+            "coarser than it: keep the adapter separate there"
+        )
     _finished(output, quiet, json.dumps([row._asdict() for row in report.rows], indent=1) if as_json else text)
+
+
+def _plot_kind(path: Path) -> str:
+    """Of the picture, by the name of its file; what would fail after training fails now."""
+    check_file(path)
+    kind = path.suffix[1:].lower()
+    if kind not in FORMATS:
+        raise UsageError(f"--plot {printable(path)}: a plot is a .png, .svg or .pdf file")
+    if find_spec("matplotlib") is None:
+        raise UsageError("--plot: plots need matplotlib, which is not installed; pip install 'lowrank[plot]'")
+    return kind
 
 
 def _targets(text: str | None) -> str | list[str] | None:
@@ -221,7 +250,10 @@ def _targets(text: str | None) -> str | list[str] | None:
 
 
 def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise UsageError(f"{text!r}: names no module; give names with commas between them, or leave the option out")
+    return names
 
 
 def _without_labels(data: cli_data.Data | None) -> cli_data.Data | None:
@@ -248,12 +280,40 @@ def _labelled(
     if not inputs:
         raise CalibrationError(f"{where}: holds labels alone; add arrays named like the model's inputs")
     batches = model_batches(inputs, path, model, source, max_tokens, batch_size) or []
+    prepare_batches(model, batches, where)
     parts = data["labels"].split(batch_size)
     labels = [part if part.is_floating_point() else part.long() for part in parts]
     if is_causal(model) and "input_ids" in inputs and data["labels"].shape == inputs["input_ids"].shape:
         # Such a model is to predict the next token: it shifts its labels itself.
         return [{**batch, "labels": part} for batch, part in zip(batches, labels, strict=True)]
-    return list(zip(batches, labels, strict=True))
+    pairs = list(zip(batches, labels, strict=True))
+    _check_labels(model, pairs, where)
+    return pairs
+
+
+def _check_labels(model: nn.Module, pairs: list[tuple[Any, Tensor]], where: str) -> None:
+    """Refuse labels that do not fit the output, before an hour of training and by the name of their file."""
+    example = read_example(pairs[0], where, own_loss=True)
+    with evaluating(model):
+        output = model_tensor(example.batch.run(model))
+    labels = pairs[0][1]
+    wanted = output.shape if labels.is_floating_point() else output.shape[:-1]
+    if labels.shape != wanted:
+        shapes = [("n", *shape[1:]) for shape in (labels.shape, output.shape, output.shape[:-1])]
+        given, floats, classes = (f"({', '.join(map(str, shape))})" for shape in shapes)
+        raise CalibrationError(
+            f"{where}: labels of shape {given} do not fit this {type(model).__name__}, whose output is {floats}: they must be "
+            f"floating numbers of that shape, or whole ones, the classes, of shape {classes}; or use --heal-from, which needs none"
+        )
+    if labels.is_floating_point():
+        return
+    last = output.shape[-1] - 1
+    for _, part in pairs:
+        outside = part[(part != IGNORED) & ((part < 0) | (part > last))]
+        if outside.numel():
+            raise CalibrationError(
+                f"{where}: labels: must be classes from 0 to {last} ({IGNORED} is left out), got {int(outside[0])}"
+            )
 
 
 def _refuse_for_healing(options: dict[str, Any], resume: bool) -> None:

@@ -97,7 +97,7 @@ def draw_history(
     """Draw the loss of a training run, its evaluations and its learning rate against the step.
 
     Args:
-        history: rows with ``step``, ``loss`` and ``learning_rate``.
+        history: rows with ``step``, ``loss`` and, for a second panel, ``learning_rate``.
         evaluations: rows with ``step`` and ``value``; drawn on an axis of their own unless the metric is the loss.
         metric: what the evaluations are of.
         kind: of the picture: png, svg or pdf.
@@ -112,21 +112,28 @@ def draw_history(
         from matplotlib.figure import Figure
     except ImportError as error:
         raise UsageError("plots need matplotlib, which is not installed; pip install 'lowrank[plot]'") from error
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    rates = [row["learning_rate"] for row in history if "learning_rate" in row]
+    figure = Figure(figsize=(11 if rates else 6.5, 4.5), layout="constrained")
+    left, *others = figure.subplots(1, 2 if rates else 1, squeeze=False)[0]
     steps = [row["step"] for row in history]
-    left.plot(steps, [row["loss"] for row in history], linewidth=1.0, label="training loss")
+    # A line through one point or two is not seen.
+    marker = "." if len(steps) < 10 else ""
+    lines = left.plot(steps, [row["loss"] for row in history], marker=marker, linewidth=1.0, label="training loss")
     if evaluations:
         axes = left if metric == "loss" else left.twinx()
         found = [row["value"] for row in evaluations]
-        axes.plot([row["step"] for row in evaluations], found, "o-", color="C1", label=f"validation {metric}")
-        axes.legend(loc="upper right", fontsize="small")
+        lines += axes.plot([row["step"] for row in evaluations], found, "o-", color="C1", label=f"validation {metric}")
         if axes is not left:
             axes.set_ylabel(metric)
     left.set(xlabel="step", ylabel="loss", title="Training")
-    right.plot(steps, [row["learning_rate"] for row in history], linewidth=1.0)
-    right.set(xlabel="step", ylabel="learning rate", title="Learning rate")
-    for each in (left, right):
+    # In the margin, where it hides neither line.
+    left.legend(
+        handles=lines, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2, fontsize="small", frameon=False
+    )
+    for right in others:
+        right.plot(steps, rates, marker=marker, linewidth=1.0)
+        right.set(xlabel="step", ylabel="learning rate", title="Learning rate")
+    for each in (left, *others):
         each.grid(alpha=0.3)
     picture = BytesIO()
     with rc_context({"svg.hashsalt": "lowrank"}):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lowrank import lora
-from lowrank.errors import UsageError
+from lowrank.errors import CalibrationError, UsageError
 from lowrank.files import lock_destination
 from lowrank.integrations.accelerate import Processes, processes
 from lowrank.lora.model import lora_layers, saved_modules
@@ -172,7 +172,8 @@ def finetune(
         with torch.random.fork_rng(devices=devices), _modes_kept(model):
             if gradient_checkpointing:
                 stack.enter_context(checkpointed(model))
-            run.train()
+            with _refusals_explained(loss_fn is None and not callable(metric)):
+                run.train()
         run.finish()
     run.result.run = {"seconds": time.perf_counter() - started}
     return run.result
@@ -341,6 +342,20 @@ def _put(into: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, tensor in into.items():
             tensor.copy_(values[name])
+
+
+@contextlib.contextmanager
+def _refusals_explained(ours: bool) -> Iterator[None]:
+    """An index out of range comes from the data where the caller's own code has no part in the loss."""
+    try:
+        yield
+    except IndexError as error:
+        if not ours:
+            raise
+        raise CalibrationError(
+            f"finetune: the model or its loss refused a batch ({error}); is a token id outside the vocabulary, or a label not "
+            "among the classes?"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -143,7 +143,29 @@ def test_what_cannot_be_done_is_said_in_one_line(room: Path, capfd: pytest.Captu
         (["finetune", out, "--data", text, "-o", str(room / "no" / "new")], 5, "parent directory does not exist"),
         (["finetune", out, "--data", text, "-o", new, "--rank", "0"], 3, "r: "),
         (["finetune", out, "--data", text, "-o", new, "--alpha", "nan"], 3, "lora_alpha"),
-        (["finetune", out, "--data", text, "-o", new, "--dropout", "1"], 3, "lora_dropout"),
+        (
+            ["finetune", out, "--data", text, "-o", new, "--rank", "-1"],
+            3,
+            "r: must be an integer of at least 1, got -1",
+        ),
+        (["finetune", out, "--data", text, "-o", new, "--rank", "2.5"], 2, "'2.5' is not a valid integer"),
+        (["finetune", out, "--data", text, "-o", new, "--rank", "1e400"], 2, "'1e400' is not a valid integer"),
+        (["finetune", out, "--data", text, "-o", new, "--alpha", "-inf"], 3, "lora_alpha: must be a finite number"),
+        (["finetune", out, "--data", text, "-o", new, "--dropout", "1"], 3, "lora_dropout: must be a number in [0, 1)"),
+        (
+            ["finetune", out, "--data", text, "-o", new, "--dropout", "-0.1"],
+            3,
+            "lora_dropout: must be a number in [0, 1)",
+        ),
+        (
+            ["finetune", out, "--data", text, "-o", new, "--dropout", "nan"],
+            3,
+            "lora_dropout: must be a number in [0, 1)",
+        ),
+        (["finetune", out, "--data", text, "-o", new, "--target-modules", ""], 2, "names no module"),
+        (["finetune", out, "--data", text, "-o", new, "--target-modules", "q_proj,v_prj"], 2, "did you mean v_proj"),
+        (["finetune", out, "--data", text, "-o", new, "--target-modules", ".*q_prj"], 2, "did you mean q_proj"),
+        (["finetune", out, "--data", text, "-o", new, "--modules-to-save", "lm_had"], 2, "did you mean lm_head"),
         (["finetune", out, "--data", text, "-o", new, "--target-modules", "q_prj"], 2, "q_proj"),
         (["finetune", out, "--data", text, "-o", new, "--steps", "1", "--epochs", "1"], 2, "give one of them"),
         (["finetune", out, "--data", text, "-o", new, "--steps", "0"], 2, "steps: must be an integer of at least 1"),
@@ -169,6 +191,71 @@ def test_what_cannot_be_done_is_said_in_one_line(room: Path, capfd: pytest.Captu
         assert (code, part in message) == (expected, True), (arguments, code, message)
         assert not Path(new).exists()
     assert (room / "full" / "mine.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("heal", [False, True])
+def test_the_history_is_plotted(heal: bool, room: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    picture, adapter = room / f"losses-{heal}.png", room / f"plotted-{heal}"
+    arguments = ["finetune", str(room / "out"), "--data", str(room / "order.txt"), "-o", str(adapter), "-q"]
+    arguments += ["--rank", "2", "--steps", "2", "--plot", str(picture)]
+    arguments += ["--heal-from", str(room / "model")] if heal else ["--validation", str(room / "held-out.txt")]
+    assert main(arguments) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    for name, code, part in (("a.gif", 2, "a .png, .svg or .pdf file"), ("no/a.png", 5, "directory does not exist")):
+        arguments[arguments.index("-o") + 1] = str(room / "unplotted")
+        arguments[arguments.index("--plot") + 1] = str(room / name)
+        found, message = failure(arguments, capfd)
+        assert (found, part in message) == (code, True), message
+    assert not (room / "unplotted").exists()
+
+
+def test_labels_and_arrays_that_do_not_fit_are_refused_by_their_file(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import BertConfig, BertForSequenceClassification, BertModel
+
+    config = BertConfig(
+        vocab_size=30, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, num_labels=2
+    )
+    BertForSequenceClassification(config).save_pretrained(tmp_path / "classifier")
+    BertModel(config).save_pretrained(tmp_path / "encoder")
+    ids = np.random.default_rng(0).integers(1, 30, (8, 6))
+    none = np.zeros(8, dtype=np.int64)
+    shape = (
+        r"labels of shape (n{}) do not fit this BertModel, whose output is (n, 6, 16): they must be floating numbers"
+    )
+    cases = [
+        ("classifier", ids, none + 2, "labels: must be classes from 0 to 1 (-100 is left out), got 2"),
+        ("classifier", ids, none - 1, "labels: must be classes from 0 to 1 (-100 is left out), got -1"),
+        ("classifier", ids + 30, none, "batch 0"),
+        ("encoder", ids, none, shape.format("")),
+        ("encoder", ids, np.zeros((8, 16), dtype=np.float32), shape.format(", 16")),
+        ("encoder", ids, np.zeros(8, dtype=np.float32), "or use --heal-from, which needs none"),
+    ]
+    for model, inputs, labels, part in cases:
+        np.savez(tmp_path / "data.npz", input_ids=inputs, labels=labels)
+        arguments = ["finetune", str(tmp_path / model), "--data", str(tmp_path / "data.npz"), "-o", str(tmp_path / "a")]
+        code, message = failure([*arguments, "--rank", "2", "--steps", "1", "-q"], capfd)
+        assert (code, "data.npz" in message, part in message) == (3, True, True), message
+    labels = np.random.default_rng(0).random((8, 6, 16))
+    np.savez(tmp_path / "data.npz", input_ids=ids, labels=labels)
+    arguments = ["finetune", str(tmp_path / "encoder"), "--data", str(tmp_path / "data.npz"), "-o", str(tmp_path / "a")]
+    assert main([*arguments, "--steps", "1", "-q"]) == 0
+
+
+def test_a_change_that_rounding_loses_is_said(room: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    out = lowrank.load_model(room / "out")
+    codes = [name for name, module in out.named_modules() if isinstance(module, lowrank.QuantizedLinear)]
+    small = lowrank.add_lora(out, lowrank.LoRAConfig(r=2, target_modules=codes[:1], init_lora_weights=False))
+    with torch.no_grad():
+        small.get_submodule(codes[0]).lora_B["default"].weight.mul_(1e-4)
+    lowrank.save_adapter(small, room / "small")
+    start = ["merge", str(room / "out"), str(room / "small"), "-o", str(room / "merged-small"), "--requantize", "-q"]
+    assert main(start) == 0
+    said = capfd.readouterr().out
+    assert f"rounding took over half of the change from 1 layers (first {codes[0]})" in said
+    assert "error: share of the change that was lost" in said
 
 
 def test_merging_the_head_of_tied_embeddings_keeps_both_ends(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 from training_batches import batches
 
 from lowrank.errors import CalibrationError, NumericsError, UsageError
+from lowrank.integrations.matplotlib import draw_history
 from lowrank.layers import QuantizedLinear, SVDCompressedLinear
 from lowrank.training import TrainingResult, finetune
 from lowrank.training.data import TrainingData
@@ -300,3 +302,29 @@ def test_the_history_is_plain_data_and_can_be_drawn() -> None:
     assert result.plot("svg").startswith(b"<?xml") and result.plot("svg") == result.plot("svg")
     with pytest.raises(UsageError, match="png, svg or pdf"):
         result.plot("gif")
+
+
+@pytest.mark.parametrize("validation", [False, True])
+@pytest.mark.parametrize("metric", ["loss", "output error"])
+@pytest.mark.parametrize("rates", [False, True])
+def test_a_plot_shows_and_names_every_series(validation: bool, metric: str, rates: bool) -> None:
+    matplotlib = pytest.importorskip("matplotlib")
+    history = [{"step": step, "loss": 1 / step} | ({"learning_rate": 0.1} if rates else {}) for step in (1, 2, 3)]
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        text = draw_history(history, [{"step": 0, "value": 2.0}] if validation else [], metric, "svg").decode()
+    assert "training loss" in text
+    assert (f"validation {metric}" in text) is validation
+    assert ("Learning rate" in text) is rates
+
+
+def test_labels_that_are_no_classes_are_bad_data_but_the_errors_of_a_callers_loss_stay_its_own() -> None:
+    x = torch.randn(6, 6)
+    data = [(x, torch.full((6,), 9))]
+    with pytest.raises(CalibrationError, match=r"refused a batch .*a label not among the classes"):
+        finetune(classifier(), data, steps=1, progress=False)
+
+    def broken(output: Any, labels: Any) -> torch.Tensor:
+        raise IndexError("mine")
+
+    with pytest.raises(IndexError, match="mine"):
+        finetune(classifier(), data, loss_fn=broken, steps=1, progress=False)
