@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,7 +28,7 @@ from lowrank.files import (
 from lowrank.layers import CompressedLayer, compressed_layers
 from lowrank.version import __version__
 
-__all__ = ["embeddings_tied", "save_compressed", "stored_tensors"]
+__all__ = ["says_tied_wrongly", "save_compressed", "stored_tensors"]
 
 _SHARD_BYTES = 5_000_000_000
 # Headers and reports beside the tensors; measured 2 MB for a model of 10,000 layers.
@@ -255,12 +256,28 @@ def hugging_face_config(model: nn.Module) -> dict[str, Any] | None:
     for key in ("_name_or_path", "auto_map"):
         document.pop(key, None)
     document["architectures"] = document.get("architectures") or [type(model).__name__]
-    if document.get("tie_word_embeddings") and not embeddings_tied(model):
+    if says_tied_wrongly(model):
         document["tie_word_embeddings"] = False
     return document
 
 
-def embeddings_tied(model: nn.Module) -> bool:
+def says_tied_wrongly(model: nn.Module) -> bool:
+    """Whether the configuration calls two embedding tables tied that are not, and may be told so.
+
+    Some models (Switch Transformers, UDOP) scale the inputs of their head where the configuration says tied: there the word
+    is part of the computation and has to stay. transformers keeps differing tables apart as it loads them all the same.
+    """
+    config = getattr(model, "config", None)
+    if not getattr(config, "tie_word_embeddings", False) or _embeddings_tied(model):
+        return False
+    try:
+        return "tie_word_embeddings" not in inspect.getsource(type(model).forward)
+    except (OSError, TypeError):
+        # No source to read, as in a frozen application.
+        return True
+
+
+def _embeddings_tied(model: nn.Module) -> bool:
     """False only where there are two embedding tables and they share no tensor."""
     pointers: list[set[int]] = []
     for side in ("input", "output"):

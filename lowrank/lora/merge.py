@@ -10,7 +10,7 @@ from typing import Any
 from tabulate import tabulate
 from torch import nn
 
-from lowrank.checkpoint.saving import embeddings_tied
+from lowrank.checkpoint.saving import says_tied_wrongly
 from lowrank.errors import AdapterError, RankError, UsageError
 from lowrank.layers import CompressedLayer
 from lowrank.lora.layer import LoRALayer, MergeRow
@@ -196,8 +196,8 @@ def unload_lora(model: nn.Module) -> nn.Module:
             replace_module(model, place.names, place.module.base_layer)
         elif isinstance(place.module, SavedModule):
             replace_module(model, place.names, place.module.running)
-    config: Any = getattr(model, "config", None)
-    if getattr(config, "tie_word_embeddings", False) and not embeddings_tied(model):
+    if says_tied_wrongly(model):
+        config: Any = model.config
         config.tie_word_embeddings = False
         # A compressed model's own files say which tensors are shared.
         if not any(isinstance(module, CompressedLayer) for module in model.modules()):

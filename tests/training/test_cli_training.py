@@ -309,7 +309,9 @@ def test_a_rank_that_would_take_all_memory_is_bad_input(room: Path, capfd: pytes
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("kind", "end"), [("bart", "lm_head"), ("bert", "cls.predictions.decoder"), ("gpt2", "wte")])
+@pytest.mark.parametrize(
+    ("kind", "end"), [("bart", "lm_head"), ("bert", "cls.predictions.decoder"), ("gpt2", "wte"), ("switch", "lm_head")]
+)
 def test_what_else_was_tied_is_not_lost_where_a_merge_unties_a_pair(kind: str, end: str, tmp_path: Path) -> None:
     import transformers
 
@@ -327,6 +329,22 @@ def test_what_else_was_tied_is_not_lost_where_a_merge_unties_a_pair(kind: str, e
                 hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, **sizes
             )
         ),
+        # Scales the inputs of its head where the configuration says tied.
+        "switch": lambda: transformers.SwitchTransformersForConditionalGeneration(
+            transformers.SwitchTransformersConfig(
+                d_model=16,
+                d_kv=8,
+                d_ff=16,
+                num_layers=1,
+                num_decoder_layers=1,
+                num_sparse_encoder_layers=0,
+                num_sparse_decoder_layers=0,
+                num_heads=2,
+                num_experts=2,
+                decoder_start_token_id=0,
+                **sizes,
+            )
+        ),
         "gpt2": lambda: transformers.GPT2LMHeadModel(
             transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, n_positions=32, **sizes)
         ),
@@ -337,11 +355,23 @@ def test_what_else_was_tied_is_not_lost_where_a_merge_unties_a_pair(kind: str, e
             if name.endswith("bias"):
                 parameter.normal_()
     adapted = lowrank.add_lora(base.eval(), lowrank.LoRAConfig(r=2, target_modules=[end], init_lora_weights=False))
-    expected = logits(adapted)
+
+    def outputs(model: Any) -> torch.Tensor:
+        ids = torch.arange(4, 20)[None]
+        with torch.no_grad():
+            return model(input_ids=ids, **({"decoder_input_ids": ids} if base.config.is_encoder_decoder else {})).logits
+
+    base.save_pretrained(tmp_path / "base")
+    lowrank.save_adapter(adapted, tmp_path / "adapter")
+    expected = outputs(adapted)
     merged = lowrank.unload_lora(lowrank.merge_lora(adapted))
-    torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(outputs(merged), expected, rtol=1e-4, atol=1e-5)
     merged.save_pretrained(tmp_path / "merged")
-    assert torch.equal(logits(type(base).from_pretrained(tmp_path / "merged").eval()), logits(merged))
+    assert torch.equal(outputs(type(base).from_pretrained(tmp_path / "merged").eval()), outputs(merged))
+    start = ["merge", str(tmp_path / "base"), str(tmp_path / "adapter"), "-o", str(tmp_path / "shell"), "-q"]
+    assert main(start) == 0
+    again = type(base).from_pretrained(tmp_path / "shell").eval()
+    torch.testing.assert_close(outputs(again), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_merge_into_one_end_of_a_tied_pair_is_told_to_transformers(tmp_path: Path) -> None:
