@@ -22,7 +22,7 @@ def load(name: str) -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("name", ["lora_ranks", "lora_vs_peft", "resnet56"])
+@pytest.mark.parametrize("name", ["avx2", "loss_aware", "lora_ranks", "lora_vs_peft", "resnet56"])
 def test_the_table_is_rendered_from_the_results(name: str) -> None:
     results = json.loads((REPORTS / name / "results.json").read_text(encoding="utf-8"))
     assert (REPORTS / name / "table.md").read_text(encoding="utf-8") == load(name).render(results)
