@@ -119,7 +119,8 @@ def finetune_command(
     """Train an adapter on OUT, a compressed model or a Hugging Face directory, and write it as PEFT does.
 
     Texts train a causal language model on its own tokens. Arrays of a .npz file are named like the model's inputs; one more,
-    labels, holds classes. With --heal-from no labels are needed: OUT learns to do what ORIGINAL does.
+    labels, holds classes, or floating numbers shaped like the output. With --heal-from no labels are needed: OUT learns to do
+    what ORIGINAL does.
 
     \b
     Example: lowrank finetune smaller --data my-texts.txt -o adapter --epochs 3
@@ -146,11 +147,11 @@ def finetune_command(
         _refuse_for_healing(options, resume)
         original = open_model(heal_from, device, quiet)
         adapted = lora.add_lora(model, config, inplace=True, original=original, seed=options["seed"])
-        train = model_batches(_without_labels(data), data_file, original, source, *sizes)
-        held = model_batches(_without_labels(checks), validation, original, source, *sizes)
+        train = _unlabelled(data, data_file, original, source, *sizes)
+        held = None if checks is None else _unlabelled(checks, validation, original, source, *sizes)
         settings = {key: options[key] for key in ("epochs", "steps", "seed", "progress")}
         healed = training.heal(
-            adapted, original, train or [], what="adapters", validation=held, batch_size=batch_size,
+            adapted, original, train, what="adapters", validation=held, batch_size=batch_size,
             lr=1e-3 if options["lr"] is None else options["lr"], **settings,
         )  # fmt: skip
         lora.save_adapter(healed.model, output, overwrite=overwrite)
@@ -256,8 +257,15 @@ def _names(text: str) -> list[str]:
     return names
 
 
-def _without_labels(data: cli_data.Data | None) -> cli_data.Data | None:
-    return {name: array for name, array in data.items() if name != "labels"} if isinstance(data, dict) else data
+def _unlabelled(
+    data: cli_data.Data, path: Path | None, model: nn.Module, source: Path, max_tokens: int, batch_size: int
+) -> list[Any]:
+    """Batches without labels; what the model refuses is said by the name of the file."""
+    if isinstance(data, dict):
+        data = {name: array for name, array in data.items() if name != "labels"}
+    batches = model_batches(data, path, model, source, max_tokens, batch_size) or []
+    prepare_batches(model, batches, printable(path))
+    return batches
 
 
 def _labelled(

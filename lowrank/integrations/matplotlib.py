@@ -110,6 +110,7 @@ def draw_history(
     try:
         from matplotlib import rc_context
         from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
     except ImportError as error:
         raise UsageError("plots need matplotlib, which is not installed; pip install 'lowrank[plot]'") from error
     rates = [row["learning_rate"] for row in history if "learning_rate" in row]
@@ -134,6 +135,7 @@ def draw_history(
         right.plot(steps, rates, marker=marker, linewidth=1.0)
         right.set(xlabel="step", ylabel="learning rate", title="Learning rate")
     for each in (left, *others):
+        each.xaxis.set_major_locator(MaxNLocator(integer=True))
         each.grid(alpha=0.3)
     picture = BytesIO()
     with rc_context({"svg.hashsalt": "lowrank"}):

@@ -227,15 +227,23 @@ def pattern_key(patterns: Mapping[str, Any], name: str) -> str | None:
 
 def _check_rank(value: object, name: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise RankError(f"{name}: must be an integer of at least 1, got {value!r}")
+        raise RankError(f"{name}: must be an integer of at least 1, got {_shown(value)}")
     return value
 
 
 def _check_alpha(value: object, name: str) -> float:
     # The bounds also exclude integers that no float can hold.
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not -_LARGEST <= value <= _LARGEST:
-        raise AdapterError(f"{name}: must be a finite number, got {value!r}")
+        raise AdapterError(f"{name}: must be a finite number, got {_shown(value)}")
     return value
+
+
+def _shown(value: object) -> str:
+    try:
+        return repr(value)
+    except ValueError:
+        # Python refuses to write integers that long.
+        return "an integer of over 4,000 digits"
 
 
 def _pattern_map(value: object, name: str, check: Any) -> dict[str, Any]:

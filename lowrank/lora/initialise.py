@@ -33,7 +33,7 @@ def drawn_from(seed: int | None) -> Iterator[None]:
         yield
         return
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
-        raise UsageError(f"seed: must be an integer from 0, or None, got {seed!r}")
+        raise UsageError(f"seed: must be an integer from 0 to 2**63 - 1, or None, got {seed!r}")
     # Parameters are drawn on torch's default device, which need not be the model's. Where CUDA has not started, seeding it
     # would reach its generators later, when nothing puts them back.
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()

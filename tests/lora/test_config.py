@@ -19,7 +19,7 @@ from lowrank.lora.model import adapter_names
 @pytest.mark.parametrize(
     "arguments",
     [
-        {"r": 0}, {"r": -1}, {"r": 2.0}, {"r": True}, {"r": "8"}, {"r": None},
+        {"r": 0}, {"r": -1}, {"r": 2.0}, {"r": True}, {"r": "8"}, {"r": None}, {"r": math.inf}, {"r": math.nan},
         {"lora_alpha": math.nan}, {"lora_alpha": math.inf}, {"lora_alpha": "16"}, {"lora_alpha": True},
         {"lora_dropout": 1.0}, {"lora_dropout": -0.1}, {"lora_dropout": math.nan}, {"lora_dropout": "0"},
         {"rank_pattern": {"a": 0}}, {"rank_pattern": ["a"]}, {"rank_pattern": {"(": 2}}, {"alpha_pattern": {"a": math.nan}},
@@ -129,8 +129,10 @@ def test_a_seed_starts_the_same_adapter_and_leaves_the_callers_random_numbers() 
     drawn = start(None)
     torch.manual_seed(3)
     assert torch.equal(start(None), drawn) and not torch.equal(torch.get_rng_state(), state)
-    with pytest.raises(lowrank.UsageError, match="seed: must be an integer from 0, or None, got -1"):
-        start(-1)
+    for seed in (-1, 2**63, 1.0, True):
+        rule = rf"seed: must be an integer from 0 to 2\*\*63 - 1, or None, got {seed}"
+        with pytest.raises(lowrank.UsageError, match=rule):
+            start(seed)  # type: ignore[arg-type]
 
 
 def test_scalings_and_patterns() -> None:

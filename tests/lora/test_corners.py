@@ -189,3 +189,12 @@ def test_a_name_that_ends_another_takes_no_rank_of_it(tmp_path: Path) -> None:
 def test_an_alpha_beyond_any_float_is_bad_input() -> None:
     with pytest.raises(lowrank.AdapterError, match="lora_alpha"):
         lowrank.LoRAConfig(lora_alpha=10**400)
+
+
+@pytest.mark.parametrize("field", ["r", "lora_alpha"])
+def test_a_number_too_long_to_print_is_bad_input_all_the_same(field: str) -> None:
+    with pytest.raises(
+        lowrank.LowRankError, match=f"{field}: must be .*, got an integer of over 4,000 digits"
+    ) as caught:
+        lowrank.LoRAConfig(**{field: -(10**5000)})
+    assert caught.value.exit_code == 3

@@ -238,9 +238,12 @@ def test_labels_and_arrays_that_do_not_fit_are_refused_by_their_file(
         arguments = ["finetune", str(tmp_path / model), "--data", str(tmp_path / "data.npz"), "-o", str(tmp_path / "a")]
         code, message = failure([*arguments, "--rank", "2", "--steps", "1", "-q"], capfd)
         assert (code, "data.npz" in message, part in message) == (3, True, True), message
+    np.savez(tmp_path / "data.npz", input_ids=ids + 30)
+    arguments = ["finetune", str(tmp_path / "encoder"), "--data", str(tmp_path / "data.npz"), "-o", str(tmp_path / "a")]
+    code, message = failure([*arguments, "--heal-from", str(tmp_path / "encoder"), "--steps", "1", "-q"], capfd)
+    assert (code, "data.npz: batch 0 holds token id" in message) == (3, True), message
     labels = np.random.default_rng(0).random((8, 6, 16))
     np.savez(tmp_path / "data.npz", input_ids=ids, labels=labels)
-    arguments = ["finetune", str(tmp_path / "encoder"), "--data", str(tmp_path / "data.npz"), "-o", str(tmp_path / "a")]
     assert main([*arguments, "--steps", "1", "-q"]) == 0
 
 

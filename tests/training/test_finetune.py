@@ -315,6 +315,7 @@ def test_a_plot_shows_and_names_every_series(validation: bool, metric: str, rate
     assert "training loss" in text
     assert (f"validation {metric}" in text) is validation
     assert ("Learning rate" in text) is rates
+    assert ">2<" in text and ">1.5<" not in text  # there is no half step
 
 
 def test_labels_that_are_no_classes_are_bad_data_but_the_errors_of_a_callers_loss_stay_its_own() -> None:
