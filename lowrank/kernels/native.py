@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,7 +38,17 @@ _SIGNATURES = {
     "lowrank_narrow": ([_address, _address, _address, *[_int64] * 3, _int], None),
     "lowrank_linear": ([_address, _address, _int64, _address, _address, _int64, _int, _int], _int),
 }
-_loaded: list[ctypes.CDLL | None] = []
+
+
+class _Loaded(NamedTuple):
+    """The library, if there is one, and what of it this machine and its settings allow; found out once."""
+
+    library: ctypes.CDLL | None
+    layers: bool
+    product: bool
+
+
+_loaded: list[_Loaded] = []
 _switched_off = 0
 
 
@@ -46,8 +57,7 @@ def library() -> ctypes.CDLL | None:
     :func:`lowrank.kernels.route`.
     """
     loaded = _library()
-    layers = loaded is not None and loaded.lowrank_supported() and _isa_allows("AVX512_CORE_", "AVX10")
-    return loaded if layers and not _switched_off else None
+    return loaded.library if loaded.layers and not _switched_off else None
 
 
 def narrow_product(a: Tensor, b: Tensor) -> Tensor | None:
@@ -61,18 +71,23 @@ def narrow_product(a: Tensor, b: Tensor) -> Tensor | None:
         (M, N) int32.
     """
     loaded = _library()
-    if loaded is None or not loaded.lowrank_narrow_supported() or not _isa_allows("AVX2", "AVX512", "AVX10"):
+    if loaded.library is None or not loaded.product:
         return None
     a, b = a.contiguous(), b.contiguous()
     result = torch.empty(a.shape[0], b.shape[0], dtype=torch.int32)
     sizes = a.shape[0], b.shape[0], a.shape[1]
-    loaded.lowrank_narrow(a.data_ptr(), b.data_ptr(), result.data_ptr(), *sizes, torch.get_num_threads())
+    loaded.library.lowrank_narrow(a.data_ptr(), b.data_ptr(), result.data_ptr(), *sizes, torch.get_num_threads())
     return result
 
 
-def _library() -> ctypes.CDLL | None:
+def _library() -> _Loaded:
     if not _loaded:
-        _loaded.append(_load())
+        found = _load()
+        layers = found is not None and bool(found.lowrank_supported()) and _isa_allows("AVX512_CORE_", "AVX10")
+        product = (
+            found is not None and bool(found.lowrank_narrow_supported()) and _isa_allows("AVX2", "AVX512", "AVX10")
+        )
+        _loaded.append(_Loaded(found, layers, product))
     return _loaded[0]
 
 
