@@ -15,6 +15,7 @@ from lowrank.bench import choice_of, weight_error_of
 from lowrank.errors import BudgetError, UsageError
 from lowrank.evaluation import Evaluator
 from lowrank.finalists import Finalist, Gauge, Healer, Outcome, SampledGauge, ValueGauge
+from lowrank.healed import heal_plan
 from lowrank.ledger import layer_rows
 from lowrank.options import RELATIVE_METRICS, Options
 from lowrank.planner import LayerChoices, Plan, plan_formats
@@ -238,12 +239,13 @@ def measure_given(job: Job, plan: Plan, verification: Sequence[Batch], options: 
         BudgetError: it does not keep the error budget.
     """
     _, verify = gauges_of(job, verification, options)
-    heal, healed = healer_of(job, options), None
-    model = job.bench.install_plan(plan)
-    if heal is not None:
-        healed = heal(model)
-        model = healed.model
-    reading = verify(model)
+    heal = healer_of(job, options)
+    # What is measured on the verification samples is all that counts for a plan that is not chosen.
+    found = None if heal is None else heal_plan(job.bench, plan, verify, heal)
+    if found is None:
+        reading = verify(job.bench.install_plan(plan))
+        found = Finalist("given plan", plan, reading)
+    reading, plan = found.searched, found.plan
     # An edit by hand leaves the old sizes in the plan; the one that is handed back and saved has those of the built layers.
     sized = tuple(
         replace(entry, bytes=job.bench.workshops[entry.name].bytes(choice_of(entry))) for entry in plan.entries
@@ -256,4 +258,4 @@ def measure_given(job: Job, plan: Plan, verification: Sequence[Batch], options: 
             plan=plan,
             error=reading.upper,
         )
-    return Outcome(Finalist("given plan", plan, reading, reading, healed), 1.0)
+    return Outcome(Finalist("given plan", plan, reading, reading, found.healed), 1.0)

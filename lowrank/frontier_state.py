@@ -38,7 +38,7 @@ def arguments_of(
         key: value for key, value in vars(options).items() if key not in ("progress", "error_budget", "output_fn")
     }
     if options.output_fn is not None:
-        chosen["output_fn"] = getattr(options.output_fn, "__qualname__", type(options.output_fn).__qualname__)
+        chosen["output_fn"] = options.output_fn_name
     plain = {key: list(value) if isinstance(value, (tuple, list)) else value for key, value in chosen.items()}
     return {
         **{key: value for key, value in plain.items() if value is not None},

@@ -50,7 +50,7 @@ def healed_plans(
         if not plan.error > 0.0 or any(same_choices(plan, item.plan) for item in found):
             break
         finalist = heal_plan(bench, plan, search, heal)
-        if finalist.healed is None:
+        if finalist is None:
             # Training made it no better: nothing here can make up for what is lost.
             break
         found.append(finalist)
@@ -71,10 +71,10 @@ def healed_plans(
     return found
 
 
-def heal_plan(bench: Bench, plan: Plan, search: Gauge, heal: Healer) -> Finalist:
-    """The plan as a finalist whose model was trained; as it is where training made it no better."""
+def heal_plan(bench: Bench, plan: Plan, search: Gauge, heal: Healer) -> Finalist | None:
+    """The plan as a finalist whose model was trained; ``None`` where training made it no better."""
     result = heal(bench.install_plan(plan))
     if result.report.kept == "before":
-        return Finalist("not healed", plan, search(bench.install_plan(plan)))
+        return None
     plan = replace(plan, metadata={**plan.metadata, "healed": {"steps": result.report.steps}})
     return Finalist("healed", plan, search(result.model), healed=result)

@@ -125,6 +125,12 @@ class Options:
         resolved = {"metric": metric, "formats": self._formats(), "directions": self._directions(metric)}
         return Options(**{**vars(self), **resolved})
 
+    @property
+    def output_fn_name(self) -> str | None:
+        """What ``output_fn`` is called, for files; ``None`` where there is none."""
+        function = self.output_fn
+        return None if function is None else str(getattr(function, "__qualname__", type(function).__qualname__))
+
     def contribution(self, value: float | None) -> float:
         """A value of the metric in the unit in which layers' contributions add up: squares, but for KL and perplexity; inf for None.
 

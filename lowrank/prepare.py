@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -72,7 +72,7 @@ class Job:
             "seed": options.seed,
             "split": 0 if self.split is None else self.split.ways,
             **({"loss_aware": options.directions} if self.loss_aware else {}),
-            **({"output_fn": _name_of(options.output_fn)} if self.loss_aware and options.output_fn else {}),
+            **({"output_fn": options.output_fn_name} if self.loss_aware and options.output_fn else {}),
             **({"fold_batchnorm": True} if options.fold_batchnorm else {}),
             **({"objective": "latency", "timings": self.speed.table.name} if self.speed is not None else {}),
         }
@@ -95,10 +95,6 @@ def planned(options: Options, metadata: Mapping[str, Any]) -> Options:
             f"plan: its factors were fitted to what output_fn={metadata['output_fn']} picks; pass the same output_fn"
         )
     return replace(options, directions=wanted, loss_aware=wanted is not None)
-
-
-def _name_of(function: Callable[..., Any]) -> str:
-    return str(getattr(function, "__qualname__", type(function).__qualname__))
 
 
 def find_work(model: nn.Module, options: Options) -> Survey:

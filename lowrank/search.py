@@ -125,7 +125,8 @@ def least_error(
 
     finalists = _measured(bench, _distinct(plans), search, progress, keep_dense=True)
     if heal is not None:
-        finalists.append(heal_plan(bench, min(finalists, key=value).plan, search, heal))
+        healed = heal_plan(bench, min(finalists, key=value).plan, search, heal)
+        finalists += [] if healed is None else [healed]
     chosen = min(finalists, key=value)
     bench.install_plan(chosen.plan)
     chosen.verified = verify(chosen.model(bench))

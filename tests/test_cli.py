@@ -73,7 +73,15 @@ def test_compress_writes_a_model_that_loads_and_is_smaller(room: Path, compresse
 
 
 def test_compress_heals_where_it_is_asked_to_and_says_what_that_did(room: Path, tmp_path: Path) -> None:
-    arguments = ["compress", str(room / "model"), "--calibration", str(room / "texts.txt"), "--size-budget", "12%", "-q"]
+    arguments = [
+        "compress",
+        str(room / "model"),
+        "--calibration",
+        str(room / "texts.txt"),
+        "--size-budget",
+        "12%",
+        "-q",
+    ]
     totals = {}
     for name, more in (("plain", ["--no-loss-aware"]), ("healed", ["--heal-steps", "60", "--loss-aware"])):
         assert main([*arguments, "-o", str(tmp_path / name), *more]) == 0

@@ -182,6 +182,7 @@ def test_a_size_budget_and_a_given_plan_are_healed_too() -> None:
     assert unseen(model, healed) < 0.8 * unseen(model, plain)
     given = healable(model, plan=plain.plan, heal=HEAL)
     assert given.report.totals["bytes_after"] == plain.report.totals["bytes_after"]
+    assert given.plan.metadata["healed"] == {"steps": 120} and "healed" not in plain.plan.metadata
     assert unseen(model, given) < 0.8 * unseen(model, plain)
 
 
