@@ -29,8 +29,11 @@ def lowrank_process(*arguments: str, **options: object) -> subprocess.Popen[byte
     ("number", "code", "word"), [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")]
 )
 def test_signals_end_through_the_clean_up(
-    number: signal.Signals, code: int, word: str, capfd: pytest.CaptureFixture[str]
+    number: signal.Signals, code: int, word: str, capfd: pytest.CaptureFixture[str], request: pytest.FixtureRequest
 ) -> None:
+    # A shell starts its background jobs with interrupts ignored, and what is ignored stays so (the next test).
+    usual = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+    request.addfinalizer(lambda found=signal.signal(number, usual): signal.signal(number, found))
     cleaned = []
 
     def body() -> None:

@@ -114,6 +114,7 @@ def finetune(
         StorageError: ``output_dir`` cannot be written, or another run is writing to it.
 
     Example:
+        >>> _ = torch.manual_seed(0)
         >>> model = nn.Linear(4, 2)
         >>> data = [(torch.randn(8, 4), torch.randint(2, (8,))) for _ in range(4)]
         >>> result = finetune(model, data, data, epochs=3, lr=0.1, progress=False)
