@@ -120,7 +120,8 @@ def prepare_batches(model: nn.Module, data: Iterable[Any], name: str = "calibrat
     """Read the data once and say how the model is called with each batch.
 
     A tensor or tuple is positional, a dict is keyword arguments; of a pair from a ``DataLoader``, or a pair that the model's forward
-    cannot take, only the first (the inputs) is used. Tensors are moved to the model's device when they run.
+    cannot take, only the first (the inputs) is used; ``labels`` in a dict are left out where the forward does not take them.
+    Tensors are moved to the model's device when they run.
 
     Raises:
         CalibrationError: no batch, a batch of another type, an iterator that failed, token ids outside the vocabulary.
@@ -164,7 +165,7 @@ def _batch(model: nn.Module, item: Any, from_loader: bool, name: str) -> Batch:
     elif isinstance(item, Mapping):
         if not all(isinstance(key, str) for key in item):
             raise CalibrationError(f"{name}: the keys of a dict are the model's argument names, got {list(item)[:3]!r}")
-        kwargs = dict(item)
+        kwargs = _without_labels(model, item)
     elif isinstance(item, (tuple, list)):
         args = tuple(item)
     else:
@@ -174,6 +175,14 @@ def _batch(model: nn.Module, item: Any, from_loader: bool, name: str) -> Batch:
         raise CalibrationError(f"{name}: holds no tensor")
     size = tensors[0].shape[0] if tensors[0].ndim else 1
     return Batch(args, kwargs, size)
+
+
+def _without_labels(model: nn.Module, item: Mapping[str, Any]) -> dict[str, Any]:
+    """Less ``labels`` where the forward would refuse them."""
+    kinds = {name: parameter.kind for name, parameter in inspect.signature(model.forward).parameters.items()}
+    if "labels" in kinds or inspect.Parameter.VAR_KEYWORD in kinds.values():
+        return dict(item)
+    return {name: value for name, value in item.items() if name != "labels"}
 
 
 def _takes_two(model: nn.Module) -> bool:

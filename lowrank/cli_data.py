@@ -69,7 +69,8 @@ def load_batches(
     """Turn what :func:`read_data` read into batches for the model.
 
     Args:
-        data: texts, or arrays named like the arguments of the model's ``forward`` (a single array may have any name).
+        data: texts, or arrays named like the arguments of the model's ``forward`` (a single array may have any name); ``labels``
+            beside them are left out where the forward has no such argument.
         model: reads the batches.
         tokenizer: the model's own; needed for texts.
         source: the file to name in messages.
@@ -98,7 +99,8 @@ def load_batches(
         except CalibrationError as error:
             raise CalibrationError(f"{where}: {error}") from error
     dtype = next((parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()), torch.float32)
-    arrays = {name: _as_input(array, dtype) for name, array in data.items()}
+    spare = set() if len(data) == 1 or "labels" in _named(model) else {"labels"}
+    arrays = {name: _as_input(array, dtype) for name, array in data.items() if name not in spare}
     count = len(next(iter(arrays.values())))
     pieces = [slice(start, start + batch_size) for start in range(0, count, batch_size)]
     if _takes(model, arrays):
@@ -119,9 +121,12 @@ def _as_input(array: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _takes(model: nn.Module, arrays: Mapping[str, Tensor]) -> bool:
+    return _named(model).issuperset(arrays)
+
+
+def _named(model: nn.Module) -> set[str]:
     parameters = inspect.signature(model.forward).parameters
-    named = {name for name, parameter in parameters.items() if parameter.kind is not inspect.Parameter.VAR_KEYWORD}
-    return all(name in named for name in arrays)
+    return {name for name, parameter in parameters.items() if parameter.kind is not inspect.Parameter.VAR_KEYWORD}
 
 
 def _signature(model: nn.Module) -> str:

@@ -32,6 +32,7 @@ def test_tensor_tuple_dict_and_loader_items() -> None:
     assert len(prepare_batches(TwoInputs(), [(x, x)])[0].args) == 2
     assert prepare_batches(TwoInputs(), [{"x": x, "y": x}])[0].kwargs.keys() == {"x", "y"}
     assert prepare_batches(_plain(), [(x, torch.zeros(4))])[0].args == (x,)
+    assert prepare_batches(TwoInputs(), [{"x": x, "y": x, "labels": x}])[0].kwargs.keys() == {"x", "y"}
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, torch.zeros(4)), batch_size=2)
     found = prepare_batches(TwoInputs(), loader)
     assert [batch.size for batch in found] == [2, 2]

@@ -166,7 +166,13 @@ def test_the_skeleton_must_fit(saved: Path) -> None:
 
 def test_what_is_no_compressed_model(tmp_path: Path, saved: Path) -> None:
     refused(tmp_path / "absent", "no such directory")
-    refused(tmp_path, "has no lowrank_config.json")
+    refused(tmp_path, r"has no lowrank_config\.json; give a directory that `save`")
+    for name, words in {
+        "config.json": "a model that is not compressed",
+        "adapter_config.json": "but an adapter",
+    }.items():
+        (tmp_path / name).write_text("{}", encoding="utf-8")
+        refused(tmp_path, words)
     (saved / "model.safetensors").unlink()
     refused(saved, "neither model.safetensors")
     with pytest.raises(UsageError, match="function that makes one; it made a int"):

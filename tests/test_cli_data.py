@@ -58,6 +58,14 @@ def test_one_array_may_have_any_name() -> None:
     assert batch.shape == (4, 3)
 
 
+def test_labels_are_left_out_where_the_model_takes_none() -> None:
+    data = {"labels": torch.zeros(4), "ids": torch.zeros(4, 2, dtype=torch.int64), "scale": torch.ones(4)}
+    (batch,) = load_batches(data, TwoInputs(), None, source="a.npz")
+    assert sorted(batch) == ["ids", "scale"]
+    (alone,) = load_batches({"labels": torch.ones(4), "any": torch.zeros(4, 3)}, nn.Linear(3, 2), None, source="a.npz")
+    assert torch.equal(alone, torch.zeros(4, 3))
+
+
 def test_text_without_a_tokenizer() -> None:
     with pytest.raises(CalibrationError, match="needs a tokenizer"):
         load_batches(["the cat"], nn.Linear(3, 2), None, source="a.txt")

@@ -33,7 +33,8 @@ def test_signals_end_through_the_clean_up(
 ) -> None:
     # A shell starts its background jobs with interrupts ignored, and what is ignored stays so (the next test).
     usual = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
-    request.addfinalizer(lambda found=signal.signal(number, usual): signal.signal(number, found))
+    found = signal.signal(number, usual)
+    request.addfinalizer(lambda: signal.signal(number, found))
     cleaned = []
 
     def body() -> None:

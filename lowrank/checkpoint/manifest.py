@@ -103,7 +103,9 @@ def open_checkpoint(directory: Path) -> tuple[Manifest, TensorSource]:
     if not directory.is_dir():
         raise CheckpointError(f"{printable(directory)}: no such directory; give the one that `save` wrote")
     if not (directory / MANIFEST_NAME).exists():
-        raise CheckpointError(f"{printable(directory)}: has no {MANIFEST_NAME}; lowrank did not write it")
+        raise CheckpointError(
+            f"{printable(directory)}: is no compressed model: it has no {MANIFEST_NAME}{_likely(directory)}"
+        )
     source = open_tensors(directory)
     size, where = (directory / MANIFEST_NAME).stat().st_size, printable(directory / MANIFEST_NAME)
     if size > manifest_limit_bytes(len(source.names)):
@@ -111,6 +113,15 @@ def open_checkpoint(directory: Path) -> tuple[Manifest, TensorSource]:
     manifest = parse_manifest(read_json(directory / MANIFEST_NAME), str(directory / MANIFEST_NAME))
     _check_against(manifest, source.entries, where)
     return manifest, source
+
+
+def _likely(directory: Path) -> str:
+    """What a directory without a manifest holds instead, and what to do with it."""
+    if (directory / "adapter_config.json").is_file():
+        return " but an adapter; load the model it belongs to, and it with lowrank.load_adapter (or `lowrank merge`)"
+    if (directory / "config.json").is_file():
+        return " but the config.json of a model that is not compressed; transformers loads that"
+    return "; give a directory that `save` or `lowrank compress` wrote"
 
 
 def manifest_limit_bytes(tensors: int) -> int:

@@ -45,7 +45,7 @@ from lowrank.lora.target import ALL_LINEAR, find_targets
 from lowrank.modules import unwrapped
 from lowrank.version import __version__
 
-__all__ = ["CONFIG_NAME", "TENSORS_NAME", "adapter_tensors", "load_adapter", "save_adapter"]
+__all__ = ["CONFIG_NAME", "TENSORS_NAME", "adapter_tensors", "load_adapter", "reread_adapter", "save_adapter"]
 
 CONFIG_NAME = "adapter_config.json"
 TENSORS_NAME = "adapter_model.safetensors"
@@ -122,6 +122,20 @@ def save_adapter(
         write_safetensors(partial / TENSORS_NAME, tensors, metadata)
         write_text(partial / CONFIG_NAME, json.dumps(document, indent=2, sort_keys=True) + "\n")
     return Path(directory).absolute()
+
+
+def reread_adapter(model: nn.Module, adapter: str, file: Path) -> None:
+    """Into an adapter that the model has, what was saved of it; a learned scale becomes 1, since B holds it."""
+    header = read_safetensors_header(file)
+    by_layer, rest = _sorted_by_layer({name.removeprefix(PREFIX): read_tensor(header, name) for name in header.tensors})
+    for name, layer in lora_layers(model).items():
+        if adapter in layer.configs:
+            if adapter in layer.lora_scale:
+                torch.nn.init.ones_(layer.lora_scale[adapter])
+            _fill(
+                layer, adapter, by_layer.get(name, {}), f"{printable(file)}: layer {printable(name)}", from_peft=False
+            )
+    _fill_saved(model, adapter, rest, printable(file))
 
 
 def load_adapter(

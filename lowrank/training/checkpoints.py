@@ -23,6 +23,7 @@ from lowrank.files import (
     write_safetensors,
     write_text,
 )
+from lowrank.lora.files import TENSORS_NAME as ADAPTER_NAME
 from lowrank.version import __version__
 
 __all__ = ["HISTORY_NAME", "RunDirectory", "model_fingerprint"]
@@ -79,18 +80,18 @@ class RunDirectory:
         """Whether the run that is found there has come to its end."""
         return self.found is not None and bool(self.found["finished"])
 
+    @property
+    def adapter_file(self) -> Path | None:
+        """Of a finished run that trained one adapter and nothing else."""
+        return None if (self.directory / TRAINED_NAME).exists() else self.directory / ADAPTER_NAME
+
     def start(self) -> None:
         """Drop what another run left to go on from; once this run holds the directory."""
         if self._stale is not None and self._stale.is_dir():
             shutil.rmtree(self._stale)
 
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors of the state (or of the outcome, where it is finished)."""
-        if self.finished and not (self.directory / TRAINED_NAME).exists():
-            raise UsageError(
-                f"output {printable(self.directory)}: holds the adapter of a finished run; load it with lowrank.load_adapter, "
-                "or train anew with overwrite=True (--overwrite)"
-            )
+        """All tensors of the state (or of the outcome, where it is finished and holds more than an adapter)."""
         at = self.directory / TRAINED_NAME if self.finished else self.directory / "checkpoint" / TENSORS_NAME
         source = open_tensors(at)
         return {name: source.read(name) for name in source.names}

@@ -18,6 +18,7 @@ from lowrank import lora
 from lowrank.errors import CalibrationError, UsageError
 from lowrank.files import lock_destination
 from lowrank.integrations.accelerate import Processes, processes
+from lowrank.lora.files import reread_adapter
 from lowrank.lora.model import lora_layers, saved_modules
 from lowrank.training.blocks import checkpointed
 from lowrank.training.checkpoints import HISTORY_NAME, RunDirectory, model_fingerprint
@@ -146,6 +147,8 @@ def finetune(
     # A DataLoader draws random numbers when it is read.
     with seeded_numbers(derived_seed(seed, 5)):
         checks = None if validation is None else read_examples(validation, "validation", own_loss=own_loss)
+    if metric == "perplexity" and own_loss:
+        _require_classes(checks or ())
     data = TrainingData(train, seed, own_loss=own_loss)
     device = next(iter(parameters.values())).device
     team = processes(device)
@@ -301,7 +304,12 @@ class _Run:
     def reread(self) -> TrainingResult:
         """The outcome of a run that has come to its end before."""
         assert self.directory is not None
-        _put(self.tensors, self.directory.tensors())
+        file = self.directory.adapter_file
+        if file is not None:
+            (adapter,) = _active(self.model)
+            reread_adapter(self.model, adapter, file)
+        else:
+            _put(self.tensors, self.directory.tensors())
         text = (self.directory.directory / HISTORY_NAME).read_text(encoding="utf-8")
         self.result = TrainingResult.from_json(text)
         self.result.directory = self.directory.directory
@@ -310,18 +318,23 @@ class _Run:
 
 def _adapter_files(model: nn.Module, directory: Path) -> tuple[Path | None, set[int]]:
     """The one active adapter in PEFT's files and the ids of its tensors; nothing where there is none, or several."""
-    layers = [module for module in model.modules() if isinstance(module, lora.LoRALayer)]
-    active = {adapter for layer in layers for adapter in layer.active_adapters}
+    active = _active(model)
     if len(active) != 1:
         return None, set()
     (adapter,) = active
     lora.save_adapter(model, directory, adapter)
+    layers = [module for module in model.modules() if isinstance(module, lora.LoRALayer)]
     held: list[Tensor] = [parameter for layer in layers for parameter in layer.adapter_parameters(adapter)]
     for module in saved_modules(model).values():
         if adapter in module.modules_to_save:
             whole = module.modules_to_save[adapter]
             held += [*whole.parameters(), *whole.buffers()]
     return directory, {id(tensor) for tensor in held}
+
+
+def _active(model: nn.Module) -> set[str]:
+    layers = [module for module in model.modules() if isinstance(module, lora.LoRALayer)]
+    return {adapter for layer in layers for adapter in layer.active_adapters}
 
 
 def _adapter_facts(model: nn.Module) -> dict[str, Any]:
@@ -333,6 +346,12 @@ def _adapter_facts(model: nn.Module) -> dict[str, Any]:
         }
         for name, layer in lora_layers(model).items()
     }
+
+
+def _require_classes(checks: Iterable[Example]) -> None:
+    for example in checks:
+        if isinstance(example.labels, Tensor) and example.labels.is_floating_point():
+            raise UsageError("metric 'perplexity': needs labels that are classes; use metric='loss', or a callable")
 
 
 def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

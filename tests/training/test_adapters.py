@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from training_batches import batches
 
 import lowrank
-from lowrank.errors import UsageError
 from lowrank.layers import QuantizedLinear, QuantizedLowRankLayer, SVDCompressedLinear
 from lowrank.lora import LoRAConfig, add_lora, load_adapter
-from lowrank.training import finetune, heal
+from lowrank.training import TrainingResult, finetune, heal
 
 
 def base() -> nn.Sequential:
@@ -59,19 +59,28 @@ def test_only_the_adapter_moves_and_it_alone_is_saved(tmp_path: Path) -> None:
     x = batches()[0][0]
     with torch.no_grad():
         assert torch.equal(again.eval()(x), adapted.eval()(x))
-    with pytest.raises(UsageError, match=r"adapter of a finished run; load it with lowrank\.load_adapter"):
-        torch.manual_seed(2)
-        finetune(
-            add_lora(model, CONFIG),
-            batches(),
-            batches(seed=1),
-            epochs=8,
-            lr=0.02,
-            lora_plus_ratio=4.0,
-            output_dir=tmp_path / "a",
-            resume=True,
-            progress=False,
-        )
+
+
+@pytest.mark.parametrize("changes", [{}, {"learnable_scale": True}, {"use_dora": True}, {"modules_to_save": ["4"]}])
+def test_a_finished_run_of_an_adapter_is_read_back(changes: dict[str, Any], tmp_path: Path) -> None:
+    config = CONFIG.replace(target_modules=["0", "2"], **changes)
+    x = batches()[0][0]
+
+    def run(model: nn.Module) -> tuple[TrainingResult, Tensor]:
+        settings: dict[str, Any] = {"epochs": 2, "lr": 0.02, "output_dir": tmp_path / "a", "resume": True}
+        result = finetune(model, batches(), batches(seed=1), **settings, progress=False)
+        with torch.no_grad():
+            return result, model.eval()(x)
+
+    model = base() if "use_dora" in changes or "modules_to_save" in changes else compressed()
+    first, expected = run(add_lora(model, config))
+    with torch.no_grad():
+        assert not torch.equal(model.eval()(x), expected)
+    files = {path: path.read_bytes() for path in (tmp_path / "a").iterdir()}
+    again, found = run(add_lora(model, config))
+    assert again.to_json() == first.to_json()
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    assert {path: path.read_bytes() for path in (tmp_path / "a").iterdir()} == files
 
 
 @pytest.mark.parametrize("init", [True, "residual"])

@@ -255,6 +255,10 @@ def test_data_that_cannot_be_used_is_refused() -> None:
         finetune(model, torch.zeros(2, 6), steps=1, progress=False)
     with pytest.raises(UsageError, match="labels: classes of shape"):
         finetune(model, [(torch.zeros(2, 6), torch.zeros(2, 2).long())], steps=1, progress=False)
+    numbers = [(torch.zeros(2, 6), torch.zeros(2, model[-1].out_features))]
+    for metric in ("accuracy", "perplexity"):
+        with pytest.raises(UsageError, match=f"metric '{metric}': needs labels that are classes"):
+            finetune(model, numbers, numbers, steps=1, metric=metric, progress=False)
 
 
 def test_a_frozen_model_is_refused_with_the_remedy() -> None:
