@@ -16,7 +16,7 @@ from torch import Tensor
 from lowrank.convolutions import ConvGeometry, pad_input, patches
 from lowrank.kernels import integer, native
 from lowrank.kernels.activations import quantize_tokens, to_float
-from lowrank.kernels.linear import LARGE_SCALE, ROOM, native_ready
+from lowrank.kernels.linear import LARGE_SCALE, ROOM, ready_library
 
 __all__ = ["IntegerConv"]
 
@@ -24,7 +24,7 @@ __all__ = ["IntegerConv"]
 _FLOAT_EXACT = 514
 # Bytes of unfolded codes at a time.
 _UNFOLDED = 1 << 26
-_tested: dict[int, bool] = {}
+_tested: dict[native.Library, bool] = {}
 
 
 class IntegerConv:
@@ -78,17 +78,15 @@ class IntegerConv:
         if x.shape[2:] != before:
             size = self._geometry.output_size(x.shape[2:])
             self._sizes = x.shape[2:], size
-        if self._fits and x.is_cpu and x.dtype is torch.float32 and native_ready() and _conv_ready():
-            integer.count("native")
-            return self._native_product(x, bias, size)
+        if self._fits and x.is_cpu and x.dtype is torch.float32 and (loaded := ready_library()) and _conv_ready(loaded):
+            integer.count(loaded.route)
+            return self._native_product(loaded, x, bias, size)
         return self._torch_product(x, bias, size)
 
-    def _native_product(self, x: Tensor, bias: Tensor | None, size: tuple[int, ...]) -> Tensor:
+    def _native_product(self, loaded: native.Library, x: Tensor, bias: Tensor | None, size: tuple[int, ...]) -> Tensor:
         padded = self._geometry.padding_mode != "zeros"
         call = self._native
         if call is None:
-            loaded = native.library()
-            assert loaded is not None
             call = native.NativeConv(loaded, self._codes, self._scale, self._bare if padded else self._geometry)
             self._native = call
         return call(pad_input(x, self._geometry) if padded else x, bias, size)
@@ -131,19 +129,17 @@ class IntegerConv:
         return to_float(sums)
 
 
-def _conv_ready() -> bool:
+def _conv_ready(loaded: native.Library) -> bool:
     """Whether the native convolution is exact here; tested on the first call."""
-    loaded = native.library()
-    assert loaded is not None
-    found = _tested.get(id(loaded))
+    found = _tested.get(loaded)
     if found is None:
-        _tested[id(loaded)] = found = _is_exact(loaded)
+        _tested[loaded] = found = _is_exact(loaded)
     return found
 
 
 @torch.compiler.disable
 @torch.no_grad()
-def _is_exact(loaded: native.ctypes.CDLL) -> bool:
+def _is_exact(loaded: native.Library) -> bool:
     """Bit for bit against torch's route, full-range codes, on geometries that take different loops."""
     generator = torch.Generator().manual_seed(0)
     for batch, shape, geometry in (

@@ -113,15 +113,19 @@ def _choose(device: torch.device) -> tuple[str, _Product]:
 
 
 def _seconds(product: _Product) -> float:
-    """The least of five products of 64 tokens, on one thread: a second one would wait where other work holds its core."""
     a, b = torch.ones(64, 512, dtype=torch.int8), torch.ones(256, 512, dtype=torch.int8)
+    return least_seconds(lambda: product(a, b))
+
+
+def least_seconds(call: Callable[[], object]) -> float:
+    """Of five calls on one thread: a second one would wait where other work holds its core."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     taken = []
     try:
         for _ in range(5):
             start = time.perf_counter()
-            product(a, b)
+            call()
             taken.append(time.perf_counter() - start)
     finally:
         torch.set_num_threads(threads)

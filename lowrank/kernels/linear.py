@@ -22,7 +22,7 @@ ROOM = 2.0**-63
 # Between the products of two factors the scale is used relative to a power of two where it leaves this range, so that
 # float32 neither overflows nor loses digits there. 2^±40 leaves room for sums of 131,071 codes on both sides.
 _PLAIN_SCALE = 2.0**40
-_tested: dict[int, bool] = {}
+_tested: dict[native.Library, bool] = {}
 
 
 class IntegerWeight:
@@ -71,13 +71,17 @@ class IntegerWeight:
         Raises:
             ResourceError: no memory for the codes of the tokens.
         """
-        if self._fits and x.is_cpu and x.dtype is torch.float32 and pieces <= native.MOST_PIECES and native_ready():
+        if (
+            self._fits
+            and x.is_cpu
+            and x.dtype is torch.float32
+            and pieces <= native.MOST_PIECES
+            and (loaded := ready_library())
+        ):
             call = self._native
             if call is None:
-                loaded = native.library()
-                assert loaded is not None
                 call = self._native = native.NativeLinear(loaded, self._codes, self._scale, self._gain or 1.0)
-            integer.count("native")
+            integer.count(loaded.route)
             return call(x, bias, pieces)
         product = self._wide_product if pieces else self._rounded_product
         if x.ndim == 2:
@@ -125,28 +129,30 @@ class IntegerWeight:
         return result if bias is None else result.add_(bias)
 
 
-def native_ready() -> bool:
-    """Whether the native library is there, switched on and exact here; tested on the first call."""
+def ready_library() -> native.Library | None:
+    """The native library where it is there, switched on, exact and worth it here; tested on the first call."""
     loaded = native.library()
     if loaded is None:
-        return False
-    found = _tested.get(id(loaded))
+        return None
+    found = _tested.get(loaded)
     if found is None:
-        # So that the products of the test itself take the library; its own layers call it directly.
-        _tested[id(loaded)] = found = _is_exact(loaded)
-    return found
+        # The layers of the test call the library directly.
+        _tested[loaded] = found = _is_exact(loaded) and _is_worth_it(loaded)
+    return loaded if found else None
 
 
 def route(device: torch.device | str = "cpu") -> str:
-    """How layers multiply on a device: ``"native"`` (the C library does all), ``"int_mm"`` (torch's integer product),
-    ``"avx2"`` (the C library's product alone) or ``"float"``; runs the self-tests if they have not run yet.
+    """How layers multiply on a device: ``"native"`` or ``"native-avx2"`` (the C library does all, with AVX512-VNNI or with
+    AVX2), ``"int_mm"`` (torch's integer product), ``"avx2"`` (the C library's product alone) or ``"float"``; runs the
+    self-tests if they have not run yet.
 
     Example:
-        >>> route("cpu") in ("native", "int_mm", "avx2", "float")
+        >>> route("cpu") in ("native", "native-avx2", "int_mm", "avx2", "float")
         True
     """
     device = torch.empty(0, device=device).device
-    return "native" if device.type == "cpu" and native_ready() else integer.route(device)
+    loaded = ready_library() if device.type == "cpu" else None
+    return integer.route(device) if loaded is None else loaded.route
 
 
 def reset_routes() -> None:
@@ -157,7 +163,19 @@ def reset_routes() -> None:
 
 @torch.compiler.disable
 @torch.no_grad()
-def _is_exact(loaded: native.ctypes.CDLL) -> bool:
+def _is_worth_it(loaded: native.Library) -> bool:
+    """Not where torch has dot products that the library has not: AVX-VNNI and no AVX512."""
+    if loaded.level == native.AVX512_VNNI or integer.route("cpu") != "int_mm":
+        return True
+    codes, x = torch.ones(256, 512, dtype=torch.int8), torch.ones(64, 512)
+    weight, call = IntegerWeight((codes,), torch.ones(256)), native.NativeLinear(loaded, (codes,), torch.ones(256))
+    ours = integer.least_seconds(lambda: call(x, None, 0))
+    return ours <= 1.5 * integer.least_seconds(lambda: weight._rounded_product(x, None, 0))
+
+
+@torch.compiler.disable
+@torch.no_grad()
+def _is_exact(loaded: native.Library) -> bool:
     """Against int64 where tokens are their own codes, and bit for bit against torch: full range, extremes, all shapes
     of tiles.
     """

@@ -1,7 +1,7 @@
 """The C library that was built with the package, where there is one and this machine has its instructions.
 
-Whole layers need AVX512 with VNNI (:func:`library`), the plain integer product AVX2 (:func:`narrow_product`).
-``LOWRANK_NATIVE=0`` in the environment turns both off, and a lower ``ONEDNN_MAX_CPU_ISA`` what it excludes.
+Whole layers (:func:`library`) take AVX512 with VNNI where it is there, else AVX2, as the plain integer product does
+(:func:`narrow_product`). ``LOWRANK_NATIVE=0`` in the environment turns all off, a lower ``ONEDNN_MAX_CPU_ISA`` what it excludes.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from torch import Tensor
 from lowrank.convolutions import ConvGeometry
 from lowrank.errors import ResourceError
 
-__all__ = ["NativeConv", "NativeLinear", "library", "narrow_product", "torch_route"]
+__all__ = ["Library", "NativeConv", "NativeLinear", "library", "narrow_product", "torch_route"]
 
 # 255 · 128 · 65535 < 2³¹: sums stay in int32 after the zero point is taken off.
 LONGEST = 65_535
 MOST_PIECES = 3
 # As in native/support.c: a library that an older version of the package left behind is passed over.
-_INTERFACE = 2
+_INTERFACE = 3
+AVX2, AVX512_VNNI = 1, 2
 _int64, _address, _int = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int
 _SIGNATURES = {
     "lowrank_interface": ([], _int),
@@ -40,11 +41,28 @@ _SIGNATURES = {
 }
 
 
+class Library(NamedTuple):
+    """The functions for layers.
+
+    Attributes:
+        calls: the library.
+        level: of the instructions that its layers are to use: 2 is AVX512 with VNNI, 1 AVX2.
+    """
+
+    calls: ctypes.CDLL
+    level: int
+
+    @property
+    def route(self) -> str:
+        """As :func:`lowrank.kernels.route` names it."""
+        return "native" if self.level == AVX512_VNNI else "native-avx2"
+
+
 class _Loaded(NamedTuple):
     """The library, if there is one, and what of it this machine and its settings allow; found out once."""
 
     library: ctypes.CDLL | None
-    layers: bool
+    layers: Library | None
     product: bool
 
 
@@ -52,12 +70,11 @@ _loaded: list[_Loaded] = []
 _switched_off = 0
 
 
-def library() -> ctypes.CDLL | None:
-    """The library, or ``None``: not built, no VNNI instructions, or turned off. Not yet tested: see
+def library() -> Library | None:
+    """The library for layers, or ``None``: not built, no AVX2, or turned off. Not yet tested: see
     :func:`lowrank.kernels.route`.
     """
-    loaded = _library()
-    return loaded.library if loaded.layers and not _switched_off else None
+    return None if _switched_off else _library().layers
 
 
 def narrow_product(a: Tensor, b: Tensor) -> Tensor | None:
@@ -83,11 +100,14 @@ def narrow_product(a: Tensor, b: Tensor) -> Tensor | None:
 def _library() -> _Loaded:
     if not _loaded:
         found = _load()
-        layers = found is not None and bool(found.lowrank_supported()) and _isa_allows("AVX512_CORE_", "AVX10")
-        product = (
-            found is not None and bool(found.lowrank_narrow_supported()) and _isa_allows("AVX2", "AVX512", "AVX10")
-        )
-        _loaded.append(_Loaded(found, layers, product))
+        if found is None or not _isa_allows("AVX2", "AVX512", "AVX10"):
+            _loaded.append(_Loaded(found, None, False))
+        else:
+            level = found.lowrank_supported()
+            if level == AVX512_VNNI and not _isa_allows("AVX512_CORE_", "AVX10"):
+                level = AVX2
+            layers = Library(found, level) if level else None
+            _loaded.append(_Loaded(found, layers, bool(found.lowrank_narrow_supported())))
     return _loaded[0]
 
 
@@ -147,6 +167,7 @@ class _Layer(ctypes.Structure):
         ("second", _Matrix),
         ("scale", _address),
         ("gain", ctypes.c_double),
+        ("level", _int64),
     )
 
 
@@ -157,6 +178,7 @@ class _Conv(ctypes.Structure):
         *((name, _int64) for name in ("top", "bottom", "left", "right")),
         ("weight", _Matrix),
         ("scale", _address),
+        ("level", _int64),
     )
 
 
@@ -170,8 +192,8 @@ class NativeLinear:
         gain: a factor of the result of two matrices.
     """
 
-    def __init__(self, loaded: ctypes.CDLL, codes: tuple[Tensor, ...], scale: Tensor, gain: float = 1.0) -> None:
-        packed = [pack(loaded, matrix) for matrix in codes]
+    def __init__(self, loaded: Library, codes: tuple[Tensor, ...], scale: Tensor, gain: float = 1.0) -> None:
+        packed = [pack(loaded.calls, matrix) for matrix in codes]
         # Kept alive: the structure holds their addresses.
         self._kept = [tensor for _, tensors in packed for tensor in tensors]
         self._scale = scale.contiguous()
@@ -181,10 +203,11 @@ class NativeLinear:
             packed[1][0] if len(packed) == 2 else _Matrix(),
             self._scale.data_ptr(),
             gain,
+            loaded.level,
         )
         self._address = ctypes.addressof(self._layer)
         self._outputs = codes[-1].shape[0]
-        self._call = loaded.lowrank_linear
+        self._call = loaded.calls.lowrank_linear
 
     def __call__(self, x: Tensor, bias: Tensor | None, pieces: int) -> Tensor:
         """(..., K) float32 on the CPU to (..., N) float32.
@@ -231,21 +254,30 @@ class NativeConv:
         geometry: of the convolution; ``groups`` 1, ``padding_mode`` ``"zeros"``.
     """
 
-    def __init__(self, loaded: ctypes.CDLL, codes: Tensor, scale: Tensor, geometry: ConvGeometry) -> None:
+    def __init__(self, loaded: Library, codes: Tensor, scale: Tensor, geometry: ConvGeometry) -> None:
         self._outputs, channels = codes.shape[:2]
         # A line is an image of one row.
         rows, columns = (1, *codes.shape[2:])[-2:]
         last = codes.view(self._outputs, channels, rows, columns).permute(0, 2, 3, 1)
         matrix = torch.nn.functional.pad(last, (0, -channels % 4)).reshape(self._outputs, -1)
-        packed, self._kept = pack(loaded, matrix)
+        packed, self._kept = pack(loaded.calls, matrix)
         self._scale = scale.contiguous()
         steps, dilations = (1, *geometry.stride)[-2:], (1, *geometry.dilation)[-2:]
         pads = ((0, 0), *geometry.pads)[-2:]
         self._layer = _Conv(
-            channels, rows, columns, *steps, *dilations, *pads[0], *pads[1], packed, self._scale.data_ptr()
+            channels,
+            rows,
+            columns,
+            *steps,
+            *dilations,
+            *pads[0],
+            *pads[1],
+            packed,
+            self._scale.data_ptr(),
+            loaded.level,
         )
         self._address = ctypes.addressof(self._layer)
-        self._call = loaded.lowrank_conv
+        self._call = loaded.calls.lowrank_conv
 
     def __call__(self, x: Tensor, bias: Tensor | None, size: tuple[int, ...]) -> Tensor:
         """(B, in, *size before) float32 on the CPU to (B, out, *size) float32.

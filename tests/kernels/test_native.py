@@ -22,9 +22,8 @@ from lowrank.kernels import native
 from lowrank.kernels.linear import IntegerWeight
 from lowrank.layers import QuantizedLinear, QuantizedLowRankLayer
 
-needs_library = pytest.mark.skipif(
-    native.library() is None, reason="the C library was not built, is turned off, or this CPU has no AVX512-VNNI"
-)
+# With each set of instructions there is; see conftest.py.
+needs_library = pytest.mark.usefixtures("native_level")
 
 
 def codes(rows: int, columns: int, seed: int = 1) -> Tensor:
@@ -54,13 +53,14 @@ def both(weight: IntegerWeight, x: Tensor, bias: Tensor | None, pieces: int) -> 
 
 
 @needs_library
-def test_the_library_passes_its_test_and_is_named() -> None:
+def test_the_library_passes_its_test_and_is_named(native_level: int) -> None:
     kernels.reset_routes()
-    assert kernels.route() == "native"
+    name = "native" if native_level == native.AVX512_VNNI else "native-avx2"
+    assert kernels.route() == name
     QuantizedLinear.from_linear(nn.Linear(5, 3))(torch.ones(2, 5))
-    assert kernels.routes_in_use()["native"] == 1
+    assert kernels.routes_in_use()[name] == 1
     with kernels.torch_route():
-        assert kernels.route() in ("int_mm", "float")
+        assert kernels.route() in ("int_mm", "avx2", "float")
 
 
 @needs_library
@@ -121,7 +121,7 @@ def test_longer_rows_and_large_scales_take_torch() -> None:
         kernels.reset_routes()
         x = torch.ones(1, weight._codes[0].shape[1])
         assert bool(torch.isfinite(weight.product(x, None, 0)).all())
-        assert "native" not in kernels.routes_in_use()
+        assert not any(route.startswith("native") for route in kernels.routes_in_use())
 
 
 @needs_library
@@ -219,10 +219,10 @@ def test_a_library_that_is_wrong_is_found_out(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(native.NativeLinear, "__call__", wrong)
     kernels.reset_routes()
     try:
-        assert kernels.route() in ("int_mm", "float")
+        assert kernels.route() in ("int_mm", "avx2", "float")
         weight = weights(40, 5, 20)[0]
         weight.product(torch.ones(2, 40), None, 0)
-        assert "native" not in kernels.routes_in_use()
+        assert not any(route.startswith("native") for route in kernels.routes_in_use())
     finally:
         kernels.reset_routes()
 
@@ -238,25 +238,27 @@ def test_no_memory_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "layers", "product"),
-    [(name, True, True) for name in ("", "ALL", "AVX512_CORE_VNNI", "avx512_core_amx")]
-    + [(name, False, True) for name in ("AVX2", "AVX2_VNNI", "AVX512_CORE")]
-    + [(name, False, False) for name in ("SSE41", "AVX", "nonsense")],
+    ("name", "level"),
+    [(name, native.AVX512_VNNI) for name in ("", "ALL", "AVX512_CORE_VNNI", "avx512_core_amx")]
+    + [(name, native.AVX2) for name in ("AVX2", "AVX2_VNNI", "AVX512_CORE")]
+    + [(name, 0) for name in ("SSE41", "AVX", "nonsense")],
 )
-def test_the_limit_for_onednn_holds_here_too(
-    name: str, layers: bool, product: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_limit_for_onednn_holds_here_too(name: str, level: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", name)
     monkeypatch.setattr(native, "_loaded", [])
     one = torch.ones(1, 1, dtype=torch.int8)
     loaded = native._library().library
-    assert (native.library() is not None) == (layers and loaded is not None and bool(loaded.lowrank_supported()))
+    expected = 0 if loaded is None else min(level, loaded.lowrank_supported())
+    found = native.library()
+    assert (0 if found is None else found.level) == expected
     able = loaded is not None and bool(loaded.lowrank_narrow_supported())
-    assert (native.narrow_product(one, one) is not None) == (product and able)
+    assert (native.narrow_product(one, one) is not None) == (level > 0 and able)
 
 
 @pytest.mark.parametrize(
-    "setting", [{"LOWRANK_NATIVE": "0"}, {"ONEDNN_MAX_CPU_ISA": "AVX2"}], ids=["off", "no instructions"]
+    "setting",
+    [{"LOWRANK_NATIVE": "0"}, {"ONEDNN_MAX_CPU_ISA": "SSE41"}, {"ONEDNN_MAX_CPU_ISA": "AVX2"}],
+    ids=["off", "no instructions", "fewer instructions"],
 )
 def test_without_the_library_the_bits_are_the_same(setting: dict[str, str]) -> None:
     code = """
@@ -283,9 +285,8 @@ print(kernels.route())
         )
         assert done.returncode == 0, done.stderr
         printed.append(done.stdout.split())
-    assert printed[1][-1] in ("int_mm", "avx2", "float") and (
-        printed[1][-1] != "avx2" or "LOWRANK_NATIVE" not in setting
-    )
+    without = ("int_mm", "float")
+    assert printed[1][-1] in (("native-avx2", *without) if "AVX2" in setting.values() else without)
     assert printed[0][:4] == printed[1][:4]
 
 
@@ -327,7 +328,7 @@ def test_python_costs_little() -> None:
 
 def test_structures_are_those_of_the_c_file() -> None:
     assert ctypes.sizeof(native._Matrix) == 32
-    assert ctypes.sizeof(native._Layer) == 8 + 2 * 32 + 8 + 8
-    assert ctypes.sizeof(native._Conv) == 11 * 8 + 32 + 8
+    assert ctypes.sizeof(native._Layer) == 8 + 2 * 32 + 8 + 8 + 8
+    assert ctypes.sizeof(native._Conv) == 11 * 8 + 32 + 8 + 8
     loaded = native.library()
-    assert loaded is None or loaded.lowrank_interface() == native._INTERFACE
+    assert loaded is None or loaded.calls.lowrank_interface() == native._INTERFACE

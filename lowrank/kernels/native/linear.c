@@ -16,6 +16,7 @@ typedef struct {
     packed_matrix first, second;
     const float *scale; /* of the first matrix's outputs */
     double gain;        /* a power of two taken out of the scale of factors */
+    int64_t level;      /* of instructions */
 } linear_layer;
 
 typedef struct {
@@ -26,6 +27,7 @@ typedef struct {
 
 typedef struct {
     const linear_layer *layer;
+    const instructions *use;
     const float *x, *bias;
     float *y;
     int64_t x_stride, tokens;
@@ -62,7 +64,7 @@ static int64_t lay_out(const job *all, char *memory, scratch *mine) {
 }
 
 /* All tokens by the panels from `panel` to `end`, tile by tile; a panel stays in L2 for all tokens. */
-static void multiply(const code_rows *codes, int64_t tokens, int pieces, const row_scale *scales,
+static void multiply(const instructions *use, const code_rows *codes, int64_t tokens, int pieces, const row_scale *scales,
                      const packed_matrix *matrix, int64_t panel, int64_t end, finish how) {
     int32_t sums[MOST_ROWS * 2 * LANES] __attribute__((aligned(64)));
     float *const result = how.result;
@@ -76,9 +78,9 @@ static void multiply(const code_rows *codes, int64_t tokens, int pieces, const r
             const int64_t token = share(tokens, block, blocks), count = share(tokens, block + 1, blocks) - token;
             code_rows rows = *codes;
             rows.start += token * pieces * codes->stride;
-            product_tile(&rows, (int)count * pieces, matrix, panel, vectors, sums);
+            use->product_tile(&rows, (int)count * pieces, matrix, panel, vectors, sums);
             how.result = result + token * how.stride;
-            finish_tile(sums, (int)count, pieces, scales + token, matrix, panel, vectors, &how);
+            use->finish_tile(sums, (int)count, pieces, scales + token, matrix, panel, vectors, &how);
         }
         panel += vectors;
     }
@@ -113,15 +115,15 @@ static void work(const job *all, int thread, int threads) {
             const float *x = all->x + (token + t) * all->x_stride;
             uint8_t *const row = mine.codes + t * pieces * all->first_stride;
             if (all->rounded)
-                round_token(x, layer->inputs, row, mine.scales + t);
+                round_token(all->use, x, layer->inputs, row, mine.scales + t);
             else
-                split_token(x, layer->inputs, pieces, row, all->first_stride, mine.scales + t);
+                split_token(all->use, x, layer->inputs, pieces, row, all->first_stride, mine.scales + t);
         }
         if (!alone) wait_for_all(all, threads);
         finish last = {layer->scale, all->bias, 1, all->y, 0};
         if (factored) {
             const finish between = {layer->scale, NULL, 0, shared.components, all->component_stride};
-            multiply(&codes, count, pieces, mine.scales, first, share(first_panels, part, parts),
+            multiply(all->use, &codes, count, pieces, mine.scales, first, share(first_panels, part, parts),
                      share(first_panels, part + 1, parts), between);
             wait_for_all(all, threads);
             for (int64_t t = begin; t < end; t++) {
@@ -129,10 +131,10 @@ static void work(const job *all, int thread, int threads) {
                 uint8_t *const row = mine.component_codes + t * pieces * all->second_stride;
                 row_scale *const scale = mine.component_scales + t;
                 if (all->rounded) {
-                    round_token_symmetric(components, first->outputs, row, scale);
+                    round_token_symmetric(all->use, components, first->outputs, row, scale);
                     scale->step = mine.scales[t].step * scale->step * (float)layer->gain;
                 } else {
-                    split_token(components, first->outputs, pieces, row, all->second_stride, scale);
+                    split_token(all->use, components, first->outputs, pieces, row, all->second_stride, scale);
                     scale->more = mine.scales[t].step * (float)layer->gain;
                 }
             }
@@ -146,7 +148,7 @@ static void work(const job *all, int thread, int threads) {
         const int64_t panels = round_up(matrix->outputs, LANES) / LANES;
         last.stride = matrix->outputs;
         last.result = all->y + token * matrix->outputs;
-        multiply(&rows, count, pieces, factored ? mine.component_scales : mine.scales, matrix, share(panels, part, parts),
+        multiply(all->use, &rows, count, pieces, factored ? mine.component_scales : mine.scales, matrix, share(panels, part, parts),
                  share(panels, part + 1, parts), last);
     }
 }
@@ -156,7 +158,7 @@ static void work(const job *all, int thread, int threads) {
 int lowrank_linear(const linear_layer *layer, const float *x, int64_t x_stride, float *y, const float *bias,
                    int64_t tokens, int pieces, int threads) {
     if (tokens == 0) return 0;
-    job all = {layer, x, bias, y, x_stride, tokens, pieces ? pieces : 1, pieces == 0, 0, 0, 0, 0, 0, NULL, 0};
+    job all = {layer, instructions_of(layer->level), x, bias, y, x_stride, tokens, pieces ? pieces : 1, pieces == 0, 0, 0, 0, 0, 0, NULL, 0};
     const int64_t rows = tokens * all.pieces, columns = layer->first.columns;
     const int64_t products = rows * layer->first.outputs * columns + rows * layer->second.outputs * layer->second.columns;
     if (products < PARALLEL_WORK) threads = 1;

@@ -7,15 +7,16 @@
 #endif
 
 /* Which functions and structures this library has; native.py expects the same number. One more with every change. */
-int lowrank_interface(void) { return 2; }
+int lowrank_interface(void) { return 3; }
 
-/* 1 where the layers in this library may be called; lowrank_narrow has a test of its own. */
+/* The level of instructions that the layers in this library may use here: 2 is AVX512 with VNNI, 1 AVX2, 0 none. */
 int lowrank_supported(void) {
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vnni");
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni"))
+        return 2;
+    return __builtin_cpu_supports("avx2") != 0;
 #else
     return 0;
 #endif
