@@ -22,7 +22,7 @@ def load(name: str) -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("name", ["avx2", "loss_aware", "lora_ranks", "lora_vs_peft", "resnet56"])
+@pytest.mark.parametrize("name", ["avx2", "loss_aware", "lora_ranks", "lora_vs_peft", "multi_task", "resnet56"])
 def test_the_table_is_rendered_from_the_results(name: str) -> None:
     results = json.loads((REPORTS / name / "results.json").read_text(encoding="utf-8"))
     assert (REPORTS / name / "table.md").read_text(encoding="utf-8") == load(name).render(results)
@@ -33,6 +33,13 @@ def test_what_the_readme_says_of_peft() -> None:
     assert results["largest_relative_difference"] < 1e-4
     assert results["trainable"]["peft"] == results["trainable"]["lowrank"]
     assert round(results["time_ratio"][1], 2) == 0.98
+
+
+def test_two_tasks_on_one_base_are_what_the_readme_says() -> None:
+    results = json.loads((REPORTS / "multi_task" / "results.json").read_text(encoding="utf-8"))
+    assert results["codes_unchanged"] and results["off_equals_base"]
+    for row in results["rows"]:
+        assert row["largest_difference"] == 0.0 and row["switched"] == row["single"]
 
 
 def test_every_case_of_resnet56_was_run_once() -> None:
