@@ -66,6 +66,18 @@ class Batch:
             len(indices),
         )
 
+    def widened(self) -> Batch:
+        """Floating tensors in float32."""
+
+        def widen(value: Any) -> Any:
+            return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+        return Batch(
+            tuple(widen(value) for value in self.args),
+            {key: widen(value) for key, value in self.kwargs.items()},
+            self.size,
+        )
+
     def to(self, device: torch.device) -> Batch:
         """The batch on another device."""
 

@@ -24,6 +24,7 @@ __all__ = [
     "is_conv1d",
     "matching",
     "module_matrix",
+    "refuse_adapters",
     "replace_module",
     "survey",
     "unwrapped",
@@ -118,6 +119,24 @@ def module_matrix(module: nn.Module) -> Tensor:
     weight = module.weight
     assert isinstance(weight, Tensor)
     return weight.detach().T if is_conv1d(module) else weight.detach().flatten(1)
+
+
+def refuse_adapters(model: nn.Module, who: str) -> None:
+    """Refuse a model with LoRA adapters.
+
+    Args:
+        who: cannot take them, for the message: "compression would round", say.
+
+    Raises:
+        UsageError: names the first adapted layer.
+    """
+    for name, module in model.named_modules():
+        # By what they hold: adapters live on a higher floor.
+        if hasattr(module, "lora_A") or hasattr(module, "modules_to_save"):
+            raise UsageError(
+                f"model: layer {name} has adapters, which {who}; save_adapter writes them, or "
+                "unload_lora(merge_lora(model)) puts them into the weights"
+            )
 
 
 def unwrapped(model: object) -> nn.Module:

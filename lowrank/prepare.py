@@ -17,7 +17,7 @@ from lowrank.errors import CheckpointError, NumericsError, UsageError
 from lowrank.evaluation import Evaluator
 from lowrank.latency import Speed
 from lowrank.linalg import check_finite
-from lowrank.modules import Skipped, Survey, Target, module_matrix, survey
+from lowrank.modules import Skipped, Survey, Target, module_matrix, refuse_adapters, survey
 from lowrank.options import Options
 from lowrank.overrides import forced_choices
 from lowrank.packed import packed_kind
@@ -134,6 +134,7 @@ def fold_and_find(model: nn.Module, options: Options) -> tuple[nn.Module, Survey
     Raises:
         UsageError: nothing to compress, or the model cannot be traced.
     """
+    refuse_adapters(model, "compression would take for layers")
     if not options.fold_batchnorm:
         return model, find_work(model, options), []
     folded, pairs = fold_sharing(model)

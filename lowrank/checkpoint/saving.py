@@ -26,6 +26,7 @@ from lowrank.files import (
     write_text,
 )
 from lowrank.layers import CompressedLayer, compressed_layers
+from lowrank.modules import refuse_adapters
 from lowrank.version import __version__
 
 __all__ = ["says_tied_wrongly", "save_compressed", "stored_tensors"]
@@ -125,7 +126,7 @@ def save_compressed(
     if max_shard_bytes < 1:
         raise UsageError(f"max_shard_bytes must be at least 1; got {max_shard_bytes}")
     model = getattr(model, "_orig_mod", model)
-    _refuse_adapters(model)
+    refuse_adapters(model, "a model's directory cannot hold")
     tensors, ties = _owners(model)
     total = sum(tensor.nbytes for tensor in tensors.values())
     _check_report(report, total)
@@ -162,16 +163,6 @@ def save_compressed(
         if source is not None and Path(source).is_dir():
             copy_side_files(source, partial)
     return real
-
-
-def _refuse_adapters(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        # By what they hold: adapters live on a higher floor.
-        if hasattr(module, "lora_A") or hasattr(module, "modules_to_save"):
-            raise UsageError(
-                f"model: layer {name} has adapters, which a model's directory cannot hold; save_adapter writes them, or "
-                "unload_lora(merge_lora(model)) puts them into the weights"
-            )
 
 
 def _check_report(report: Any, total: int) -> None:

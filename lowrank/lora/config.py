@@ -127,7 +127,9 @@ class LoRAConfig:
 
     def _check_layers(self) -> None:
         indices = self.layers_to_transform
-        if indices is None:
+        if indices is None or indices in ([], ()):
+            # PEFT takes an empty list for all layers.
+            self.layers_to_transform = None
             if self.layers_pattern:
                 raise AdapterError("layers_pattern: needs layers_to_transform, which says which layers")
             return
@@ -135,7 +137,7 @@ class LoRAConfig:
             raise AdapterError(
                 "layers_to_transform: works with a list of target_modules; a regular expression can name the layers"
             )
-        wanted = [indices] if isinstance(indices, int) else list(indices)
+        wanted: list[Any] = list(indices) if isinstance(indices, (list, tuple, range)) else [indices]
         if any(isinstance(index, bool) or not isinstance(index, int) or index < 0 for index in wanted):
             raise AdapterError(f"layers_to_transform: must be layer indices of at least 0, got {indices!r}")
         self.layers_to_transform = wanted
@@ -263,6 +265,8 @@ def _patterns(value: Any, name: str, *, text: bool) -> str | list[str] | None:
             raise UsageError(f"{name}: must be a list of module names, got the string {value!r}; write [{value!r}]")
         _check_expression(value, name)
         return value
+    if not isinstance(value, (list, tuple, set, frozenset)):
+        raise AdapterError(f"{name}: must be {'text or ' if text else ''}a list of module names, got {value!r}")
     # A set has no order of its own; sorted, the same configuration gives the same file.
     entries = sorted(value) if isinstance(value, (set, frozenset)) else list(value)
     if not all(isinstance(entry, str) and entry for entry in entries):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -23,11 +24,11 @@ from lowrank.files import (
     write_safetensors,
     write_text,
 )
-from lowrank.layers import CompressedLayer
 from lowrank.layers.source import is_conv1d
 from lowrank.lora.bases import require_rank
 from lowrank.lora.config import LoRAConfig
-from lowrank.lora.layer import LoRALayer, Magnitude
+from lowrank.lora.filling import EMBEDDING_PARTS, fill, fill_saved
+from lowrank.lora.layer import LoRALayer
 from lowrank.lora.layers import LoRAEmbedding
 from lowrank.lora.model import (
     _check_name,
@@ -47,12 +48,13 @@ from lowrank.version import __version__
 
 __all__ = ["CONFIG_NAME", "TENSORS_NAME", "adapter_tensors", "load_adapter", "reread_adapter", "save_adapter"]
 
+log = logging.getLogger("lowrank")
+
 CONFIG_NAME = "adapter_config.json"
 TENSORS_NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 _PICKLED = "adapter_model.bin"
 _SIDE_BYTES = 1 << 20
-_EMBEDDING = ("lora_embedding_A", "lora_embedding_B")
 _TENSOR = re.compile(
     r"(?P<layer>.*)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_embedding_[AB]|lora_magnitude_vector(\.weight)?)$"
 )
@@ -74,7 +76,7 @@ def adapter_tensors(model: nn.Module, adapter: str) -> dict[str, Tensor]:
         learned = layer.lora_scale[adapter].detach() if adapter in layer.lora_scale else None
         if isinstance(layer, LoRAEmbedding):
             down, up = layer.lora_embedding_A[adapter].detach(), layer.lora_embedding_B[adapter].detach()
-            names = _EMBEDDING
+            names = EMBEDDING_PARTS
         else:
             down, up = layer.lora_A[adapter].weight.detach(), layer.lora_B[adapter].weight.detach()
             names = ("lora_A.weight", "lora_B.weight")
@@ -94,7 +96,8 @@ def save_adapter(
 ) -> Path:
     """Write one adapter as PEFT does; ``directory`` appears complete or stays as it was.
 
-    PEFT loads the result on the dense model. ``target_modules`` is written as the user gave it, or as the list of adapted
+    PEFT loads the result on the dense model, and computes the same but for convolutions with groups or another padding than zeros
+    (the log names them). ``target_modules`` is written as the user gave it, or as the list of adapted
     names where that was ``"all-linear"``: on a compressed model the same words cover other layers.
 
     Args:
@@ -114,10 +117,23 @@ def save_adapter(
     adapter = _chosen(model, adapter_name)
     tensors = adapter_tensors(model, adapter)
     document = _config_of(model, adapter).to_peft()
-    note = {"version": __version__, "learnable_scale": _own_config(model, adapter).learnable_scale}
+    layers = {name: layer for name, layer in lora_layers(model).items() if adapter in layer.configs}
+    note = {
+        "version": __version__,
+        "learnable_scale": _own_config(model, adapter).learnable_scale,
+        "zero_padded": [name for name, layer in layers.items() if layer.is_zero_padded(adapter)],
+    }
     metadata = {"format": "pt", "lowrank": json.dumps(note, sort_keys=True)}
     needed_bytes = sum(tensor.nbytes for tensor in tensors.values()) + _SIDE_BYTES
     check_destination(directory, overwrite, needed_bytes=needed_bytes)
+    own = [name for name, layer in layers.items() if layer.differs_in_peft(adapter)]
+    if own:
+        log.warning(
+            "save_adapter: PEFT builds the adapters of %d convolutions otherwise (the first is %s: groups, or padding that is not "
+            "zeros): load this adapter with lowrank",
+            len(own),
+            printable(own[0]),
+        )
     with atomic_directory(directory, overwrite=overwrite) as partial:
         write_safetensors(partial / TENSORS_NAME, tensors, metadata)
         write_text(partial / CONFIG_NAME, json.dumps(document, indent=2, sort_keys=True) + "\n")
@@ -132,10 +148,9 @@ def reread_adapter(model: nn.Module, adapter: str, file: Path) -> None:
         if adapter in layer.configs:
             if adapter in layer.lora_scale:
                 torch.nn.init.ones_(layer.lora_scale[adapter])
-            _fill(
-                layer, adapter, by_layer.get(name, {}), f"{printable(file)}: layer {printable(name)}", from_peft=False
-            )
-    _fill_saved(model, adapter, rest, printable(file))
+            where = f"{printable(file)}: layer {printable(name)}"
+            fill(layer, adapter, by_layer.get(name, {}), where, zero_padded=False)
+    fill_saved(model, adapter, rest, printable(file))
 
 
 def load_adapter(
@@ -232,11 +247,12 @@ def _load(
         for name, layer in lora_layers(model).items():
             layer_name = next((key for key, first in names.items() if first == name and key in by_layer), None)
             if adapter in layer.configs and layer_name is not None:
-                _fill(
-                    layer, adapter, by_layer[layer_name], f"{where}: layer {printable(layer_name)}", from_peft=not note
+                padded = not note or layer_name in note["zero_padded"]
+                fill(
+                    layer, adapter, by_layer[layer_name], f"{where}: layer {printable(layer_name)}", zero_padded=padded
                 )
                 layer.configs[adapter] = config.replace(learnable_scale=here.learnable_scale)
-        _fill_saved(model, adapter, rest, where)
+        fill_saved(model, adapter, rest, where)
     except CheckpointError:
         delete_adapter(model, adapter)
         activate(model, before)
@@ -274,78 +290,6 @@ def _rank(parts: Mapping[str, Tensor]) -> int:
     return int(down.shape[0]) if down is not None and down.ndim else 1
 
 
-def _fill(layer: LoRALayer, adapter: str, parts: dict[str, Tensor], where: str, *, from_peft: bool) -> None:
-    embedding = isinstance(layer, LoRAEmbedding)
-    names = _EMBEDDING if embedding else ("lora_A", "lora_B")
-    needed = {*names, *(("lora_magnitude_vector",) if layer.configs[adapter].use_dora else ())}
-    if set(parts) != needed:
-        raise CheckpointError(f"{where}: must have {', '.join(sorted(needed))}, got {', '.join(sorted(parts))}")
-    if layer.family.startswith("conv"):
-        _match_convolutions(layer, adapter, parts["lora_A"], parts["lora_B"], from_peft=from_peft)
-    for name in names:
-        holder = getattr(layer, name)[adapter]
-        _copy(holder if embedding else holder.weight, parts[name], f"{where}.{name}")
-    if "lora_magnitude_vector" in needed:
-        magnitude = layer.lora_magnitude_vector[adapter]
-        assert isinstance(magnitude, Magnitude)
-        _copy(magnitude.weight, parts["lora_magnitude_vector"], f"{where}.lora_magnitude_vector")
-
-
-def _match_convolutions(layer: LoRALayer, adapter: str, down: Tensor, up: Tensor, *, from_peft: bool) -> None:
-    """PEFT's convolutions: groups in ``lora_B`` instead of ``lora_A``, and zeros around the input whatever the base pads with."""
-    first: Any = layer.lora_A[adapter]
-    second: Any = layer.lora_B[adapter]
-    if first.groups > 1 and down.ndim == first.weight.ndim and down.shape[1] == first.in_channels:
-        second.groups, first.groups = first.groups, 1
-        for module, like in ((first, down), (second, up)):
-            module.weight = nn.Parameter(module.weight.new_empty(like.shape))
-    if from_peft and first.padding_mode != "zeros":
-        first.padding_mode = "zeros"
-
-
-def _fill_saved(model: nn.Module, adapter: str, rest: dict[str, Tensor], where: str) -> None:
-    left = dict(rest)
-    for name, module in saved_modules(model).items():
-        if adapter not in module.modules_to_save:
-            continue
-        for part, tensor in module.modules_to_save[adapter].state_dict().items():
-            given = left.pop(f"{name}.{part}", None)
-            if given is None:
-                raise CheckpointError(f"{where}: lacks {printable(name)}.{part} of modules_to_save")
-            _copy(tensor, given, f"{where}: {printable(name)}.{part}")
-    # PEFT may add tables of the base model (save_embedding_layers); unchanged ones tell nothing.
-    left = {name: tensor for name, tensor in left.items() if not _is_of_base(model, name, tensor)}
-    if left:
-        raise CheckpointError(
-            f"{where}: {len(left)} tensors have no place in this model, the first is {printable(min(left))}"
-        )
-
-
-def _is_of_base(model: nn.Module, name: str, tensor: Tensor) -> bool:
-    """Whether this is the base model's own weight; of a compressed layer, whose weight is another, by its shape."""
-    layer, _, part = name.rpartition(".")
-    try:
-        module = model.get_submodule(layer)
-    except AttributeError:
-        return False
-    module = module.unmerged_base if isinstance(module, LoRALayer) else module
-    if isinstance(module, CompressedLayer):
-        return part == "weight" and tuple(module.shape) == tuple(tensor.shape)
-    own = module._parameters.get(part)
-    return own is not None and own.shape == tensor.shape and torch.equal(own.detach().cpu(), tensor)
-
-
-def _copy(target: Tensor, given: Tensor, where: str) -> None:
-    if target.shape != given.shape:
-        raise CheckpointError(
-            f"{where}: the model needs shape {tuple(target.shape)}, the file holds {tuple(given.shape)}"
-        )
-    if not bool(torch.isfinite(given).all()):
-        raise CheckpointError(f"{where}: holds NaN or Inf")
-    with torch.no_grad():
-        target.copy_(given)
-
-
 def _note(metadata: Mapping[str, str], where: str) -> dict[str, Any]:
     """What :func:`save_adapter` wrote beside the tensors; empty for a file of PEFT's."""
     if "lowrank" not in metadata:
@@ -354,8 +298,8 @@ def _note(metadata: Mapping[str, str], where: str) -> dict[str, Any]:
         note = json.loads(metadata["lowrank"])
     except ValueError as error:
         raise CheckpointError(f"{where}: its metadata on lowrank is not JSON") from error
-    if not isinstance(note, dict):
-        raise CheckpointError(f"{where}: its metadata on lowrank is not a map")
+    if not isinstance(note, dict) or not isinstance(note.setdefault("zero_padded", []), list):
+        raise CheckpointError(f"{where}: its metadata on lowrank is not a map with a list zero_padded")
     return note
 
 

@@ -190,6 +190,18 @@ class LoRALayer(nn.Module):
         """The layer's product with another weight (out, in, *kernel)."""
         raise NotImplementedError
 
+    def is_weight(self, adapter: str) -> bool:
+        """Whether base and adapter together are one weight of the base's shape."""
+        return True
+
+    def is_zero_padded(self, adapter: str) -> bool:
+        """Whether ``lora_A`` pads with zeros, as PEFT's does, where the base does not."""
+        return False
+
+    def differs_in_peft(self, adapter: str) -> bool:
+        """Whether PEFT would compute another thing with these tensors, or refuse them."""
+        return False
+
     def _as_magnitude(self, norms: Tensor) -> Tensor:
         """(out,) in the shape that PEFT stores."""
         return norms
@@ -220,7 +232,7 @@ class LoRALayer(nn.Module):
             plain: Tensor = self.unmerged_base(x, *args, **kwargs)
             return plain
         running = () if self.merged_adapters else self.active_adapters
-        if running and self.form == "merged":
+        if running and self.form == "merged" and all(self.is_weight(adapter) for adapter in running):
             return self._merged_forward(x)
         base: Tensor = self.base_layer(x, *args, **kwargs)
         result = base

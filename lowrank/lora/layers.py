@@ -161,6 +161,21 @@ class _LoRAConvNd(LoRALayer):
         """See :meth:`LoRALayer.product_with`."""
         return float_conv(x, weight, bias, self._geometry())
 
+    def is_weight(self, adapter: str) -> bool:
+        """See :meth:`LoRALayer.is_weight`: not with groups, nor where base and adapter pad with different things."""
+        down, up = self.lora_A[adapter], self.lora_B[adapter]
+        return down.groups == up.groups == 1 and not self.is_zero_padded(adapter)
+
+    def is_zero_padded(self, adapter: str) -> bool:
+        """See :meth:`LoRALayer.is_zero_padded`."""
+        mode: str = conv_geometry(self.unmerged_base)["padding_mode"]
+        return mode != "zeros" and self.lora_A[adapter].padding_mode == "zeros"
+
+    def differs_in_peft(self, adapter: str) -> bool:
+        """See :meth:`LoRALayer.differs_in_peft`."""
+        down = self.lora_A[adapter]
+        return bool(down.groups > 1 or down.padding_mode != "zeros")
+
     def _as_magnitude(self, norms: Tensor) -> Tensor:
         return norms.view(1, -1, *[1] * (2 if self.family == "conv2d" else 1))
 

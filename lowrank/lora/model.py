@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -306,21 +307,29 @@ def add_weighted_adapter(
     """
     if len(adapters) != len(weights) or not adapters:
         raise UsageError(f"weights: need one for each adapter, got {len(weights)} for {len(adapters)} adapters")
+    for weight in weights:
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
+            raise UsageError(f"weights: must be finite numbers, got {weight!r}")
     for adapter in adapters:
         require_adapter(model, adapter)
         if any(adapter in module.modules_to_save for module in saved_modules(model).values()):
             raise AdapterError(f"adapter {adapter!r}: has whole modules (modules_to_save), which cannot be combined")
     _check_name(model, adapter_name)
     _check_unmerged(model, "add_weighted_adapter")
-    factors = dict(zip(adapters, weights, strict=True))
     sums = {}
     for name, layer in lora_layers(model).items():
         present = [adapter for adapter in adapters if adapter in layer.configs]
         if any(layer.configs[adapter].use_dora for adapter in present):
             raise AdapterError(f"layer {name}: DoRA adapters scale the base weight; a sum of them is no adapter")
+        if len({layer.is_zero_padded(adapter) for adapter in present}) > 1:
+            raise AdapterError(
+                f"layer {name}: some of the adapters pad with zeros and some do not; their sum is no adapter"
+            )
         if present:
-            sums[name] = layer.change(present), [factors[a] for a in present for _ in range(layer.rank_of(a))]
-    ranks = {name: change.right.shape[0] for name, (change, _) in sums.items()}
+            pairs = [pair for pair in zip(adapters, weights, strict=True) if pair[0] in layer.configs]
+            each = [weight for adapter, weight in pairs for _ in range(layer.rank_of(adapter))]
+            sums[name] = layer.change(present), each, layer.is_zero_padded(present[0])
+    ranks = {name: change.right.shape[0] for name, (change, *_) in sums.items()}
     for name, rank in ranks.items():
         require_rank(lora_layers(model)[name].base_layer, rank, name)
     top = max(ranks.values())
@@ -333,9 +342,11 @@ def add_weighted_adapter(
         r=top, lora_alpha=top, target_modules=list(ranks), rank_pattern=patterns, alpha_pattern=dict(patterns)
     )
     layers = lora_layers(model)
-    for name, (change, each) in sums.items():
+    for name, (change, each, zero_padded) in sums.items():
         layer = layers[name]
         layer.add_adapter(adapter_name, config, name)
+        if zero_padded:
+            layer.lora_A[adapter_name].padding_mode = "zeros"
         layer.set_pair(adapter_name, change.left * change.left.new_tensor(each), change.right)
     activate(model, [adapter_name])
 
@@ -343,7 +354,8 @@ def add_weighted_adapter(
 def set_form(model: nn.Module, form: str) -> None:
     """Choose how adapted layers compute: ``"separate"`` thin products, or one ``"merged"`` product with ``W + scaling·BA``.
 
-    Both give the same to rounding. Layers with integer codes compute separately in either.
+    Both give the same to rounding. Layers with integer codes compute separately in either, and so do convolutions whose adapter
+    is no weight of the base's shape (groups, another padding).
 
     Raises:
         UsageError: another form.

@@ -85,8 +85,10 @@ def find_targets(model: nn.Module, config: LoRAConfig, *, strict: bool = True) -
     """
     places = outer_modules(model)
     every_name = [name for place in places for name in place.names]
-    saved = tuple(place for place in places if any(_hit(config.modules_to_save or (), name) for name in place.names))
+    saved = tuple(place for place in places if any(_is_saved(config, name) for name in place.names))
     whole = tuple(f"{name}." for place in saved for name in place.names)
+    # What lies inside another of them is trained with it.
+    saved = tuple(place for place in saved if not place.name.startswith(whole))
     head = _output_head(model, config)
     adapted: list[Place] = []
     left: dict[str, str] = {}
@@ -109,6 +111,11 @@ def find_targets(model: nn.Module, config: LoRAConfig, *, strict: bool = True) -
 
 def _hit(entries: Sequence[str], name: str) -> bool:
     return any(name == entry or name.endswith(f".{entry}") for entry in entries)
+
+
+def _is_saved(config: LoRAConfig, name: str) -> bool:
+    """As PEFT matches: an entry is any end of a name, not only a whole part of it ("norm" is "input_layernorm" too)."""
+    return name.endswith(tuple(config.modules_to_save or ()))
 
 
 def _matches(wanted: str | Sequence[str] | None, name: str) -> bool:
@@ -211,9 +218,14 @@ def _check_entries(
         ("modules_to_save", _listed(config.modules_to_save)),
     ):
         for entry, is_expression in entries:
-            matched = [name for name in names if _matches(entry if is_expression else [entry], name)]
+            if argument == "modules_to_save":
+                matched = [name for name in names if name.endswith(entry)]
+            else:
+                matched = [name for name in names if _matches(entry if is_expression else [entry], name)]
             if not matched:
-                raise UsageError(f"{argument}: {entry!r} matches no module of the model{_near(entry, names)}")
+                raise UsageError(
+                    f"{argument}: {entry!r} matches no module of the model{_near(entry, names, is_expression)}"
+                )
             if argument == "target_modules" and not set(matched) & set(fitting):
                 reasons = _reasons(matched, places, config, left)
                 raise UsageError(f"target_modules: {entry!r} matches {matched[0]}, but {reasons}")
@@ -249,8 +261,10 @@ def _reasons(matched: Sequence[str], places: Sequence[Place], config: LoRAConfig
     )
 
 
-def _near(entry: str, names: Iterable[str]) -> str:
+def _near(entry: str, names: Iterable[str], is_expression: bool = False) -> str:
     listed = list(dict.fromkeys(names))
+    if is_expression and any(_hit([entry], name) for name in listed):
+        return f", as text is a regular expression of the whole name; write [{entry!r}] or r'.*\\.{entry}'"
     ends = list(dict.fromkeys(name.rpartition(".")[2] for name in listed))
     near = list(dict.fromkeys(difflib.get_close_matches(entry, [*ends, *listed], n=4, cutoff=0.4)))
     return f"; did you mean {', '.join(near)}?" if near else ""

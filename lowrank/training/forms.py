@@ -19,6 +19,7 @@ from lowrank.layers import (
     QuantizedLowRankLayer,
 )
 from lowrank.layers.quantized_lowrank import round_factors
+from lowrank.lora import LoRALayer
 from lowrank.modules import replace_module
 from lowrank.quantization import largest_code, quantize_rows
 
@@ -137,6 +138,7 @@ class TrainableForm:
     def __init__(self, model: nn.Module, what: str = "auto", original: nn.Module | None = None) -> None:
         if what not in WHAT:
             raise UsageError(f"what: must be one of {', '.join(WHAT)}, got {what!r}")
+        _refuse_merged(model)
         adapters = [p for name, p in model.named_parameters() if p.requires_grad and "lora_" in name]
         self.model = model
         self.what = what if what != "auto" else "adapters" if adapters else "factors"
@@ -165,6 +167,7 @@ class TrainableForm:
             if type(module) in _INTEGER and not _is_tied(module, self.model):
                 found.setdefault(module, []).append(name)
         for layer, names in found.items():
+            _refuse_dora(self.model, layer)
             form = RoundedForm(layer, dense.get(names[0]))
             replace_module(self.model, names, form)
             self._places[form] = names
@@ -192,6 +195,24 @@ def _movable(model: nn.Module) -> Iterator[nn.Parameter]:
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.is_floating_point() and (whole or name == "bias"):
                 yield parameter
+
+
+def _refuse_merged(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, LoRALayer) and module.merged_adapters:
+            raise UsageError(
+                f"heal: layer {name} has adapters merged ({', '.join(module.merged_adapters)}), which do not train: unmerge_lora "
+                "first, or unload_lora to keep them in the weights"
+            )
+
+
+def _refuse_dora(model: nn.Module, layer: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, LoRALayer) and module.base_layer is layer and len(module.lora_magnitude_vector):
+            raise UsageError(
+                f"heal: layer {name} has a DoRA adapter, whose norms are of the weight, and integer codes, whose weight would "
+                "move: use what='adapters'"
+            )
 
 
 def _is_tied(layer: nn.Module, model: nn.Module) -> bool:

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lowrank.batches import Batch, prepare_batches, sample_count
+from lowrank.batches import Batch, evaluating, prepare_batches, sample_count
 from lowrank.errors import CalibrationError, NumericsError
 from lowrank.evaluation import Evaluator
 from lowrank.training.data import derived_seed
 from lowrank.training.distillation import Distillation, is_logits
 from lowrank.training.forms import TrainableForm
-from lowrank.training.options import HealOptions, learning_rate_factor
+from lowrank.training.options import HealOptions, check_seed, learning_rate_factor
 from lowrank.training.pool import SamplePool
 
 __all__ = ["HealReport", "HealResult", "heal", "heal_batches"]
@@ -142,6 +142,7 @@ def heal(
         >>> report.kept, report.error_after < report.error_before
         ('after', True)
     """
+    check_seed(seed)
     options = HealOptions(steps, epochs, lr, what, hidden_weight, batch_size, vary, max_grad_norm)
     batches = prepare_batches(original, calibration)
     checks = None if validation is None else prepare_batches(original, validation, "validation")
@@ -170,18 +171,24 @@ def heal_batches(
     metric = _metric_for(original, held[0], output_fn)
     judge = Evaluator(original, held, metric, output_fn)
     before = judge.measure(compressed).value
+    halves = {tensor.dtype for tensor in compressed.parameters() if tensor.is_floating_point()} == {torch.float16}
+    teacher = original
     healed = copy.deepcopy(compressed)
+    if halves:
+        # Gradients and steps of training leave float16's range; what has only that dtype is trained in float32.
+        healed, teacher = healed.float(), copy.deepcopy(original).float()
+        train = [batch.widened() for batch in train]
     modes = [(name, module.training) for name, module in healed.named_modules()]
-    original_modes = [(module, module.training) for module in original.modules()]
-    size = _bytes(healed)
-    form = TrainableForm(healed, options.what, original)
+    original_modes = [(module, module.training) for module in teacher.modules()]
+    size = _bytes(compressed)
+    form = TrainableForm(healed, options.what, teacher)
     total = options.total_steps(sample_count(train))
     pool = SamplePool.of(train, vocabulary=_vocabulary(original), vary=options.vary)
     try:
         healed.eval()
-        original.eval()
+        teacher.eval()
         fixed = () if pool.varies else tuple(pool.epoch(options.batch_size, _generator(seed, 0)))
-        loss = Distillation(healed, original, options.hidden_weight, output_fn, fixed)
+        loss = Distillation(healed, teacher, options.hidden_weight, output_fn, fixed)
         drawn = _shuffled(fixed, seed) if fixed else _varied(pool, options.batch_size, seed)
         losses = _train(form, loss, drawn, total, options.lr, options.max_grad_norm, progress)
     finally:
@@ -190,6 +197,8 @@ def heal_batches(
             module.training = mode
         for name, mode in modes:
             healed.get_submodule(name).training = mode
+    if halves:
+        healed = _halved(healed, compressed)
     after = judge.measure(healed).value
     better = after < before
     if better and _bytes(healed) != size:
@@ -209,6 +218,16 @@ def heal_batches(
         run={"seconds": time.perf_counter() - started},
     )
     return HealResult(healed if better else copy.deepcopy(compressed), report)
+
+
+def _halved(healed: nn.Module, like: nn.Module) -> nn.Module:
+    """Back to the dtypes that each tensor had."""
+    healed.half()
+    wanted = like.state_dict()
+    for name, tensor in healed.state_dict().items():
+        if tensor.dtype is not wanted[name].dtype:
+            raise AssertionError(f"healing changed {name} from {wanted[name].dtype} to {tensor.dtype}")
+    return healed
 
 
 def _train(
@@ -289,7 +308,8 @@ def _set_aside(batches: Sequence[Batch], checks: list[Batch] | None, seed: int) 
 def _metric_for(original: nn.Module, batch: Batch, output_fn: Callable[[Any], Tensor] | None) -> str:
     if output_fn is not None:
         return "output"
-    with torch.no_grad():
+    # In evaluation mode: running statistics are the original's own.
+    with evaluating(original):
         return "kl" if is_logits(batch.run(original)) else "output"
 
 

@@ -158,6 +158,11 @@ def learning_rate_factor(step: int, total: int, warmup: int, schedule: str) -> f
     return 1.0 - share if schedule == "linear" else 1.0
 
 
+def check_seed(seed: object) -> None:
+    """Refuse what seeds nothing."""
+    _whole(seed, "seed", low=0)
+
+
 def _whole(value: object, name: str, low: int) -> None:
     if value is None:
         return

@@ -65,7 +65,7 @@ def allocate_ranks(
         >>> list(pattern), sum(pattern.values())
         (['^0', '^2'], 4)
     """
-    scores, limits = rank_scores(model, config, batches, loss_fn, seed=seed)
+    scores, limits, steps = rank_scores(model, config, batches, loss_fn, seed=seed)
     config = LoRAConfig() if config is None else config
     total = config.r * len(scores) if total_rank is None else total_rank
     for name, value in (("total_rank", total), *(("ranks", rank) for rank in ranks or ())):
@@ -73,7 +73,7 @@ def allocate_ranks(
             raise RankError(f"{name}: must be integers of at least 1, got {value!r}")
     if ranks is not None and not ranks:
         raise RankError("ranks: is empty; give the ranks a layer may have, [8, 16, 32] say")
-    given = _given(scores, limits, total, sorted(set(ranks)) if ranks else None)
+    given = _given(scores, limits, steps, total, sorted(set(ranks)) if ranks else None)
     return {f"^{re.escape(name)}": rank for name, rank in given.items()}
 
 
@@ -84,8 +84,9 @@ def rank_scores(
     loss_fn: LossFn | None = None,
     *,
     seed: int = 0,
-) -> tuple[dict[str, float], dict[str, int]]:
-    """Σ|gradient · weight| of each layer's adapter over the batches, and the largest rank it can use, min(out, in · kernel)."""
+) -> tuple[dict[str, float], dict[str, int], dict[str, int]]:
+    """Σ|gradient · weight| of each layer's adapter over the batches, the largest rank it can use, min(out, in · kernel), and what
+    its rank must be a multiple of (the groups of a convolution)."""
     config = LoRAConfig() if config is None else config
     if config.rank_pattern:
         raise UsageError("config: has a rank_pattern already, which is what this function is to find; leave it out")
@@ -115,7 +116,8 @@ def rank_scores(
             run_example(adapted, example.to(device), loss_fn).loss.backward()
         for name, layer in layers.items():
             scores[name] += _gradient_times_weight(layer)
-    return scores, {name: largest_rank(layer.unmerged_base) for name, layer in layers.items()}
+    limits = {name: largest_rank(layer.unmerged_base) for name, layer in layers.items()}
+    return scores, limits, {name: getattr(layer.unmerged_base, "groups", 1) for name, layer in layers.items()}
 
 
 def _gradient_times_weight(layer: LoRALayer) -> float:
@@ -128,21 +130,30 @@ def _gradient_times_weight(layer: LoRALayer) -> float:
 
 
 def _given(
-    scores: Mapping[str, float], limits: Mapping[str, int], total: int, allowed: Sequence[int] | None
+    scores: Mapping[str, float],
+    limits: Mapping[str, int],
+    steps: Mapping[str, int],
+    total: int,
+    allowed: Sequence[int] | None,
 ) -> dict[str, int]:
     """Ranks in proportion to the scores: each step goes to the layer with the most score a rank that it has.
 
     Example:
-        >>> _given({"a": 3.0, "b": 1.0}, {"a": 64, "b": 64}, 16, None)
+        >>> limits, steps = {"a": 64, "b": 64}, {"a": 1, "b": 1}
+        >>> _given({"a": 3.0, "b": 1.0}, limits, steps, 16, None)
         {'a': 12, 'b': 4}
-        >>> _given({"a": 3.0, "b": 1.0}, {"a": 64, "b": 64}, 40, [8, 16, 32])
+        >>> _given({"a": 3.0, "b": 1.0}, limits, steps, 40, [8, 16, 32])
         {'a': 32, 'b': 8}
     """
-    given = dict.fromkeys(scores, allowed[0] if allowed else 1)
+    fitting = {name: [rank for rank in allowed or () if rank % steps[name] == 0] for name in scores}
+    for name, ranks in fitting.items():
+        if allowed and not ranks:
+            raise RankError(f"ranks: none of {list(allowed)} divides into the {steps[name]} groups of layer {name}")
+    given = {name: fitting[name][0] if allowed else steps[name] for name in scores}
     left = total - sum(given.values())
     if left < 0:
         raise RankError(
-            f"total_rank: {total} is not enough for {len(scores)} layers of rank {allowed[0] if allowed else 1}; "
+            f"total_rank: {total} is not enough for {len(scores)} layers of rank {min(given.values())} at least; "
             f"give at least {sum(given.values())}"
         )
     # The order of the model breaks ties.
@@ -151,7 +162,7 @@ def _given(
     heapq.heapify(heap)
     while heap:
         _, _, name = heapq.heappop(heap)
-        higher = [rank for rank in allowed if rank > given[name]] if allowed else [given[name] + 1]
+        higher = [rank for rank in fitting[name] if rank > given[name]] if allowed else [given[name] + steps[name]]
         if not higher or higher[0] > limits[name] or higher[0] - given[name] > left:
             continue
         left -= higher[0] - given[name]

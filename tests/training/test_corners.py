@@ -163,7 +163,7 @@ def test_a_history_that_is_none_is_refused() -> None:
 def test_kernels_count_for_the_rank_a_convolution_can_use() -> None:
     model = nn.Sequential(nn.Conv2d(2, 16, 3), nn.Flatten(), nn.Linear(16, 3))
     data = [(torch.randn(4, 2, 3, 3), torch.randint(3, (4,)))]
-    _, limits = rank_scores(model, LoRAConfig(r=2, target_modules=["0", "2"]), data)
+    _, limits, _ = rank_scores(model, LoRAConfig(r=2, target_modules=["0", "2"]), data)
     assert limits == {"0": 16, "2": 3}
 
 
