@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
-from torch import Tensor, nn
+from torch import nn
 
 from lowrank import cli_data, lora, training
-from lowrank.batches import evaluating, model_tensor, prepare_batches
 from lowrank.checkpoint import save_compressed, stored_tensors
 from lowrank.checkpoint.saving import hugging_face_config
-from lowrank.cli_models import model_batches, open_model
+from lowrank.cli_labels import labelled, unlabelled
+from lowrank.cli_models import open_model
 from lowrank.cli_options import Fraction, common_options, data_options
 from lowrank.cli_shell import check_file, emit, note, write_file
-from lowrank.errors import CalibrationError, CheckpointError, UsageError
+from lowrank.errors import CheckpointError, UsageError
 from lowrank.files import (
     WEIGHTS_NAME,
     atomic_directory,
@@ -31,8 +32,6 @@ from lowrank.files import (
 from lowrank.integrations.matplotlib import FORMATS, draw_history
 from lowrank.layers import CompressedLayer
 from lowrank.report_text import human_bytes
-from lowrank.training.data import IGNORED, read_example
-from lowrank.training.losses import is_causal
 
 __all__ = ["finetune_command", "merge_command"]
 
@@ -127,6 +126,8 @@ def finetune_command(
     """
     if options["epochs"] is not None and options["steps"] is not None:
         raise UsageError("--epochs or --steps: give one of them")
+    if heal_from is not None:
+        _refuse_for_healing({**options, "dropout": dropout, "modules_to_save": modules_to_save, "resume": resume})
     inputs = [path for path in (source, data_file, validation, heal_from) if path is not None]
     check_destination(output, overwrite or resume, inputs)
     kind = "" if plot_file is None else _plot_kind(plot_file)
@@ -144,11 +145,10 @@ def finetune_command(
     options["progress"] = not quiet
     sizes = max_tokens, batch_size
     if heal_from is not None:
-        _refuse_for_healing(options, resume)
         original = open_model(heal_from, device, quiet)
         adapted = lora.add_lora(model, config, inplace=True, original=original, seed=options["seed"])
-        train = _unlabelled(data, data_file, original, source, *sizes)
-        held = None if checks is None else _unlabelled(checks, validation, original, source, *sizes)
+        train = unlabelled(data, data_file, original, source, *sizes)
+        held = None if checks is None else unlabelled(checks, validation, original, source, *sizes)
         settings = {key: options[key] for key in ("epochs", "steps", "seed", "progress")}
         healed = training.heal(
             adapted, original, train, what="adapters", validation=held, batch_size=batch_size,
@@ -167,8 +167,8 @@ def finetune_command(
         _finished(output, quiet, report.to_json() if as_json else text)
         return
     adapted = lora.add_lora(model, config, inplace=True, seed=options["seed"])
-    train = _labelled(data, data_file, adapted, source, *sizes)
-    held = None if checks is None else _labelled(checks, validation, adapted, source, *sizes)
+    train = labelled(data, data_file, adapted, source, *sizes, quiet)
+    held = None if checks is None else labelled(checks, validation, adapted, source, *sizes, quiet)
     if options["epochs"] is None and options["steps"] is None:
         options["epochs"] = DEFAULT_EPOCHS
     options["lr"] = 2e-4 if options["lr"] is None else options["lr"]
@@ -217,12 +217,23 @@ def merge_command(
         _save_dense(model, output, overwrite, source)
     before, after = human_bytes(report.bytes_before), human_bytes(report.bytes_after)
     text = f"{report}\n\n{len(report.rows)} layers, {before} before and {after} after; error: share of the change that was lost"
-    if report.lost:
+    text += _lost_text(report, "--rank" if rank is not None else None if max_error is None else "--max-error")
+    _finished(output, quiet, json.dumps([row._asdict() for row in report.rows], indent=1) if as_json else text)
+
+
+def _lost_text(report: lora.MergeReport, option: str | None) -> str:
+    """Which layers keep less than half of the change, and whether the truncation that was asked for is to blame."""
+    cut = [row.name for row in report.rows if option and row.name in report.lost and row.note.startswith("truncated")]
+    rounded = [name for name in report.lost if name not in cut]
+    text = ""
+    if cut:
+        text += f"\n{option}: truncation took over half of the change from {len(cut)} layers (first {cut[0]}): allow more there"
+    if rounded:
         text += (
-            f"\nrounding took over half of the change from {len(report.lost)} layers (first {report.lost[0]}), whose steps are "
+            f"\nrounding took over half of the change from {len(rounded)} layers (first {rounded[0]}), whose steps are "
             "coarser than it: keep the adapter separate there"
         )
-    _finished(output, quiet, json.dumps([row._asdict() for row in report.rows], indent=1) if as_json else text)
+    return text
 
 
 def _plot_kind(path: Path) -> str:
@@ -257,78 +268,11 @@ def _names(text: str) -> list[str]:
     return names
 
 
-def _unlabelled(
-    data: cli_data.Data, path: Path | None, model: nn.Module, source: Path, max_tokens: int, batch_size: int
-) -> list[Any]:
-    """Batches without labels; what the model refuses is said by the name of the file."""
-    if isinstance(data, dict):
-        data = {name: array for name, array in data.items() if name != "labels"}
-    batches = model_batches(data, path, model, source, max_tokens, batch_size) or []
-    prepare_batches(model, batches, printable(path))
-    return batches
-
-
-def _labelled(
-    data: cli_data.Data, path: Path | None, model: nn.Module, source: Path, max_tokens: int, batch_size: int
-) -> list[Any]:
-    """Batches with labels: a text's own tokens, or the array of that name."""
-    where = printable(path)
-    if isinstance(data, list):
-        if not is_causal(model):
-            raise CalibrationError(
-                f"{where}: texts train causal language models, and this is a {type(model).__name__}; give an .npz file with "
-                "labels, or --heal-from ORIGINAL"
-            )
-        return training.language_model_batches(model_batches(data, path, model, source, max_tokens, batch_size) or [])
-    if "labels" not in data:
-        raise CalibrationError(
-            f"{where}: holds no array named labels, only {', '.join(map(printable, data))}; add one, or use --heal-from"
-        )
-    inputs = {name: array for name, array in data.items() if name != "labels"}
-    if not inputs:
-        raise CalibrationError(f"{where}: holds labels alone; add arrays named like the model's inputs")
-    batches = model_batches(inputs, path, model, source, max_tokens, batch_size) or []
-    prepare_batches(model, batches, where)
-    parts = data["labels"].split(batch_size)
-    labels = [part if part.is_floating_point() else part.long() for part in parts]
-    if is_causal(model) and "input_ids" in inputs and data["labels"].shape == inputs["input_ids"].shape:
-        # Such a model is to predict the next token: it shifts its labels itself.
-        return [{**batch, "labels": part} for batch, part in zip(batches, labels, strict=True)]
-    pairs = list(zip(batches, labels, strict=True))
-    _check_labels(model, pairs, where)
-    return pairs
-
-
-def _check_labels(model: nn.Module, pairs: list[tuple[Any, Tensor]], where: str) -> None:
-    """Refuse labels that do not fit the output, before an hour of training and by the name of their file."""
-    example = read_example(pairs[0], where, own_loss=True)
-    with evaluating(model):
-        output = model_tensor(example.batch.run(model))
-    labels = pairs[0][1]
-    wanted = output.shape if labels.is_floating_point() else output.shape[:-1]
-    if labels.shape != wanted:
-        shapes = [("n", *shape[1:]) for shape in (labels.shape, output.shape, output.shape[:-1])]
-        given, floats, classes = (f"({', '.join(map(str, shape))})" for shape in shapes)
-        raise CalibrationError(
-            f"{where}: labels of shape {given} do not fit this {type(model).__name__}, whose output is {floats}: they must be "
-            f"floating numbers of that shape, or whole ones, the classes, of shape {classes}; or use --heal-from, which needs none"
-        )
-    if labels.is_floating_point():
-        return
-    last = output.shape[-1] - 1
-    for _, part in pairs:
-        outside = part[(part != IGNORED) & ((part < 0) | (part > last))]
-        if outside.numel():
-            raise CalibrationError(
-                f"{where}: labels: must be classes from 0 to {last} ({IGNORED} is left out), got {int(outside[0])}"
-            )
-
-
-def _refuse_for_healing(options: dict[str, Any], resume: bool) -> None:
+def _refuse_for_healing(options: dict[str, Any]) -> None:
     unused = {"metric": "loss", "patience": None, "mixed_precision": None, "lora_plus_ratio": None, "warmup": 0.0}
     unused |= {"schedule": "cosine", "weight_decay": 0.01, "gradient_accumulation": 1, "gradient_checkpointing": False}
+    unused |= {"dropout": 0.0, "modules_to_save": None, "resume": False}
     given = [name for name, default in unused.items() if options[name] != default]
-    given += ["resume"] if resume else []
     if given:
         raise UsageError(
             f"--{given[0].replace('_', '-')}: not with --heal-from, which has a recipe of its own; leave it out"
@@ -338,9 +282,13 @@ def _refuse_for_healing(options: dict[str, Any], resume: bool) -> None:
 def _outcome_text(result: training.TrainingResult) -> str:
     share = 100 * result.trainable / max(result.total, 1)
     lines = [f"trainable params: {result.trainable:,} || all params: {result.total:,} || trainable%: {share:.4f}"]
-    first, last = result.history[0]["loss"], result.history[-1]["loss"]
+    losses = [row["loss"] for row in result.history if row["loss"] is not None] or [math.nan]
     stopped = ", stopped early" if result.stopped_early else ""
-    lines.append(f"{result.steps} steps{stopped}: training loss {first:.4g} at the first, {last:.4g} at the last")
+    skipped = sum("skipped" in row for row in result.history)
+    stopped += f", {skipped} of them without an update" if skipped else ""
+    lines.append(
+        f"{result.steps} steps{stopped}: training loss {losses[0]:.4g} at the first, {losses[-1]:.4g} at the last"
+    )
     if result.best_value is not None:
         start = result.evaluations[0]["value"]
         lines.append(

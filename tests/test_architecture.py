@@ -82,6 +82,7 @@ FLOORS: dict[str, int] = {
     "cli_options": 110,
     "cli_text": 110,
     "cli_models": 115,
+    "cli_labels": 118,
     "cli_benchmark": 120,
     "cli_frontier": 120,
     "cli_training": 120,

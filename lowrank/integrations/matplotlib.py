@@ -89,7 +89,7 @@ def draw_spectra(rows: Sequence[SpectrumRow], kind: str = "png") -> bytes:
 
 
 def draw_history(
-    history: Sequence[Mapping[str, float]],
+    history: Sequence[Mapping[str, float | None]],
     evaluations: Sequence[Mapping[str, float]],
     metric: str = "loss",
     kind: str = "png",
@@ -97,7 +97,7 @@ def draw_history(
     """Draw the loss of a training run, its evaluations and its learning rate against the step.
 
     Args:
-        history: rows with ``step``, ``loss`` and, for a second panel, ``learning_rate``.
+        history: rows with ``step``, ``loss`` (``None`` leaves a gap) and, for a second panel, ``learning_rate``.
         evaluations: rows with ``step`` and ``value``; drawn on an axis of their own unless the metric is the loss.
         metric: what the evaluations are of.
         kind: of the picture: png, svg or pdf.
@@ -119,7 +119,8 @@ def draw_history(
     steps = [row["step"] for row in history]
     # A line through one point or two is not seen.
     marker = "." if len(steps) < 10 else ""
-    lines = left.plot(steps, [row["loss"] for row in history], marker=marker, linewidth=1.0, label="training loss")
+    losses = [math.nan if row["loss"] is None else row["loss"] for row in history]
+    lines = left.plot(steps, losses, marker=marker, linewidth=1.0, label="training loss")
     if evaluations:
         axes = left if metric == "loss" else left.twinx()
         found = [row["value"] for row in evaluations]

@@ -6,12 +6,15 @@ Nothing is fetched and no code from a model's directory is run, whatever its ``c
 from __future__ import annotations
 
 import contextlib
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from lowrank.errors import CheckpointError, UsageError
 from lowrank.files import open_tensors, printable, read_json
@@ -21,11 +24,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 __all__ = [
+    "UNSHIFTED",
     "build_from_config",
     "is_model_directory",
     "load_pretrained",
     "load_tokenizer",
     "read_text_samples",
+    "shifts_labels",
     "token_limit",
     "tokenize",
 ]
@@ -42,6 +47,28 @@ TOKENIZER_FILES = (
 )
 _LAYER_KEYS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers")
 _SIZE_KEYS = ("hidden_size", "intermediate_size", "vocab_size", "n_embd", "n_inner", "d_model", "d_ff", "dim")
+
+# Called causal by name or in transformers' list, but judge labels where they stand: read in the sources, and a test reads them again.
+UNSHIFTED = frozenset(
+    f"{family}ForCausalLM"
+    for family in (
+        "Bart",
+        "BigBirdPegasus",
+        "Blenderbot",
+        "BlenderbotSmall",
+        "CpmAnt",
+        "MBart",
+        "Marian",
+        "Mvp",
+        "PLBart",
+        "Pegasus",
+        "ProphetNet",
+        "TrOCR",
+        "Whisper",
+    )
+) | {"XLMWithLMHeadModel", "XLNetLMHeadModel"}
+# See the next token too, unless their configuration makes them decoders.
+_TWO_WAY = frozenset({"BertGenerationDecoder", "BertLMHeadModel"})
 
 
 def is_model_directory(path: str | Path) -> bool:
@@ -128,6 +155,52 @@ def load_tokenizer(path: str | Path) -> Any | None:
         from transformers import AutoTokenizer
 
         return AutoTokenizer.from_pretrained(readable, local_files_only=True, trust_remote_code=False)
+
+
+def shifts_labels(model: nn.Module) -> bool:
+    """Whether a model predicts the next token and shifts the labels it is passed: then they are its input ids.
+
+    Said by the names of its classes (also those it derives from) and by transformers' list of causal models, where
+    transformers is imported at all. A wrapper that passes attributes on is what it wraps.
+
+    Example:
+        >>> shifts_labels(nn.Linear(1, 1))
+        False
+    """
+    kind = _wrapped(model)
+    names = {base.__name__ for base in type(kind).__mro__}
+    config, loss_type = getattr(kind, "config", None), getattr(kind, "loss_type", None)
+    if names & UNSHIFTED or getattr(config, "is_encoder_decoder", False):
+        return False
+    if names & _TWO_WAY:
+        return bool(getattr(config, "is_decoder", False))
+    if loss_type is not None and not any(part in str(loss_type) for part in ("CausalLM", "ConditionalGeneration")):
+        return False
+    return any("CausalLM" in name for name in {*names, str(loss_type)}) or bool(names & _causal_names())
+
+
+def _wrapped(model: nn.Module) -> nn.Module:
+    """The outermost model of transformers that has the very configuration the wrapper shows; else the model itself."""
+    # A module that merely holds a language model shows its loss_type no more than any other attribute.
+    if "transformers" not in sys.modules or not hasattr(model, "loss_type"):
+        return model
+    from transformers import PreTrainedModel
+
+    config = getattr(model, "config", None)
+    inner = (module for module in model.modules() if isinstance(module, PreTrainedModel))
+    return next((module for module in inner if module.config is config), model)
+
+
+def _causal_names() -> frozenset[str]:
+    # No model of transformers is there before transformers is.
+    return _listed_causal_names() if "transformers" in sys.modules else frozenset()
+
+
+@cache
+def _listed_causal_names() -> frozenset[str]:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as LISTED
+
+    return frozenset(name for entry in LISTED.values() for name in ([entry] if isinstance(entry, str) else entry))
 
 
 def build_from_config(

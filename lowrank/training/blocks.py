@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -43,18 +44,31 @@ def repeated_blocks(model: nn.Module) -> list[str]:
 def checkpointed(model: nn.Module) -> Iterator[int]:
     """Recompute the repeated blocks' activations in the backward pass instead of keeping them.
 
+    Models in transformers' manner keep no cache of keys meanwhile: a block that runs again would add to it again.
+
     Yields:
         How many blocks there are; without any the model runs as ever.
     """
     blocks = [model.get_submodule(name) for name in repeated_blocks(model)]
     own = [block.__dict__.get("forward") for block in blocks]
+    caching = _caching(model) if blocks else []
     try:
+        for config in caching:
+            config.use_cache = False
         for block in blocks:
             # On the instance, so that the class and every other model stay as they are.
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
         yield len(blocks)
     finally:
+        for config in caching:
+            config.use_cache = True
         for block, forward in zip(blocks, own, strict=True):
             block.__dict__.pop("forward", None)
             if forward is not None:
                 block.forward = forward
+
+
+def _caching(model: nn.Module) -> list[Any]:
+    """Configurations of the model and of its parts that ask for a cache, each once."""
+    configs = [getattr(module, "config", None) for module in model.modules()]
+    return list({id(config): config for config in configs if getattr(config, "use_cache", None) is True}.values())

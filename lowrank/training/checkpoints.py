@@ -137,4 +137,4 @@ def _short(value: object) -> str:
 
 
 def _dump(value: Mapping[str, Any]) -> str:
-    return json.dumps(value, indent=1, sort_keys=True)
+    return json.dumps(value, indent=1, sort_keys=True, allow_nan=False)

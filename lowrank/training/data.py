@@ -191,6 +191,15 @@ class TrainingData:
                 found.append(read_example(item, f"train: batch {position}", own_loss=self.own_loss))
         return found
 
+    def look_through(self) -> Iterator[Example]:
+        """The batches as they were given, or those of epoch 0; every epoch is afterwards what it would have been."""
+        if self._listed:
+            for index, item in enumerate(self.data):
+                yield read_example(item, f"train: batch {index}", own_loss=self.own_loss)
+        else:
+            for index in range(self._count):
+                yield self.group(0, index, 1)[0]
+
     def fingerprint(self) -> str:
         """SHA-256 of all batches where they are a sequence; else of their number and the first one of epoch 0."""
         known = [read_example(item, "train", own_loss=self.own_loss) for item in self.data] if self._listed else None

@@ -31,7 +31,7 @@ from lowrank.training.data import (
     seeded_numbers,
 )
 from lowrank.training.history import TrainingResult
-from lowrank.training.losses import LossFn
+from lowrank.training.losses import LossFn, check_validation, require_counting
 from lowrank.training.optimizer import changing_tensors, optimizer_tensors, restore_optimizer, trainable_named
 from lowrank.training.options import TrainingOptions
 from lowrank.training.trainer import Trainer
@@ -81,7 +81,8 @@ def finetune(
             shuffles itself, with the epoch's random numbers.
         validation: batches of the same kind.
         loss_fn: ``loss_fn(output, labels)`` to a scalar, a mean over samples. Default: the model's own loss, else
-            cross-entropy for integer labels (−100 is left out), mean squared error for floating ones.
+            cross-entropy for integer labels (−100 is left out), mean squared error for floating ones. A step without a
+            label that counts updates nothing.
         epochs, steps: exactly one of them; a step is one update.
         lr: peak learning rate.
         weight_decay: of matrices; biases and norms have none.
@@ -147,9 +148,10 @@ def finetune(
     # A DataLoader draws random numbers when it is read.
     with seeded_numbers(derived_seed(seed, 5)):
         checks = None if validation is None else read_examples(validation, "validation", own_loss=own_loss)
-    if metric == "perplexity" and own_loss:
-        _require_classes(checks or ())
+    if checks is not None and not callable(metric):
+        check_validation(model, checks, metric, own_loss=own_loss)
     data = TrainingData(train, seed, own_loss=own_loss)
+    require_counting(model, data.look_through(), "train")
     device = next(iter(parameters.values())).device
     team = processes(device)
     directory = None
@@ -234,7 +236,7 @@ class _Run:
             row = self.trainer.step(step, group)
             result.steps = step + 1
             result.history.append({"step": step + 1, "epoch": (step + 1) / self.per_epoch, **row})
-            bar.set_postfix(loss=f"{row['loss']:.4g}", refresh=False)
+            bar.set_postfix(loss="-" if row["loss"] is None else f"{row['loss']:.4g}", refresh=False)
             last = step + 1 == self.total
             if last or (step + 1) % (every or self.per_epoch) == 0:
                 if self.judged:
@@ -346,12 +348,6 @@ def _adapter_facts(model: nn.Module) -> dict[str, Any]:
         }
         for name, layer in lora_layers(model).items()
     }
-
-
-def _require_classes(checks: Iterable[Example]) -> None:
-    for example in checks:
-        if isinstance(example.labels, Tensor) and example.labels.is_floating_point():
-            raise UsageError("metric 'perplexity': needs labels that are classes; use metric='loss', or a callable")
 
 
 def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -11,7 +11,10 @@ from lowrank.errors import CheckpointError
 from lowrank.files import parse_json
 from lowrank.integrations.matplotlib import draw_history
 
-__all__ = ["TrainingResult"]
+__all__ = ["Row", "TrainingResult"]
+
+# Of one step.
+Row = dict[str, float | None]
 
 
 @dataclass
@@ -20,7 +23,8 @@ class TrainingResult:
 
     Attributes:
         history: a dict a step: ``step`` (counted from 1), ``epoch`` (a fraction), ``loss`` (mean over the step's
-            batches), ``learning_rate``, ``gradient_norm`` (before clipping).
+            batches), ``learning_rate``, ``gradient_norm`` (before clipping). A step that updated nothing has ``skipped``:
+            True and no norm (``None``): float16 overflowed, or none of its labels counts (then ``loss`` is ``None`` too).
         evaluations: a dict an evaluation: ``step`` (0 is before training) and ``value`` of the metric.
         metric: its name.
         best_step: the step whose tensors the model holds now; the last one where nothing was evaluated.
@@ -37,7 +41,7 @@ class TrainingResult:
         True
     """
 
-    history: list[dict[str, float]] = field(default_factory=list)
+    history: list[Row] = field(default_factory=list)
     evaluations: list[dict[str, float]] = field(default_factory=list)
     metric: str = "loss"
     best_step: int = 0
@@ -52,7 +56,9 @@ class TrainingResult:
     def to_json(self) -> str:
         """All but where it was written and how long it took, which differ between equal runs."""
         return json.dumps(
-            {key: value for key, value in asdict(self).items() if key not in ("directory", "run")}, indent=1
+            {key: value for key, value in asdict(self).items() if key not in ("directory", "run")},
+            indent=1,
+            allow_nan=False,
         )
 
     @classmethod

@@ -1,8 +1,8 @@
-"""The loss of one batch, how many items it is a mean of, and how many of them were right."""
+"""The loss of one batch, how many items it is a mean of, how many of them were right, and data that has none."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +12,19 @@ from torch.nn import functional as F
 
 from lowrank.batches import model_tensor
 from lowrank.errors import CalibrationError, UsageError
+from lowrank.integrations.transformers import shifts_labels
 from lowrank.training.data import IGNORED, Example
 
-__all__ = ["LossFn", "Outcome", "is_causal", "item_count", "run_example"]
+__all__ = [
+    "LossFn",
+    "Outcome",
+    "check_validation",
+    "is_causal",
+    "item_count",
+    "metric_value",
+    "require_counting",
+    "run_example",
+]
 
 LossFn = Callable[[Any, Any], Tensor]
 
@@ -78,8 +88,70 @@ def _shifted(model: nn.Module, example: Example) -> Tensor:
 
 
 def is_causal(model: nn.Module) -> bool:
-    """transformers names a model's loss after its task, also through wrappers that pass attributes on."""
-    return "CausalLM" in str(getattr(model, "loss_type", None) or type(model).__name__)
+    """Whether the model predicts the next token and shifts its labels itself."""
+    return shifts_labels(model)
+
+
+def require_counting(model: nn.Module, examples: Iterable[Example], name: str) -> None:
+    """Refuse data of which no label counts; what is read is no more than up to the first that does.
+
+    Raises:
+        CalibrationError: none does.
+
+    Example:
+        >>> require_counting(nn.Linear(1, 1), [Example(labels=torch.tensor([-100]), batch=None)], "train")
+        Traceback (most recent call last):
+            ...
+        lowrank.errors.CalibrationError: train: batch 0: none of its 1 labels counts (-100 is left out); give labels that do
+    """
+    blank: list[Example] = []
+    for example in examples:
+        if item_count(model, example):
+            return
+        blank.append(example)
+    labels = blank[0].labels
+    number = labels.numel() if isinstance(labels, Tensor) else blank[0].batch.size
+    shifted = isinstance(labels, Tensor) and _shifted(model, blank[0]).shape != labels.shape
+    first = ", and so is the first token of a row, which a causal model does not predict" if shifted else ""
+    others = ", nor does one of any other batch" if len(blank) > 1 else ""
+    raise CalibrationError(
+        f"{name}: batch 0: none of its {number} labels counts ({IGNORED} is left out{first}){others}; give labels that do"
+    )
+
+
+def check_validation(model: nn.Module, checks: Sequence[Example], metric: str, *, own_loss: bool) -> None:
+    """Refuse validation data that the metric cannot be measured on.
+
+    Raises:
+        UsageError: a perplexity of labels that are no classes.
+        CalibrationError: no label counts.
+    """
+    if metric == "perplexity" and own_loss:
+        for example in checks:
+            if isinstance(example.labels, Tensor) and example.labels.is_floating_point():
+                raise UsageError("metric 'perplexity': needs labels that are classes; use metric='loss', or a callable")
+    require_counting(model, checks, "validation")
+
+
+def metric_value(metric: Callable[[nn.Module], Any], model: nn.Module) -> float:
+    """What a metric of the caller's own says of a model.
+
+    Raises:
+        UsageError: no number.
+
+    Example:
+        >>> metric_value(lambda model: torch.tensor(0.5), nn.Linear(1, 1))
+        0.5
+    """
+    found = metric(model)
+    try:
+        # float() would read text, too.
+        if not isinstance(found, (str, bytes)):
+            return float(found)
+    except (TypeError, ValueError, RuntimeError):
+        pass
+    name, shown = getattr(metric, "__name__", type(metric).__name__), repr(found)[:60]
+    raise UsageError(f"metric {name}: must return a number, got {shown} of type {type(found).__name__}")
 
 
 def _default_loss(output: Tensor, labels: Any) -> Tensor:

@@ -14,7 +14,8 @@ from lowrank.batches import evaluating
 from lowrank.errors import NumericsError
 from lowrank.integrations.accelerate import Processes
 from lowrank.training.data import Example, derived_seed
-from lowrank.training.losses import LossFn, item_count, run_example
+from lowrank.training.history import Row
+from lowrank.training.losses import LossFn, item_count, metric_value, run_example
 from lowrank.training.optimizer import build_optimizer, has_trainable, trainable_named
 from lowrank.training.options import TrainingOptions, learning_rate_factor
 
@@ -52,8 +53,11 @@ class Trainer:
         # Only float16 has so few exponents that small gradients vanish.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=options.mixed_precision == "fp16")
 
-    def step(self, step: int, group: Sequence[Example]) -> dict[str, float]:
+    def step(self, step: int, group: Sequence[Example]) -> Row:
         """Step ``step`` (from 0) on a group of batches: the mean over all their items.
+
+        Without an item that counts, and where float16 overflows at the present loss scale, nothing is updated; the row
+        says ``skipped``.
 
         Raises:
             NumericsError: a loss or gradient that is NaN or infinite; nothing has changed then.
@@ -64,6 +68,9 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         shares = [example.share(self.processes.rank, self.processes.count) for example in group]
         weights = self._weights(shares)
+        row: Row = {"loss": None, "learning_rate": self.options.lr * factor, "gradient_norm": None}
+        if weights is None:
+            return row | {"skipped": True}
         loss = torch.zeros((), dtype=torch.float64)
         for number, (example, weight) in enumerate(zip(shares, weights, strict=True)):
             if example is not None and weight:
@@ -76,13 +83,14 @@ class Trainer:
                 "or look for bad values in that batch"
             )
         norm = self._update(step)
-        return {"loss": float(loss), "learning_rate": self.options.lr * factor, "gradient_norm": norm}
+        row |= {"loss": float(loss), "gradient_norm": norm}
+        return row | {"skipped": True} if norm is None else row
 
-    def _weights(self, shares: Sequence[Example | None]) -> list[float]:
-        """Each batch's share of the items of the step, over all processes."""
+    def _weights(self, shares: Sequence[Example | None]) -> list[float] | None:
+        """Each batch's share of the items of the step, over all processes; ``None`` where there is no item."""
         counts = [0 if example is None else item_count(self.model, example) for example in shares]
         total = self.processes.total(torch.tensor(float(sum(counts)), dtype=torch.float64))
-        return [count / float(total) if float(total) else 0.0 for count in counts]
+        return [count / float(total) for count in counts] if float(total) else None
 
     def _backward(self, example: Example, weight: float) -> float:
         with self._autocast():
@@ -93,7 +101,8 @@ class Trainer:
         self.scaler.scale(loss).backward()
         return float(loss.detach())
 
-    def _update(self, step: int) -> float:
+    def _update(self, step: int) -> float | None:
+        """Norm of the gradient before clipping; ``None`` where the scaler leaves the step out and lowers its scale."""
         parameters = list(self.parameters.values())
         if self.processes.count > 1:
             _sum_gradients(parameters, self.processes)
@@ -110,18 +119,19 @@ class Trainer:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.options.max_grad_norm, norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        return float(norm)
+        return float(norm) if bool(torch.isfinite(norm)) else None
 
     def evaluate(self, examples: Sequence[Example]) -> float:
         """The metric of the options: over the validation batches, or of the model where it is a callable.
 
         Raises:
             NumericsError: it is NaN or infinite.
+            UsageError: a callable that returns no number.
         """
         metric = self.options.metric
         if callable(metric):
             with evaluating(self.model):
-                value = float(metric(self.model))
+                value = metric_value(metric, self.model)
         else:
             sums = torch.zeros(3, dtype=torch.float64)
             with evaluating(self.model), self._autocast():
