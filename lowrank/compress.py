@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowrank import checkpoint
+from lowrank import checkpoint, kernels
 from lowrank.batches import Batch, prepare_batches
 from lowrank.bench import Bench
 from lowrank.choose import choose, measure_given, planner_of
@@ -325,7 +325,7 @@ def prepare_job(
 def _price(job: Job, model: nn.Module, batches: Sequence[Batch]) -> None:
     """Seconds in place of bytes as what the plan minimises."""
     shops = job.bench.workshops
-    job.speed = speed_of(model, batches, shops, load_timings())
+    job.speed = speed_of(model, batches, shops, load_timings(route=kernels.route()))
     job.layers = job.speed.priced(job.layers, shops)
     job.notes = [*job.notes, *job.speed.notes(job.layers, shops, torch.get_num_threads())]
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lowrank import kernels
 from lowrank.batches import Batch, evaluating
 from lowrank.bench import choice_of
 from lowrank.calibration import no_fast_path
@@ -150,6 +151,12 @@ class Speed:
         if self.table.host.get("threads") != threads:
             told.append(
                 f"the timings were taken with {self.table.host.get('threads')} threads, this process has {threads}: "
+                "lowrank benchmark --tune measures this machine"
+            )
+        route = kernels.route()
+        if self.table.host.get("route") != route:
+            told.append(
+                f"the timings are of integer route {self.table.host.get('route')}, layers take {route} here: "
                 "lowrank benchmark --tune measures this machine"
             )
         unknown = [layer.name for layer in layers if self.seconds(workshops[layer.name], Choice("dense")) is None]

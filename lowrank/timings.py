@@ -36,7 +36,11 @@ __all__ = [
     "user_path",
 ]
 
-SHIPPED = Path(__file__).with_name("timings.json")
+# By the route of integer layers, on which they depend most; for other routes the first stands in.
+SHIPPED = {
+    "native": Path(__file__).with_name("timings.json"),
+    "native-avx2": Path(__file__).with_name("timings-avx2.json"),
+}
 VARIABLE = "LOWRANK_TIMINGS"
 TIMINGS_VERSION = 1
 _MAX_BYTES = 1 << 20
@@ -318,8 +322,12 @@ def user_path(environment: Mapping[str, str] | None = None) -> Path:
     return folder / "lowrank" / "timings.json"
 
 
-def load_timings(environment: Mapping[str, str] | None = None) -> TimingTable:
+def load_timings(environment: Mapping[str, str] | None = None, *, route: str = "native") -> TimingTable:
     """The user's table where there is one, else the one that comes with the package.
+
+    Args:
+        environment: instead of the process's.
+        route: of this machine's integer layers, as :func:`lowrank.kernels.route` names it.
 
     Raises:
         StorageError: ``$LOWRANK_TIMINGS`` names a file that does not exist.
@@ -333,5 +341,6 @@ def load_timings(environment: Mapping[str, str] | None = None) -> TimingTable:
         raise StorageError(
             f"{printable(path)}: ${VARIABLE} names it, but it does not exist; lowrank benchmark --tune writes it"
         )
-    table = TimingTable.from_json(SHIPPED.read_bytes(), source=SHIPPED.name)
+    shipped = SHIPPED.get(route, SHIPPED["native"])
+    table = TimingTable.from_json(shipped.read_bytes(), source=shipped.name)
     return TimingTable(table.host, table.curves, table.accuracy, "shipped with lowrank")

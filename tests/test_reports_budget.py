@@ -38,11 +38,19 @@ def test_every_case_of_the_grid_was_run_once(study: ModuleType) -> None:
 
 
 def test_a_refusal_and_a_broken_promise_are_counted_as_such(study: ModuleType) -> None:
-    case = {"model": "digits", "seed": 0, "seconds": 1.0, "upper": 0.1, "size_ratio": 0.2, "formats": {"int8": 1}}
+    case = {
+        "model": "digits",
+        "seed": 0,
+        "seconds": 1.0,
+        "upper": 0.1,
+        "size_ratio": 0.2,
+        "formats": {"int8": 1},
+        "version": "0",
+    }
     rows = [
         case | {"budget": 0.1, "unseen": 0.09, "at_floor": False},
         case | {"budget": 0.2, "unseen": 0.21, "at_floor": False},
-        {"model": "digits", "seed": 0, "budget": 0.02, "refused": "no", "seconds": 1.0},
+        {"model": "digits", "seed": 0, "budget": 0.02, "refused": "no", "seconds": 1.0, "version": "0"},
     ]
     facts = study.summary(rows)
     assert (facts["cases"], facts["refused"], facts["kept"], facts["kept_share"]) == (3, 1, 1, 0.5)

@@ -153,8 +153,10 @@ def test_the_users_table_comes_first(tmp_path: Path) -> None:
         load_timings(settings | {"LOWRANK_TIMINGS": str(named)})
 
 
-def test_the_shipped_table_knows_every_kind_of_linear_layer() -> None:
-    table = TimingTable.from_json(SHIPPED.read_bytes(), source=SHIPPED.name)
+@pytest.mark.parametrize("route", SHIPPED)
+def test_the_shipped_tables_know_every_kind_of_linear_layer(route: str, tmp_path: Path) -> None:
+    table = load_timings({"HOME": str(tmp_path)}, route=route)
+    assert table.host["route"] == route
     for dtype in ("float32", "bfloat16"):
         for kind, mode in (("dense", None), ("lowrank", None), ("int8", "int8"), ("int8", "float")):
             assert timing_key(kind, mode, dtype) in table.curves
@@ -206,21 +208,24 @@ def load_study() -> ModuleType:
     return module
 
 
-def test_the_studys_table_and_the_shipped_one_are_those_of_its_results() -> None:
+@pytest.mark.parametrize("route", SHIPPED)
+def test_the_studys_table_and_the_shipped_one_are_those_of_its_results(route: str) -> None:
     study = load_study()
-    results = json.loads((STUDY / "results.json").read_text())
-    assert study.render(results) == (STUDY / "table.md").read_text()
-    assert study.table_of(results).to_json() == SHIPPED.read_text()
+    measured, table, shipped = study.names_of(route)
+    results = json.loads((STUDY / measured).read_text())
+    assert results["host"]["route"] == route
+    assert study.render(results) == (STUDY / table).read_text()
+    assert study.table_of(results).to_json() == shipped.read_text()
 
 
 def test_the_study_runs_and_leaves_the_shipped_table_alone(tmp_path: Path) -> None:
-    before = SHIPPED.read_bytes()
+    before = [path.read_bytes() for path in SHIPPED.values()]
     environment = dict(os.environ) | {"PYTHONPATH": os.pathsep.join([str(STUDY.parents[1]), *sys.path])}
     environment |= {"TMPDIR": str(tmp_path)}
     command = [sys.executable, str(STUDY / "study.py"), "--smoke", "--threads", "1"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert SHIPPED.read_bytes() == before
+    assert [path.read_bytes() for path in SHIPPED.values()] == before
     (folder,) = tmp_path.glob("timings_*")
     assert "Convolutions" in (folder / "table.md").read_text()
     table = TimingTable.from_json((folder / "timings.json").read_bytes(), source="timings.json")

@@ -153,7 +153,7 @@ def _given(
     left = total - sum(given.values())
     if left < 0:
         raise RankError(
-            f"total_rank: {total} is not enough for {len(scores)} layers of rank {min(given.values())} at least; "
+            f"total_rank: {total} is not enough for {len(scores)} layers of rank {min(given.values())} or more; "
             f"give at least {sum(given.values())}"
         )
     # The order of the model breaks ties.

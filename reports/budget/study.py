@@ -230,7 +230,7 @@ def run_case(name: str, case: Case, budget: float, seed: int) -> dict[str, Any]:
     """Compress under one budget with one seed, then measure on the unseen data."""
     model = case.model
     start = time.perf_counter()
-    row: dict[str, Any] = {"model": name, "budget": budget, "seed": seed}
+    row: dict[str, Any] = {"model": name, "budget": budget, "seed": seed, "version": lowrank.__version__}
     try:
         result = lowrank.compress_model(
             model,
@@ -296,7 +296,7 @@ def render(results: dict[str, Any]) -> str:
     ):
         start = [row["model"], f"{row['budget']:.0%}", row["seed"]]
         if "refused" in row:
-            body.append([*start, "refused", "", "", "", "", "", f"{row['seconds']:.0f}"])
+            body.append([*start, "refused", "", "", "", "", "", f"{row['seconds']:.0f}", row["version"]])
             continue
         formats = ", ".join(f"{count} {name}" for name, count in sorted(row["formats"].items()))
         kept = "yes" if row["unseen"] <= row["budget"] else "**no**"
@@ -310,6 +310,7 @@ def render(results: dict[str, Any]) -> str:
                 f"{row['size_ratio']:.2%}",
                 formats,
                 f"{row['seconds']:.0f}",
+                row["version"],
             ]
         )
     header = [
@@ -323,6 +324,7 @@ def render(results: dict[str, Any]) -> str:
         "size",
         "layers",
         "seconds",
+        "version",
     ]
     facts = summary(results["rows"])
     lines = [

@@ -1,7 +1,7 @@
 """What layers take on this machine, for plans made for speed; see README.md.
 
 Run: ``python reports/timings/study.py`` (``--smoke`` is for CI). Writes ``results.json``, ``table.md`` and
-``lowrank/timings.json``, the table that comes with the package.
+``lowrank/timings.json``, the table that comes with the package; on a processor with AVX2 alone those that end in ``-avx2``.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from lowrank import kernels
 from lowrank.stopwatch import host_facts
 from lowrank.timings import SHIPPED, Point, TimingTable, cross_validate, fit_table
 from lowrank.tuning import measure_conv_points, measure_points
@@ -84,6 +85,12 @@ def _conv_lines(points: list[Point]) -> list[str]:
     return lines
 
 
+def names_of(route: str) -> tuple[str, str, Path]:
+    """Where measurements, table and fitted table of a route go."""
+    ending = {"native": "", "native-avx2": "-avx2"}[route]
+    return f"results{ending}.json", f"table{ending}.md", SHIPPED[route]
+
+
 def main() -> None:
     """Measure, write."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -91,6 +98,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    route = kernels.route()
+    if not arguments.smoke and route not in SHIPPED:
+        raise SystemExit(f"integer layers take route {route} here, for which no table comes with the package")
     small = {"shapes": [(16, 32), (32, 16)], "rows": [1, 4], "dtypes": ["float32"], "rounds": 1, "at_least": 0.0}
     folder = Path(tempfile.mkdtemp(prefix="timings_")) if arguments.smoke else HERE
     points = measure_points(progress=True, **(small if arguments.smoke else {}))
@@ -99,9 +109,10 @@ def main() -> None:
     for index, point in enumerate(points):
         points[index] = Point(**asdict(point) | {"seconds": float(f"{point.seconds:.4g}")})
     results = {"host": host_facts(), "points": [asdict(point) for point in points]}
-    (folder / "results.json").write_text(json.dumps(results, sort_keys=True) + "\n")
-    (folder / "table.md").write_text(render(results))
-    shipped = folder / "timings.json" if arguments.smoke else SHIPPED
+    measured, table, shipped = names_of("native" if arguments.smoke else route)
+    (folder / measured).write_text(json.dumps(results, sort_keys=True) + "\n")
+    (folder / table).write_text(render(results))
+    shipped = folder / "timings.json" if arguments.smoke else shipped
     shipped.write_text(table_of(results).to_json())
     print(f"written to {folder} and {shipped}")
 

@@ -81,7 +81,7 @@ def test_names_are_matched_whole() -> None:
 
 def test_what_makes_no_sense_is_refused() -> None:
     config = LoRAConfig(r=2, target_modules=NAMES)
-    with pytest.raises(RankError, match="total_rank: 3 is not enough for 4 layers of rank 1; give at least 4"):
+    with pytest.raises(RankError, match="total_rank: 3 is not enough for 4 layers of rank 1 or more; give at least 4"):
         allocate_ranks(model(), config, task(), total_rank=3)
     with pytest.raises(RankError, match="ranks: must be integers of at least 1, got 0"):
         allocate_ranks(model(), config, task(), ranks=[0, 8])
