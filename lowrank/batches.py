@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,31 +60,18 @@ class Batch:
                 return value[indices.to(value.device)]
             return value
 
-        return Batch(
-            tuple(pick(value) for value in self.args),
-            {key: pick(value) for key, value in self.kwargs.items()},
-            len(indices),
-        )
+        return self._mapped(pick, len(indices))
 
     def widened(self) -> Batch:
         """Floating tensors in float32."""
-
-        def widen(value: Any) -> Any:
-            return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
-
-        return Batch(
-            tuple(widen(value) for value in self.args),
-            {key: widen(value) for key, value in self.kwargs.items()},
-            self.size,
-        )
+        return self._mapped(lambda x: x.float() if isinstance(x, Tensor) and x.is_floating_point() else x, self.size)
 
     def to(self, device: torch.device) -> Batch:
         """The batch on another device."""
+        return self._mapped(lambda x: x.to(device) if isinstance(x, Tensor) else x, self.size)
 
-        def move(value: Any) -> Any:
-            return value.to(device) if isinstance(value, Tensor) else value
-
-        return Batch(tuple(map(move, self.args)), {key: move(value) for key, value in self.kwargs.items()}, self.size)
+    def _mapped(self, fn: Callable[[Any], Any], size: int) -> Batch:
+        return Batch(tuple(map(fn, self.args)), {key: fn(value) for key, value in self.kwargs.items()}, size)
 
 
 @dataclass(frozen=True)
@@ -191,6 +178,8 @@ def _batch(model: nn.Module, item: Any, from_loader: bool, name: str) -> Batch:
 
 def _without_labels(model: nn.Module, item: Mapping[str, Any]) -> dict[str, Any]:
     """Less ``labels`` where the forward would refuse them."""
+    if "labels" not in item:
+        return dict(item)
     kinds = {name: parameter.kind for name, parameter in inspect.signature(model.forward).parameters.items()}
     if "labels" in kinds or inspect.Parameter.VAR_KEYWORD in kinds.values():
         return dict(item)

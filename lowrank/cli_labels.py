@@ -45,8 +45,7 @@ def labelled(
         if not is_causal(model):
             raise CalibrationError(
                 f"{where}: texts train causal language models that shift their labels themselves, and this is a "
-                f"{type(model).__name__}; give an .npz file with "
-                "labels, or --heal-from ORIGINAL"
+                f"{type(model).__name__}; give an .npz file with labels, or --heal-from ORIGINAL"
             )
         texts = model_batches(data, path, model, source, max_tokens, batch_size) or []
         return training.language_model_batches(_long_enough(texts, where, quiet))

@@ -125,7 +125,7 @@ def refuse_adapters(model: nn.Module, who: str) -> None:
     """Refuse a model with LoRA adapters.
 
     Args:
-        who: cannot take them, for the message: "compression would round", say.
+        who: the end of "which has adapters, which …", for the message.
 
     Raises:
         UsageError: names the first adapted layer.

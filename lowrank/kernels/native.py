@@ -26,7 +26,7 @@ __all__ = ["Library", "NativeConv", "NativeLinear", "library", "narrow_product",
 LONGEST = 65_535
 MOST_PIECES = 3
 # As in native/support.c: a library that an older version of the package left behind is passed over.
-_INTERFACE = 3
+_INTERFACE = 4
 AVX2, AVX512_VNNI = 1, 2
 _int64, _address, _int = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int
 _SIGNATURES = {
@@ -35,18 +35,17 @@ _SIGNATURES = {
     "lowrank_packed_bytes": ([_int64, _int64], _int64),
     "lowrank_pack": ([_address, _int64, _int64, _int64, _int64, _address, _address], None),
     "lowrank_conv": ([_address, _address, _address, _address, *[_int64] * 5, _int], _int),
-    "lowrank_narrow_supported": ([], _int),
     "lowrank_narrow": ([_address, _address, _address, *[_int64] * 3, _int], None),
     "lowrank_linear": ([_address, _address, _int64, _address, _address, _int64, _int, _int], _int),
 }
 
 
 class Library(NamedTuple):
-    """The functions for layers.
+    """The library, and what of it this machine and its settings allow.
 
     Attributes:
-        calls: the library.
-        level: of the instructions that its layers are to use: 2 is AVX512 with VNNI, 1 AVX2.
+        calls: its functions.
+        level: of the instructions that layers are to use: 2 is AVX512 with VNNI, 1 AVX2, which the plain product needs.
     """
 
     calls: ctypes.CDLL
@@ -58,15 +57,8 @@ class Library(NamedTuple):
         return "native" if self.level == AVX512_VNNI else "native-avx2"
 
 
-class _Loaded(NamedTuple):
-    """The library, if there is one, and what of it this machine and its settings allow; found out once."""
-
-    library: ctypes.CDLL | None
-    layers: Library | None
-    product: bool
-
-
-_loaded: list[_Loaded] = []
+# Found out once.
+_loaded: list[Library | None] = []
 _switched_off = 0
 
 
@@ -74,7 +66,7 @@ def library() -> Library | None:
     """The library for layers, or ``None``: not built, no AVX2, or turned off. Not yet tested: see
     :func:`lowrank.kernels.route`.
     """
-    return None if _switched_off else _library().layers
+    return None if _switched_off else _allowed()
 
 
 def narrow_product(a: Tensor, b: Tensor) -> Tensor | None:
@@ -87,27 +79,23 @@ def narrow_product(a: Tensor, b: Tensor) -> Tensor | None:
     Returns:
         (M, N) int32.
     """
-    loaded = _library()
-    if loaded.library is None or not loaded.product:
+    loaded = _allowed()
+    if loaded is None:
         return None
     a, b = a.contiguous(), b.contiguous()
     result = torch.empty(a.shape[0], b.shape[0], dtype=torch.int32)
     sizes = a.shape[0], b.shape[0], a.shape[1]
-    loaded.library.lowrank_narrow(a.data_ptr(), b.data_ptr(), result.data_ptr(), *sizes, torch.get_num_threads())
+    loaded.calls.lowrank_narrow(a.data_ptr(), b.data_ptr(), result.data_ptr(), *sizes, torch.get_num_threads())
     return result
 
 
-def _library() -> _Loaded:
+def _allowed() -> Library | None:
     if not _loaded:
         found = _load()
-        if found is None or not _isa_allows("AVX2", "AVX512", "AVX10"):
-            _loaded.append(_Loaded(found, None, False))
-        else:
-            level = found.lowrank_supported()
-            if level == AVX512_VNNI and not _isa_allows("AVX512_CORE_", "AVX10"):
-                level = AVX2
-            layers = Library(found, level) if level else None
-            _loaded.append(_Loaded(found, layers, bool(found.lowrank_narrow_supported())))
+        level = 0 if found is None or not _isa_allows("AVX2", "AVX512", "AVX10") else found.lowrank_supported()
+        if level == AVX512_VNNI and not _isa_allows("AVX512_CORE_", "AVX10"):
+            level = AVX2
+        _loaded.append(None if found is None or not level else Library(found, level))
     return _loaded[0]
 
 

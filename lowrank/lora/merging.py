@@ -106,7 +106,7 @@ def _check_geometry(name: str, layer: LoRALayer, adapters: Sequence[str]) -> Non
             "convolution can express; keep the adapter separate, or exclude the layer from target_modules"
         )
     for adapter in adapters:
-        if layer.lora_A[adapter].padding_mode != at["padding_mode"]:
+        if layer.is_zero_padded(adapter):
             raise AdapterError(
                 f"layer {name}: adapter {adapter!r} pads with zeros, the base with padding_mode={at['padding_mode']!r} (PEFT "
                 "trains it so); no single convolution does both"

@@ -318,7 +318,8 @@ def add_weighted_adapter(
     _check_unmerged(model, "add_weighted_adapter")
     sums = {}
     for name, layer in lora_layers(model).items():
-        present = [adapter for adapter in adapters if adapter in layer.configs]
+        pairs = [pair for pair in zip(adapters, weights, strict=True) if pair[0] in layer.configs]
+        present = [adapter for adapter, _ in pairs]
         if any(layer.configs[adapter].use_dora for adapter in present):
             raise AdapterError(f"layer {name}: DoRA adapters scale the base weight; a sum of them is no adapter")
         if len({layer.is_zero_padded(adapter) for adapter in present}) > 1:
@@ -326,7 +327,6 @@ def add_weighted_adapter(
                 f"layer {name}: some of the adapters pad with zeros and some do not; their sum is no adapter"
             )
         if present:
-            pairs = [pair for pair in zip(adapters, weights, strict=True) if pair[0] in layer.configs]
             each = [weight for adapter, weight in pairs for _ in range(layer.rank_of(adapter))]
             sums[name] = layer.change(present), each, layer.is_zero_padded(present[0])
     ranks = {name: change.right.shape[0] for name, (change, *_) in sums.items()}

@@ -325,8 +325,9 @@ def _adapter_files(model: nn.Module, directory: Path) -> tuple[Path | None, set[
         return None, set()
     (adapter,) = active
     lora.save_adapter(model, directory, adapter)
-    layers = [module for module in model.modules() if isinstance(module, lora.LoRALayer)]
-    held: list[Tensor] = [parameter for layer in layers for parameter in layer.adapter_parameters(adapter)]
+    held: list[Tensor] = [
+        parameter for layer in lora_layers(model).values() for parameter in layer.adapter_parameters(adapter)
+    ]
     for module in saved_modules(model).values():
         if adapter in module.modules_to_save:
             whole = module.modules_to_save[adapter]
@@ -335,8 +336,8 @@ def _adapter_files(model: nn.Module, directory: Path) -> tuple[Path | None, set[
 
 
 def _active(model: nn.Module) -> set[str]:
-    layers = [module for module in model.modules() if isinstance(module, lora.LoRALayer)]
-    return {adapter for layer in layers for adapter in layer.active_adapters}
+    """Of adapted layers; modules that are trained whole do not count."""
+    return {adapter for layer in lora_layers(model).values() for adapter in layer.active_adapters}
 
 
 def _adapter_facts(model: nn.Module) -> dict[str, Any]:

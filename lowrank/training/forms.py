@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -166,8 +166,8 @@ class TrainableForm:
             # Codes that an embedding shares are not this layer's to move.
             if type(module) in _INTEGER and not _is_tied(module, self.model):
                 found.setdefault(module, []).append(name)
+        _refuse_dora(self.model, found)
         for layer, names in found.items():
-            _refuse_dora(self.model, layer)
             form = RoundedForm(layer, dense.get(names[0]))
             replace_module(self.model, names, form)
             self._places[form] = names
@@ -206,9 +206,9 @@ def _refuse_merged(model: nn.Module) -> None:
             )
 
 
-def _refuse_dora(model: nn.Module, layer: nn.Module) -> None:
+def _refuse_dora(model: nn.Module, opened: Collection[nn.Module]) -> None:
     for name, module in model.named_modules():
-        if isinstance(module, LoRALayer) and module.base_layer is layer and len(module.lora_magnitude_vector):
+        if isinstance(module, LoRALayer) and module.base_layer in opened and len(module.lora_magnitude_vector):
             raise UsageError(
                 f"heal: layer {name} has a DoRA adapter, whose norms are of the weight, and integer codes, whose weight would "
                 "move: use what='adapters'"

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from training_batches import batches
+from training_batches import Stoppable, Stopped, batches
 
 from lowrank.integrations.matplotlib import draw_history
 from lowrank.training import TrainingResult, finetune
@@ -18,25 +18,13 @@ from lowrank.training import TrainingResult, finetune
 SETTINGS = {"epochs": 3, "lr": 0.02, "mixed_precision": "fp16", "evaluate_every": 2, "progress": False}
 
 
-class Stopped(RuntimeError):
-    """Stands for a killed process."""
-
-
-class Net(nn.Module):
+class Net(Stoppable):
     """Its gradients are so large that the first loss scales overflow."""
 
     def __init__(self, stop_at: int = 0) -> None:
-        super().__init__()
+        super().__init__(stop_at)
         torch.manual_seed(1)
         self.body = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 3))
-        self.calls, self.stop_at = 0, stop_at
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.training:
-            self.calls += 1
-            if self.calls == self.stop_at:
-                raise Stopped
-        return self.body(x)
 
 
 def loss_fn(output: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from training_batches import batches
+from training_batches import Stoppable, Stopped, batches
 
 from lowrank.errors import CheckpointError, StorageError, UsageError
 from lowrank.training import TrainingResult, finetune
@@ -16,24 +16,11 @@ from lowrank.training import TrainingResult, finetune
 SETTINGS = {"epochs": 4, "lr": 0.02, "warmup": 3, "gradient_accumulation": 2, "evaluate_every": 2, "progress": False}
 
 
-class Stopped(RuntimeError):
-    """Stands for a killed process."""
-
-
-class Net(nn.Module):
+class Net(Stoppable):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(1)
         self.body = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.Dropout(0.3), nn.Linear(16, 3))
-        self.calls = 0
-        self.stop_at = 0
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.training:
-            self.calls += 1
-            if self.calls == self.stop_at:
-                raise Stopped
-        return self.body(x)
 
 
 def loader() -> torch.utils.data.DataLoader[object]:

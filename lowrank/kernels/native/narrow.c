@@ -12,11 +12,6 @@
 /* Rows of the left matrix that stay in the second-level cache while all outputs pass. */
 #define BLOCK_BYTES (1 << 18)
 
-int lowrank_narrow_supported(void) {
-    __builtin_cpu_init();
-    return __builtin_cpu_supports("avx2");
-}
-
 static inline __m256i widened(const int8_t *codes) { return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)codes)); }
 
 static inline __m256i widened_end(const int8_t *codes, int64_t count) {
@@ -86,7 +81,6 @@ void lowrank_narrow(const int8_t *left, const int8_t *right, int32_t *result, in
     }
 }
 #else
-int lowrank_narrow_supported(void) { return 0; }
 void lowrank_narrow(const int8_t *left, const int8_t *right, int32_t *result, int64_t rows, int64_t outputs, int64_t columns,
                     int threads) {
     (void)left, (void)right, (void)result, (void)rows, (void)outputs, (void)columns, (void)threads;
