@@ -3,12 +3,15 @@
 Start at :func:`compress_model`; the rooms below it are described in the README under "Design".
 """
 
-from lowrank.analysis import AnalysisReport, analyze_model
-from lowrank.batchnorm import fold_batchnorm
-from lowrank.benchmark import BenchmarkReport, benchmark
-from lowrank.calibration import collect_statistics
+from lowrank.analysis.benchmark import BenchmarkReport, benchmark
+from lowrank.analysis.frontier import FrontierPoint, FrontierReport, measure_frontier
+from lowrank.analysis.model import AnalysisReport, analyze_model
+from lowrank.calibration.evaluation import compare_models
+from lowrank.calibration.inputs import collect_statistics
 from lowrank.checkpoint import load_model
-from lowrank.compress import CompressionResult, apply_plan, compress_model
+from lowrank.compression.candidates import Candidate, LayerChoices, Plan, PlanEntry, plan_formats
+from lowrank.compression.compress import CompressionResult, apply_plan, compress_model
+from lowrank.compression.report import CompressionReport, LayerRow
 from lowrank.errors import (
     AdapterError,
     BudgetError,
@@ -21,9 +24,7 @@ from lowrank.errors import (
     StorageError,
     UsageError,
 )
-from lowrank.evaluation import compare_models
-from lowrank.factors import Factors, RankCurve, factorize
-from lowrank.frontier import FrontierPoint, FrontierReport, measure_frontier
+from lowrank.io.version import __version__
 from lowrank.layers import (
     LowRankEmbedding,
     QuantizedConv1d,
@@ -67,10 +68,10 @@ from lowrank.lora import (
     unload_lora,
     unmerge_lora,
 )
-from lowrank.planner import Candidate, LayerChoices, Plan, PlanEntry, plan_formats
-from lowrank.report import CompressionReport, LayerRow
-from lowrank.spectrum import Spectrum, analyze_weight
-from lowrank.statistics import InputStatistics
+from lowrank.numerics.factors import Factors, RankCurve, factorize
+from lowrank.numerics.moments import InputStatistics
+from lowrank.numerics.spectrum import Spectrum, analyze_weight
+from lowrank.targets.batchnorm import fold_batchnorm
 from lowrank.training import (
     HealReport,
     HealResult,
@@ -80,7 +81,6 @@ from lowrank.training import (
     heal,
     language_model_batches,
 )
-from lowrank.version import __version__
 
 __all__ = [
     # Analysis

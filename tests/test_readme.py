@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import lowrank
-from lowrank.cli import app
+from lowrank.cli.app import app
 
 README = Path(__file__).parent.parent / "README.md"
 TEXT = README.read_text(encoding="utf-8")

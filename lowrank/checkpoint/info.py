@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lowrank.checkpoint.manifest import open_checkpoint
-from lowrank.files import printable, read_json
+from lowrank.io import printable, read_json
 
 __all__ = ["describe"]
 

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowrank.batchnorm import fold_skeleton
 from lowrank.checkpoint.manifest import (
     MANIFEST_NAME,
     Manifest,
@@ -21,11 +20,12 @@ from lowrank.checkpoint.manifest import (
     open_checkpoint,
     prefix_of,
 )
-from lowrank.convolutions import ConvGeometry
 from lowrank.errors import CheckpointError, UsageError
-from lowrank.files import TensorSource, printable
+from lowrank.io import TensorSource, printable
 from lowrank.layers import CompressedLayer, call_every_layer
-from lowrank.packed import packed_kind, weight_matrices
+from lowrank.numerics.convolutions import ConvGeometry
+from lowrank.targets.batchnorm import fold_skeleton
+from lowrank.targets.packed import packed_kind, weight_matrices
 
 __all__ = ["load_model"]
 

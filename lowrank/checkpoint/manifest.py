@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from lowrank.errors import CheckpointError, LowRankError
-from lowrank.files import TensorEntry, TensorSource, open_tensors, printable, read_json, require_int
+from lowrank.io import TensorEntry, TensorSource, open_tensors, printable, read_json, require_int
 from lowrank.layers import LAYER_KINDS, CompressedLayer
 
 __all__ = [

@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowrank.batchnorm import FoldedBatchNorm
 from lowrank.checkpoint.manifest import FORMAT_VERSION, MANIFEST_NAME, manifest_limit_bytes, prefix_of
 from lowrank.errors import CheckpointError, UsageError
-from lowrank.files import (
+from lowrank.io import (
     INDEX_NAME,
     WEIGHTS_NAME,
     atomic_directory,
@@ -25,9 +24,10 @@ from lowrank.files import (
     write_safetensors,
     write_text,
 )
+from lowrank.io.version import __version__
 from lowrank.layers import CompressedLayer, compressed_layers
-from lowrank.modules import refuse_adapters
-from lowrank.version import __version__
+from lowrank.targets.batchnorm import FoldedBatchNorm
+from lowrank.targets.survey import refuse_adapters
 
 __all__ = ["says_tied_wrongly", "save_compressed", "stored_tensors"]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.errors import CalibrationError, CheckpointError, ResourceError, UsageError
-from lowrank.files import printable, read_bounded
+from lowrank.io import printable, read_bounded
 
 __all__ = ["read_text_samples", "token_limit", "tokenize"]
 

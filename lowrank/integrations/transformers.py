@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from lowrank.errors import CheckpointError, UsageError
-from lowrank.files import open_tensors, printable, read_json
 from lowrank.integrations.text import read_text_samples, token_limit, tokenize
+from lowrank.io import open_tensors, printable, read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -101,7 +101,7 @@ def load_pretrained(
         CheckpointError: weights in another format than safetensors, damaged files, an architecture that transformers
             does not have, a model that is already quantised, or weights missing from the file (transformers would fill
             them with random numbers).
-        StorageError, ResourceError: as :func:`lowrank.files.open_tensors`.
+        StorageError, ResourceError: as :func:`lowrank.io.open_tensors`.
 
     Example:
         >>> load_pretrained("/nonexistent")

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowrank.convolutions import ConvGeometry, pad_input, patches
 from lowrank.kernels import integer, native
 from lowrank.kernels.activations import quantize_tokens, to_float
 from lowrank.kernels.linear import LARGE_SCALE, ROOM, ready_library
+from lowrank.numerics.convolutions import ConvGeometry, pad_input, patches
 
 __all__ = ["IntegerConv"]
 

@@ -17,8 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lowrank.convolutions import ConvGeometry
 from lowrank.errors import ResourceError
+from lowrank.numerics.convolutions import ConvGeometry
 
 __all__ = ["Library", "NativeConv", "NativeLinear", "library", "narrow_product", "torch_route"]
 

@@ -9,15 +9,15 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lowrank.conv_factors import ConvFactors, check_scheme, compose, factorize_conv
-from lowrank.convolutions import ConvGeometry
 from lowrank.errors import RankError
-from lowrank.factors import Factors, check_rank
 from lowrank.layers.base import dtype_from_name
 from lowrank.layers.conv_base import ConvLayer, Sizes, conv_parts, float_conv, kernel_error
 from lowrank.layers.linear import balanced
 from lowrank.layers.source import carry_over, choose_rank
-from lowrank.statistics import InputStatistics
+from lowrank.numerics.conv_factors import ConvFactors, check_scheme, compose, factorize_conv
+from lowrank.numerics.convolutions import ConvGeometry
+from lowrank.numerics.factors import Factors, check_rank
+from lowrank.numerics.moments import InputStatistics
 
 __all__ = [
     "FactoredConv",
@@ -145,7 +145,7 @@ class SVDCompressedConv(FactoredConv):
         """The layer of these factors; all else (bias, dtype, device, mode, ``requires_grad``) is the convolution's.
 
         Args:
-            factors: see :func:`lowrank.conv_factors.factorize_conv`.
+            factors: see :func:`lowrank.numerics.conv_factors.factorize_conv`.
             conv: the layer it takes the place of.
             scheme: the form that the factors are of.
 
@@ -298,9 +298,9 @@ class SVDCompressedConv2d(SVDCompressedConv):
             rank: channels between the two convolutions, of each group.
             max_error: largest ‖W − W'‖_F/‖W‖_F; with statistics, the same in the norm of the (centred) patches.
             scheme: ``"channel"`` or ``"spatial"``.
-            statistics: of the patches (:func:`lowrank.convolutions.patches`); makes the factors those of the least output
+            statistics: of the patches (:func:`lowrank.numerics.convolutions.patches`); makes the factors those of the least output
                 error.
-            ridge: relative, see :func:`lowrank.factors.factorize`.
+            ridge: relative, see :func:`lowrank.numerics.factors.factorize`.
 
         Raises:
             RankError: rank out of range, or no rank is within ``max_error``.

@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowrank.convolutions import ConvGeometry, pad_input
 from lowrank.errors import RankError, UsageError
 from lowrank.layers.base import CompressedLayer, check_size
 from lowrank.layers.source import error_in
-from lowrank.quantization import require_finite
-from lowrank.statistics import InputStatistics
+from lowrank.numerics.convolutions import ConvGeometry, pad_input
+from lowrank.numerics.moments import InputStatistics
+from lowrank.numerics.rounding import require_finite
 
 __all__ = ["ConvLayer", "conv_parts", "float_conv", "kernel_error"]
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn.grad import conv1d_input, conv2d_input
 
-from lowrank.convolutions import ConvGeometry, pad_input
 from lowrank.kernels import IntegerConv
 from lowrank.layers.base import graph_is_made
 from lowrank.layers.conv_base import ConvLayer
 from lowrank.layers.integer_layer import IntegerLayer
+from lowrank.numerics.convolutions import ConvGeometry, pad_input
 
 __all__ = ["ConvStage", "IntegerConvLayer", "input_gradient", "unpadded"]
 

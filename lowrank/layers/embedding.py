@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank.errors import RankError, UsageError
-from lowrank.factors import Factors, check_rank, factorize_embedding
 from lowrank.layers.base import CompressedLayer, check_size, dtype_from_name
 from lowrank.layers.linear import balanced
 from lowrank.layers.source import choose_rank, error_in, require_embedding
-from lowrank.statistics import TokenCounts
+from lowrank.numerics.factors import Factors, check_rank, factorize_embedding
+from lowrank.numerics.moments import TokenCounts
 
 __all__ = ["CompressedEmbedding", "LowRankEmbedding", "check_fit", "table_error"]
 

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank.errors import RankError
-from lowrank.factors import Factors, check_rank, factorize
 from lowrank.layers.base import CompressedLayer, check_size, dtype_from_name
 from lowrank.layers.source import carry_over, choose_rank, error_in, linear_parts
-from lowrank.statistics import InputStatistics
+from lowrank.numerics.factors import Factors, check_rank, factorize
+from lowrank.numerics.moments import InputStatistics
 
 __all__ = ["SVDCompressedLinear", "balanced"]
 
@@ -94,7 +94,7 @@ class SVDCompressedLinear(CompressedLayer):
             rank: 1 to min(out, in).
             max_error: largest ‖W − W'‖_F/‖W‖_F; with statistics, the same in the norm of the (centred) inputs.
             statistics: of the layer's inputs; makes the factors those of the least output error (DESIGN §4).
-            ridge: relative, see :func:`lowrank.factors.factorize`.
+            ridge: relative, see :func:`lowrank.numerics.factors.factorize`.
 
         Raises:
             RankError: rank out of range, or no rank is within ``max_error``.

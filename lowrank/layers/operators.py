@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lowrank.convolutions import ConvGeometry
 from lowrank.kernels import IntegerConv
 from lowrank.layers.conv_integer import input_gradient
 from lowrank.layers.integer import IntegerLinear
 from lowrank.layers.quantized import QuantizedLinear
 from lowrank.layers.quantized_embedding import QuantizedLowRankEmbedding
 from lowrank.layers.quantized_lowrank import QuantizedLowRankLayer
+from lowrank.numerics.convolutions import ConvGeometry
 
 __all__: list[str] = []
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lowrank.layers.base import check_activations, check_size, dtype_from_name
 from lowrank.layers.integer import IntegerLinear
 from lowrank.layers.source import linear_parts
-from lowrank.quantization import check_bits, dequantize_rows, quantize_rows, rounding_bound
+from lowrank.numerics.rounding import check_bits, dequantize_rows, quantize_rows, rounding_bound
 
 __all__ = ["QuantizedLinear"]
 
@@ -67,7 +67,7 @@ class QuantizedLinear(IntegerLinear):
     @classmethod
     def from_linear(cls, linear: nn.Module, *, bits: int = 8, activations: str = "int8") -> QuantizedLinear:
         """Round the weight of ``nn.Linear`` or transformers' ``Conv1D``; see
-        :func:`lowrank.quantization.quantize_rows`.
+        :func:`lowrank.numerics.rounding.quantize_rows`.
 
         Raises:
             RankError: bits outside 2 to 8, or an empty weight.

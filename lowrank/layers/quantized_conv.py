@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lowrank.layers.base import check_activations, dtype_from_name
 from lowrank.layers.conv_base import Sizes, conv_parts, float_conv
 from lowrank.layers.conv_integer import ConvStage, IntegerConvLayer
-from lowrank.quantization import check_bits, dequantize_rows, quantize_rows, rounding_bound
+from lowrank.numerics.rounding import check_bits, dequantize_rows, quantize_rows, rounding_bound
 
 __all__ = ["QuantizedConv1d", "QuantizedConv2d"]
 

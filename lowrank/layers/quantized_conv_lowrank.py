@@ -9,7 +9,6 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lowrank.conv_factors import check_scheme, compose, factorize_conv
 from lowrank.errors import UsageError
 from lowrank.layers.base import check_activations, dtype_from_name
 from lowrank.layers.conv import (
@@ -24,8 +23,9 @@ from lowrank.layers.conv_base import Sizes, conv_parts, float_conv, kernel_error
 from lowrank.layers.conv_integer import ConvStage, IntegerConvLayer
 from lowrank.layers.quantized_lowrank import round_factors
 from lowrank.layers.source import choose_rank
-from lowrank.quantization import check_bits
-from lowrank.statistics import InputStatistics
+from lowrank.numerics.conv_factors import check_scheme, compose, factorize_conv
+from lowrank.numerics.moments import InputStatistics
+from lowrank.numerics.rounding import check_bits
 
 __all__ = ["QuantizedLowRankConv1d", "QuantizedLowRankConv2d", "round_kernels"]
 

@@ -10,15 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank.errors import UsageError
-from lowrank.factors import Factors, check_rank, factorize_embedding
 from lowrank.kernels import wide_matmul
 from lowrank.kernels.activations import pieces_for
 from lowrank.layers.base import dtype_from_name, graph_is_made
 from lowrank.layers.embedding import CompressedEmbedding, check_fit, table_error
 from lowrank.layers.quantized_lowrank import dense_product, round_factors
 from lowrank.layers.source import choose_rank, require_embedding
-from lowrank.quantization import check_bits, dequantize_rows, quantize_rows, rounding_bound
-from lowrank.statistics import TokenCounts
+from lowrank.numerics.factors import Factors, check_rank, factorize_embedding
+from lowrank.numerics.moments import TokenCounts
+from lowrank.numerics.rounding import check_bits, dequantize_rows, quantize_rows, rounding_bound
 
 __all__ = ["QuantizedEmbedding", "QuantizedLowRankEmbedding"]
 

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.errors import NumericsError
-from lowrank.factors import check_rank, factorize
 from lowrank.layers.base import check_activations, check_size, dtype_from_name
 from lowrank.layers.integer import IntegerLinear
 from lowrank.layers.linear import SVDCompressedLinear
 from lowrank.layers.source import choose_rank, error_in, linear_parts
-from lowrank.quantization import SMALLEST_SCALE, check_bits, largest_code, require_finite
-from lowrank.statistics import InputStatistics
+from lowrank.numerics.factors import check_rank, factorize
+from lowrank.numerics.moments import InputStatistics
+from lowrank.numerics.rounding import SMALLEST_SCALE, check_bits, largest_code, require_finite
 
 __all__ = ["QuantizedLowRankLayer", "RoundedFactors", "dense_product", "round_factors"]
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lowrank.errors import UsageError
 from lowrank.layers.base import CompressedLayer, dtype_from_name
-from lowrank.quantization import check_bits, dequantize_rows, quantize_rows, require_finite
+from lowrank.numerics.rounding import check_bits, dequantize_rows, quantize_rows, require_finite
 
 __all__ = ["QuantizedRecurrent"]
 

@@ -8,11 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lowrank.conv_factors import ConvCurve
 from lowrank.errors import RankError, UsageError
-from lowrank.factors import RankCurve, check_rank
-from lowrank.quantization import require_finite
-from lowrank.statistics import InputStatistics, activation_error
+from lowrank.numerics.conv_factors import ConvCurve
+from lowrank.numerics.factors import RankCurve, check_rank
+from lowrank.numerics.moments import InputStatistics, activation_error
+from lowrank.numerics.rounding import require_finite
 
 __all__ = ["LinearParts", "carry_over", "choose_rank", "error_in", "linear_parts", "require_embedding"]
 

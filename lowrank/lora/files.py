@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.errors import AdapterError, CheckpointError, RankError, UsageError
-from lowrank.files import (
+from lowrank.io import (
     atomic_directory,
     check_destination,
     printable,
@@ -24,6 +24,7 @@ from lowrank.files import (
     write_safetensors,
     write_text,
 )
+from lowrank.io.version import __version__
 from lowrank.layers.source import is_conv1d
 from lowrank.lora.bases import require_rank
 from lowrank.lora.config import LoRAConfig
@@ -43,8 +44,7 @@ from lowrank.lora.model import (
     saved_modules,
 )
 from lowrank.lora.target import ALL_LINEAR, find_targets
-from lowrank.modules import unwrapped
-from lowrank.version import __version__
+from lowrank.targets.survey import unwrapped
 
 __all__ = ["CONFIG_NAME", "TENSORS_NAME", "adapter_tensors", "load_adapter", "reread_adapter", "save_adapter"]
 

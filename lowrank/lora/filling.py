@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.errors import CheckpointError
-from lowrank.files import printable
+from lowrank.io import printable
 from lowrank.layers import CompressedLayer
 from lowrank.lora.layer import LoRALayer, Magnitude
 from lowrank.lora.layers import LoRAEmbedding

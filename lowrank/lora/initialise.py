@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.errors import AdapterError, UsageError
-from lowrank.factors import Factors, RankCurve, factorize, factorize_embedding
 from lowrank.layers import CompressedLayer
 from lowrank.layers.linear import balanced
 from lowrank.layers.source import is_conv1d
-from lowrank.linalg import safe_svd
 from lowrank.lora.bases import base_bias, base_weight, exact_weight, family
 from lowrank.lora.layer import LoRALayer
-from lowrank.statistics import InputStatistics, TokenCounts
+from lowrank.numerics.factors import Factors, RankCurve, factorize, factorize_embedding
+from lowrank.numerics.linalg import safe_svd
+from lowrank.numerics.moments import InputStatistics, TokenCounts
 
 __all__ = ["drawn_from", "start_from_residual", "start_from_singular_vectors"]
 

@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowrank.convolutions import ConvGeometry
 from lowrank.errors import AdapterError
 from lowrank.layers.conv_base import ConvLayer, float_conv
 from lowrank.lora.bases import family
 from lowrank.lora.config import LoRAConfig
 from lowrank.lora.layer import LoRALayer
+from lowrank.numerics.convolutions import ConvGeometry
 
 __all__ = ["LoRAConv1d", "LoRAConv2d", "LoRAEmbedding", "LoRALinear", "adapted"]
 

@@ -19,8 +19,8 @@ from lowrank.lora.layer import FORMS, LoRALayer
 from lowrank.lora.layers import adapted
 from lowrank.lora.saved_module import SavedModule
 from lowrank.lora.target import Place, Targets, find_targets, outer_modules
-from lowrank.modules import replace_module, unwrapped
-from lowrank.statistics import InputStatistics, TokenCounts
+from lowrank.numerics.moments import InputStatistics, TokenCounts
+from lowrank.targets.survey import replace_module, unwrapped
 
 __all__ = [
     "activate",

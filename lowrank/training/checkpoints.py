@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.errors import CheckpointError, UsageError
-from lowrank.files import (
+from lowrank.io import (
     atomic_directory,
     check_destination,
     open_tensors,
@@ -23,8 +23,8 @@ from lowrank.files import (
     write_safetensors,
     write_text,
 )
+from lowrank.io.version import __version__
 from lowrank.lora.files import TENSORS_NAME as ADAPTER_NAME
-from lowrank.version import __version__
 
 __all__ = ["HISTORY_NAME", "RunDirectory", "model_fingerprint"]
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowrank.batches import Batch
+from lowrank.calibration.batches import Batch
 from lowrank.errors import CalibrationError
 
 __all__ = [

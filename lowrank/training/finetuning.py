@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 from lowrank import lora
 from lowrank.errors import CalibrationError, UsageError
-from lowrank.files import lock_destination
 from lowrank.integrations.accelerate import Processes, processes
+from lowrank.io import lock_destination
 from lowrank.lora.files import reread_adapter
 from lowrank.lora.model import lora_layers, saved_modules
 from lowrank.training.blocks import checkpointed

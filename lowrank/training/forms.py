@@ -20,8 +20,8 @@ from lowrank.layers import (
 )
 from lowrank.layers.quantized_lowrank import round_factors
 from lowrank.lora import LoRALayer
-from lowrank.modules import replace_module
-from lowrank.quantization import largest_code, quantize_rows
+from lowrank.numerics.rounding import largest_code, quantize_rows
+from lowrank.targets.survey import replace_module
 
 __all__ = ["RoundedForm", "TrainableForm"]
 

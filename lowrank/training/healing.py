@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lowrank.batches import Batch, evaluating, prepare_batches, sample_count
+from lowrank.calibration.batches import Batch, evaluating, prepare_batches, sample_count
+from lowrank.calibration.evaluation import Evaluator
 from lowrank.errors import CalibrationError, NumericsError
-from lowrank.evaluation import Evaluator
 from lowrank.training.data import derived_seed
 from lowrank.training.distillation import Distillation, is_logits
 from lowrank.training.forms import TrainableForm

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from lowrank.errors import CheckpointError
-from lowrank.files import parse_json
 from lowrank.integrations.matplotlib import draw_history
+from lowrank.io import parse_json
 
 __all__ = ["Row", "TrainingResult"]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lowrank.batches import Batch
+from lowrank.calibration.batches import Batch
 
 __all__ = ["SamplePool"]
 
@@ -48,7 +48,7 @@ class SamplePool:
         """Take batches apart into samples.
 
         Args:
-            batches: from :func:`lowrank.batches.prepare_batches`.
+            batches: from :func:`lowrank.calibration.batches.prepare_batches`.
             vocabulary: number of token ids the model knows, to vary token samples; 0 where that is not known.
             vary: let every epoch have samples of its own.
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowrank.batches import evaluating
+from lowrank.calibration.batches import evaluating
 from lowrank.errors import NumericsError
 from lowrank.integrations.accelerate import Processes
 from lowrank.training.data import Example, derived_seed

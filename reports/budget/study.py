@@ -27,8 +27,8 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 import lowrank
-from lowrank.batches import prepare_batches
-from lowrank.evaluation import Evaluator
+from lowrank.calibration.batches import prepare_batches
+from lowrank.calibration.evaluation import Evaluator
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))

@@ -33,12 +33,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lowrank
-from lowrank.batches import prepare_batches
-from lowrank.calibration import collect_statistics
-from lowrank.conv_factors import ConvFactors
+from lowrank.calibration.batches import prepare_batches
+from lowrank.calibration.gradients import LossAwareCurve, output_gradients, ranks_for_budget
+from lowrank.calibration.inputs import collect_statistics
 from lowrank.layers import QuantizedLinear, QuantizedLowRankLayer, SVDCompressedConv2d, SVDCompressedLinear
-from lowrank.modules import replace_module
-from lowrank.sensitivity import LossAwareCurve, output_gradients, ranks_for_budget
+from lowrank.numerics.conv_factors import ConvFactors
+from lowrank.targets.survey import replace_module
 
 HERE = Path(__file__).resolve().parent
 SHARED = HERE.parents[2] / "shared"

@@ -30,8 +30,8 @@ import torch
 from tabulate import tabulate
 
 import lowrank
-from lowrank.batches import prepare_batches
-from lowrank.evaluation import Evaluator
+from lowrank.calibration.batches import prepare_batches
+from lowrank.calibration.evaluation import Evaluator
 
 HERE = Path(__file__).resolve().parent
 # Model, budget, and what heal is given beside its defaults.

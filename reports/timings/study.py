@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from lowrank import kernels
-from lowrank.stopwatch import host_facts
-from lowrank.timings import SHIPPED, Point, TimingTable, cross_validate, fit_table
-from lowrank.tuning import measure_conv_points, measure_points
+from lowrank.analysis.stopwatch import host_facts
+from lowrank.analysis.tuning import measure_conv_points, measure_points
+from lowrank.compression.timings import SHIPPED, Point, TimingTable, cross_validate, fit_table
 
 HERE = Path(__file__).resolve().parent
 KINDS = ("dense/-", "lowrank/-", "int8/int8", "int8/float", "lowrank-int8/int8", "lowrank-int8/float")

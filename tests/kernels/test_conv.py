@@ -12,9 +12,9 @@ from helpers import seeded
 from torch import Tensor
 
 from lowrank import kernels
-from lowrank.convolutions import ConvGeometry, pad_input
 from lowrank.errors import UsageError
 from lowrank.kernels import IntegerConv, conv, native, quantize_tokens
+from lowrank.numerics.convolutions import ConvGeometry, pad_input
 
 # With each set of instructions there is; see conftest.py.
 needs_library = pytest.mark.usefixtures("native_level")

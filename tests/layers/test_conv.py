@@ -14,8 +14,6 @@ from helpers import eps, seeded
 from torch import Tensor, nn
 
 from lowrank import kernels
-from lowrank.conv_factors import compose, factorize_conv
-from lowrank.convolutions import ConvGeometry, pad_input, patches
 from lowrank.errors import CheckpointError, NumericsError, RankError, UsageError
 from lowrank.kernels import integer, quantize_tokens
 from lowrank.layers import (
@@ -29,7 +27,9 @@ from lowrank.layers import (
     SVDCompressedConv2d,
     check_scales,
 )
-from lowrank.statistics import InputStatistics
+from lowrank.numerics.conv_factors import compose, factorize_conv
+from lowrank.numerics.convolutions import ConvGeometry, pad_input, patches
+from lowrank.numerics.moments import InputStatistics
 
 CASES = geometries()
 # torch's own remark on "same" with even kernels.

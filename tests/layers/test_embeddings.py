@@ -19,7 +19,7 @@ from lowrank.layers import (
     QuantizedLowRankEmbedding,
     check_scales,
 )
-from lowrank.statistics import TokenCounts
+from lowrank.numerics.moments import TokenCounts
 
 IDS = torch.tensor([[0, 3, 3], [29, 1, 2]])
 

@@ -15,7 +15,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowrank import kernels
 from lowrank.errors import CheckpointError, NumericsError, RankError, UsageError
-from lowrank.factors import factorize
 from lowrank.kernels import integer
 from lowrank.layers import (
     LAYER_KINDS,
@@ -25,7 +24,8 @@ from lowrank.layers import (
     SVDCompressedLinear,
     check_scales,
 )
-from lowrank.statistics import InputStatistics
+from lowrank.numerics.factors import factorize
+from lowrank.numerics.moments import InputStatistics
 
 SHAPES = {"tall": (40, 12), "wide": (12, 40), "square": (24, 24)}
 

@@ -12,7 +12,7 @@ from lora_bases import close, randomise
 from torch import Tensor, nn
 
 import lowrank
-from lowrank.files import read_safetensors_header, read_tensor, write_safetensors
+from lowrank.io import read_safetensors_header, read_tensor, write_safetensors
 from lowrank.lora.model import adapter_names, lora_layers
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import lowrank
 from lowrank.lora.bases import exact_weight
 from lowrank.lora.model import lora_layers
-from lowrank.statistics import InputStatistics, TokenCounts
+from lowrank.numerics.moments import InputStatistics, TokenCounts
 
 
 def dense(out: int = 10, width: int = 12, bias: bool = True, dtype: torch.dtype = torch.float64) -> nn.Sequential:

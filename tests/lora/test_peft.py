@@ -129,7 +129,7 @@ def test_keys_shapes_and_fields_are_those_of_peft(tmp_path: Path) -> None:
     lowrank.save_adapter(ours, tmp_path / "ours")
     theirs.save_pretrained(tmp_path / "theirs")
     headers = [
-        lowrank.files.read_safetensors_header(tmp_path / who / "adapter_model.safetensors")
+        lowrank.io.read_safetensors_header(tmp_path / who / "adapter_model.safetensors")
         for who in ("ours", "theirs")
     ]
     shapes = [{name: entry.shape for name, entry in header.tensors.items()} for header in headers]
@@ -209,7 +209,7 @@ def test_gpt2_with_its_embedding(option: dict[str, Any], tmp_path: Path) -> None
     )
     fill(theirs.parameters())
     theirs.save_pretrained(tmp_path / "theirs", save_embedding_layers=True)  # the tables themselves as well
-    header = lowrank.files.read_safetensors_header(tmp_path / "theirs" / "adapter_model.safetensors")
+    header = lowrank.io.read_safetensors_header(tmp_path / "theirs" / "adapter_model.safetensors")
     assert any(name.endswith("wte.base_layer.weight") for name in header.tensors)
     ours = lowrank.load_adapter(base, tmp_path / "theirs")
     close(ours(ids).logits, theirs.eval()(ids).logits, torch.float32)

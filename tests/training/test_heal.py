@@ -10,9 +10,9 @@ from helpers import seeded
 from residual_model import Block, Net, inputs
 from torch import nn
 
-from lowrank.batches import Batch
+from lowrank.calibration.batches import Batch
+from lowrank.calibration.evaluation import Evaluator
 from lowrank.errors import CalibrationError, UsageError
-from lowrank.evaluation import Evaluator
 from lowrank.layers import (
     QuantizedConv1d,
     QuantizedConv2d,

@@ -1,0 +1,160 @@
+"""Where an analysis gets its tensors: from a module, or from safetensors files without reading them yet."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lowrank.io import open_tensors
+from lowrank.targets.survey import MAX_ELEMENTS, is_conv1d
+
+__all__ = [
+    "ITEM_BYTES",
+    "Item",
+    "Layer",
+    "count_of",
+    "layers_of_files",
+    "layers_of_module",
+    "names_of",
+    "not_floating",
+    "prefix_ends",
+    "refusal_of",
+    "short_dtype",
+]
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+ITEM_BYTES = {str(dtype).removeprefix("torch."): dtype.itemsize for dtype in FLOATS}
+
+
+@dataclass(frozen=True)
+class Item:
+    """One tensor, not yet read."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    nbytes: int
+    refusal: str | None
+    read: Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The tensors that go by one name."""
+
+    name: str
+    kind: str | None
+    items: tuple[Item, ...]
+    module: nn.Module | None = None
+
+
+def layers_of_module(model: nn.Module) -> list[Layer]:
+    """Every module that holds tensors, in the model's order; a tensor seen before is refused as tied."""
+    layers: list[Layer] = []
+    seen: dict[object, str] = {}
+    for name, module in model.named_modules():
+        tensors: dict[str, Tensor] = {key: value for key, value in module._parameters.items() if value is not None}
+        for key, value in module._buffers.items():
+            if value is not None and key not in module._non_persistent_buffers_set:
+                tensors[key] = value
+        items = [_module_item(name, key, tensor, module, seen) for key, tensor in tensors.items()]
+        if items:
+            layers.append(Layer(name, type(module).__name__, tuple(items), module))
+    return layers
+
+
+def _module_item(name: str, key: str, tensor: Tensor, module: nn.Module, seen: dict[object, str]) -> Item:
+    full = f"{name}.{key}" if name else key
+    if isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer)):
+        return Item(
+            key, (), str(tensor.dtype), 0, "lazy, not yet initialised: run the model once first", lambda: tensor
+        )
+    refusal = None
+    if type(tensor.data) is not Tensor or tensor.layout != torch.strided or tensor.is_quantized:
+        refusal = f"a {type(tensor.data).__name__}, not a plain dense tensor"
+    elif tensor.is_meta:
+        refusal = "on the meta device: it holds no numbers"
+    nbytes = tensor.numel() * tensor.element_size()
+    identity: object = id(tensor)
+    if refusal is None and tensor.numel():
+        # Two parameters over the same memory are tied as much as one parameter in two places.
+        identity = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, str(tensor.device))
+    if identity in seen:
+        return Item(key, tuple(tensor.shape), str(tensor.dtype), 0, f"tied with {seen[identity]}", lambda: tensor)
+    seen[identity] = name or full
+    turned = key == "weight" and is_conv1d(module)
+    shape = tuple(reversed(tensor.shape)) if turned else tuple(tensor.shape)
+    return Item(
+        key, shape, str(tensor.dtype), nbytes, refusal, lambda: tensor.detach().T if turned else tensor.detach()
+    )
+
+
+def layers_of_files(path: str | os.PathLike[str]) -> list[Layer]:
+    """The tensors of safetensors files, grouped by module name, in the order in which a reader counts."""
+    source = open_tensors(path)
+    groups: dict[str, list[Item]] = {}
+    # File order is by dtype and size or by hash; a reader expects layer 10 after layer 9.
+    for name, entry in sorted(source.entries.items(), key=lambda item: _natural(item[0])):
+        prefix, _, key = name.rpartition(".")
+        dtype = str(entry.torch_dtype) if entry.torch_dtype is not None else entry.dtype
+        item = Item(key, entry.shape, dtype, entry.nbytes, None, lambda name=name: source.read(name))  # type: ignore[misc]
+        groups.setdefault(prefix, []).append(item)
+    return [Layer(name, None, tuple(items)) for name, items in groups.items()]
+
+
+def _natural(name: str) -> list[tuple[int, int, str]]:
+    # Digits beyond 18 would make comparing a hostile name slow.
+    return [
+        (1, int(part), "") if part.isdecimal() and len(part) < 19 else (2, 0, part) for part in re.split(r"(\d+)", name)
+    ]
+
+
+def names_of(model: nn.Module) -> dict[int, list[str]]:
+    """Every name of every module, the one it is reported by first."""
+    names: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(id(module), []).append(name)
+    return names
+
+
+def prefix_ends(name: str) -> Iterator[int]:
+    """Where the names of a layer and of the containers around it end."""
+    for match in re.finditer(r"\.", name):
+        yield match.start()
+    yield len(name)
+
+
+def refusal_of(item: Item) -> str | None:
+    """Why a tensor has no spectrum: None where it has one, "" for a vector, which needs no word beside a matrix."""
+    if item.refusal is not None:
+        return item.refusal
+    if math.prod(item.shape) == 0:
+        return "empty"
+    if len(item.shape) < 2:
+        return ""
+    if short_dtype(item.dtype) not in ITEM_BYTES:
+        return not_floating(item)
+    if math.prod(item.shape) > MAX_ELEMENTS:
+        return f"{math.prod(item.shape):,} elements, over the limit of 2^31"
+    return None
+
+
+def not_floating(item: Item) -> str:
+    """The reason why a tensor of this dtype has no spectrum."""
+    return f"{short_dtype(item.dtype)} is not a floating dtype that can be factored"
+
+
+def count_of(item: Item) -> int:
+    """Elements that a tensor adds to the model: none where it is tied."""
+    return 0 if item.refusal is not None and item.refusal.startswith("tied") else math.prod(item.shape)
+
+
+def short_dtype(dtype: str) -> str:
+    """``"float32"`` for ``"torch.float32"``."""
+    return dtype.removeprefix("torch.")

@@ -1,0 +1,125 @@
+"""``lowrank frontier``: size against error, measured for several budgets in one run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lowrank.analysis.frontier import POINTS, STATE_NAME, measure_frontier
+from lowrank.cli import data as cli_data
+from lowrank.cli.models import model_batches, open_model
+from lowrank.cli.options import Fraction, choice_options, common_options, data_options
+from lowrank.cli.shell import check_file, emit, note, write_file
+from lowrank.compression.options import METRIC_NAMES
+from lowrank.errors import UsageError
+from lowrank.io import check_destination, printable
+
+__all__ = ["frontier_command"]
+
+_ANY_PATH = click.Path(path_type=Path)
+_STANDARD_OUTPUT = Path("-")
+
+
+@click.command("frontier", short_help="Size against error: what several budgets give, each measured.")
+@click.argument("source", type=_ANY_PATH)
+@click.option("--calibration", type=_ANY_PATH, help="A .txt, .npz or .safetensors file of typical inputs.")
+@click.option(
+    "--validation", type=_ANY_PATH, help="Inputs to measure on; else a quarter of the calibration is kept for it."
+)
+@click.option(
+    "-o", "--output", type=_ANY_PATH, help="Directory for the points and their plans; a run that was stopped goes on."
+)
+@click.option(
+    "--points", type=click.IntRange(min=2), help=f"Budgets to spread over the usual range; {POINTS} by default."
+)
+@click.option("--budgets", help="Errors to aim at instead, as in 2%,5%,10%.")
+@click.option(
+    "--metric",
+    type=click.Choice(METRIC_NAMES),
+    default="auto",
+    help="auto: output error with --calibration, else weight error.",
+)
+@choice_options
+@click.option("--overwrite", is_flag=True, help="Start anew in OUTPUT, whatever is there.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the sample split.")
+@click.option("--json", "json_file", type=_ANY_PATH, help="Write the points as JSON to a file, - for standard output.")
+@click.option("--html", "html_file", type=_ANY_PATH, help="Write one self-contained page.")
+@data_options
+@common_options
+def frontier_command(
+    source: Path,
+    calibration: Path | None,
+    validation: Path | None,
+    output: Path | None,
+    budgets: str | None,
+    formats: str,
+    overwrite: bool,
+    json_file: Path | None,
+    html_file: Path | None,
+    max_tokens: int,
+    batch_size: int,
+    device: str | None,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Measure size against error for SOURCE (a Hugging Face directory), with one calibration for all budgets.
+
+    The error of each point is measured on samples that no plan was made from. A budget says where to look; the promise for
+    one budget comes from lowrank compress. Each point's plan in OUTPUT can be given to lowrank compress --plan.
+
+    \b
+    Example: lowrank frontier my-model --calibration texts.txt -o frontier
+    """
+    for path in (json_file, html_file):
+        if path is not None and path != _STANDARD_OUTPUT:
+            check_file(path)
+    if options["metric"] not in ("auto", "weight") and calibration is None:
+        raise UsageError(
+            f"--metric {options['metric']}: needs --calibration; without data only weight errors are known"
+        )
+    if validation is not None and calibration is None:
+        raise UsageError("--validation: needs --calibration too; plans must not see the data that they are measured on")
+    if budgets is not None and options["points"] is not None:
+        raise UsageError("--budgets or --points: give one of them; --points spreads budgets of its own")
+    wanted = None if budgets is None else _numbers(budgets)
+    if output is not None:
+        inputs = [path for path in (source, calibration, validation) if path is not None]
+        check_destination(output, overwrite or (output / STATE_NAME).is_file(), inputs)
+    data = None if calibration is None else cli_data.read_data(calibration)
+    checks = None if validation is None else cli_data.read_data(validation)
+    model = open_model(source, device, quiet, compressed=False)
+    report = measure_frontier(
+        model,
+        calibration=model_batches(data, calibration, model, source, max_tokens, batch_size),
+        validation=model_batches(checks, validation, model, source, max_tokens, batch_size),
+        budgets=wanted,
+        directory=output,
+        overwrite=overwrite,
+        source=printable(source.resolve().name),
+        formats=[name.strip() for name in formats.split(",") if name.strip()],
+        progress=not quiet,
+        **options,
+    )
+    if html_file is not None:
+        write_file(html_file, report.to_html().encode())
+    if json_file is not None and json_file != _STANDARD_OUTPUT:
+        write_file(json_file, report.to_json().encode())
+    if output is not None and not quiet:
+        note(f"written to {printable(output)}")
+    emit(report.to_json() if json_file == _STANDARD_OUTPUT else report.to_text())
+
+
+def _numbers(text: str) -> list[float]:
+    """Budgets from a list with commas.
+
+    Example:
+        >>> _numbers("2%, 0.05")
+        [0.02, 0.05]
+    """
+    read = Fraction()
+    try:
+        return [read.convert(part, None, None) for part in text.split(",") if part.strip()]
+    except click.BadParameter as error:
+        raise UsageError(f"--budgets: {error.format_message()}") from error

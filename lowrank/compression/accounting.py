@@ -1,0 +1,212 @@
+"""What the finished model holds, module by module, against what the original held: the rows of the report."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Container, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowrank import kernels
+from lowrank.compression.options import Options
+from lowrank.compression.plan import Plan
+from lowrank.compression.report import CompressionReport, LayerRow, sum_rows
+from lowrank.compression.trial import Finalist, Outcome
+from lowrank.compression.workshop import Workshop
+from lowrank.io.version import __version__
+from lowrank.layers import CompressedLayer
+from lowrank.numerics.linalg import fallback_counts
+from lowrank.reporting.points import FrontierPoint
+from lowrank.targets.survey import Survey
+
+__all__ = ["compression_report", "frontier_point", "layer_rows"]
+
+
+def layer_rows(survey: Survey, compressed: nn.Module, workshops: Mapping[str, Workshop]) -> list[LayerRow]:
+    """One row for every module that holds weights, sizes counted from the tensors of the two models.
+
+    A tied tensor counts in the row of its first owner and not in the others.
+
+    Args:
+        survey: of the original model, whose modules still hold its weights.
+        compressed: the finished model, with the same module names.
+        workshops: by target name, for the errors.
+    """
+    reasons = {item.member.name: item.reason for item in survey.skipped}
+    shops = {member.name: shop for shop in workshops.values() for member in shop.target.members}
+    before_seen: set[int] = set()
+    after_seen: set[int] = set()
+    named = {name for member in survey.members for name in member.names}
+    rows = []
+    for member in survey.members:
+        module = compressed.get_submodule(member.name) if member.name else compressed
+        before, weights = _own(member.module, before_seen)
+        after = sum(_own(part, after_seen)[0] for part in _parts(module, member.name, named))
+        shop = shops.get(member.name)
+        row = LayerRow(
+            name=member.name,
+            kind=type(member.module).__name__,
+            shape=tuple(_main_tensor(member.module).shape),
+            bytes_before=before,
+            bytes_after=after,
+            weights=weights,
+            bits_per_weight=8 * after / weights if weights else None,
+            reason=reasons.get(member.name, "not a target"),
+        )
+        if isinstance(module, CompressedLayer) and module is not member.module:
+            row = replace(
+                row,
+                format=module.format,
+                rank=module.rank,
+                bits=module.bits,
+                activations=getattr(module, "activations", None) if module.bits is not None else None,
+                scheme=getattr(module, "scheme", None),
+                reason=f"taken with {member.name.rpartition('.')[0]}",
+            )
+        if isinstance(module, CompressedLayer) and shop is not None:
+            weight_error, activation_error = shop.errors_of(module)
+            first = shop.target.members[0].name
+            row = replace(
+                row,
+                weight_error=weight_error,
+                activation_error=activation_error if shop.reached else None,
+                reason=None if member.name == first else f"tied with {first}",
+            )
+        elif shop is not None and member.name not in reasons:
+            row = replace(row, weight_error=0.0, activation_error=0.0, reason="dense is the plan's choice")
+        rows.append(row)
+    return rows
+
+
+def _parts(module: nn.Module, name: str, named: Container[str]) -> Iterator[nn.Module]:
+    """The module, and those that it has brought along: the projections of attention have no row of their own."""
+    yield module
+    if isinstance(module, CompressedLayer):
+        for inner_name, inner in module.named_modules(prefix=name):
+            if inner is not module and inner_name not in named:
+                yield inner
+
+
+def _stored(module: nn.Module) -> Iterator[Tensor]:
+    """The tensors that a module itself contributes to the state dict."""
+    for parameter in module._parameters.values():
+        if parameter is not None and not torch.nn.parameter.is_lazy(parameter):
+            yield parameter
+    for name, buffer in module._buffers.items():
+        if buffer is not None and name not in module._non_persistent_buffers_set:
+            yield buffer
+
+
+def _own(module: nn.Module, seen: set[int]) -> tuple[int, int]:
+    """(bytes, elements) of the tensors not counted before."""
+    size = count = 0
+    for tensor in _stored(module):
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            size += tensor.nbytes
+            count += tensor.numel()
+    return size, count
+
+
+def _main_tensor(module: nn.Module) -> Tensor:
+    """The weight, or the largest tensor where none has that name."""
+    weight = module._parameters.get("weight")
+    return weight if weight is not None else max(_stored(module), key=Tensor.numel, default=torch.empty(0))
+
+
+def compression_report(
+    rows: list[LayerRow], outcome: Outcome, options: Options, notes: Sequence[str]
+) -> CompressionReport:
+    """Rows, totals that they sum to, and what the reader should know."""
+    chosen = outcome.chosen
+    verified = chosen.verified or chosen.searched
+    totals = sum_rows(rows) | {
+        "metric": options.metric
+        if isinstance(options.metric, str)
+        else getattr(options.metric, "__name__", "callable"),
+        "error_predicted": options.value(chosen.plan.error),
+        "error_measured": verified.value,
+        "error_upper": verified.upper if math.isfinite(verified.upper) else None,
+        "error_budget": options.error_budget,
+        "size_budget": options.size_budget,
+        "seed": options.seed,
+        "versions": {"lowrank": __version__, "torch": str(torch.__version__)},
+        "finalists": [_finalist(item, rows, chosen) for item in outcome.finalists],
+    }
+    told = list(notes)
+    if chosen.healed is not None:
+        healed = chosen.healed.report
+        totals["heal"] = {key: value for key, value in healed.to_dict().items() if key != "losses"}
+        told.append(
+            f"healed: {healed.steps} steps on {healed.samples:,} samples took the {healed.metric} error on the search part from "
+            f"{healed.error_before:.4g} to {healed.error_after:.4g}"
+        )
+    counts = fallback_counts()
+    if counts:
+        told.append(
+            "decompositions that needed a fallback: " + ", ".join(f"{name} ({count})" for name, count in counts.items())
+        )
+    routes = kernels.routes_in_use()
+    if routes:
+        told.append("integer products by " + ", ".join(sorted(routes)))
+    report = CompressionReport(_with_shares(rows, chosen.plan), totals, notes=told)
+    report.frontier = _frontier(rows, outcome, options)
+    report.check_totals()
+    return report
+
+
+def _with_shares(rows: Sequence[LayerRow], plan: Plan) -> list[LayerRow]:
+    """The rows with each layer's part of the error that the plan predicts."""
+    if not 0.0 < plan.error < math.inf:
+        return list(rows)
+    shares = {entry.name: entry.error / plan.error for entry in plan.entries}
+    return [replace(row, error_share=shares.get(row.name)) for row in rows]
+
+
+def frontier_point(
+    plan: Plan, rest: int, before: int, error: float, measured: bool, budget: float | None, label: str
+) -> FrontierPoint:
+    """What a plan makes of the whole model.
+
+    Args:
+        rest: bytes of everything that is no target.
+        before: bytes of the original model.
+    """
+    formats = tuple(sorted(Counter(entry.format for entry in plan.entries).items()))
+    return FrontierPoint((rest + plan.bytes) / before, error, measured, budget, None, label, formats)
+
+
+def _frontier(rows: Sequence[LayerRow], outcome: Outcome, options: Options) -> list[FrontierPoint]:
+    """Errors on the search part of everything that was measured, and predictions for other budgets."""
+    rest = sum(row.bytes_after for row in rows) - outcome.chosen.plan.bytes
+    before = sum(row.bytes_before for row in rows)
+    if not before:
+        return []
+    points = []
+    for item in outcome.finalists:
+        if math.isfinite(item.searched.value):
+            budget = options.error_budget if item is outcome.chosen else None
+            points.append(frontier_point(item.plan, rest, before, item.searched.value, True, budget, item.label))
+    for budget, plan in outcome.predicted:
+        error = options.value(plan.error * outcome.calibration)
+        points.append(frontier_point(plan, rest, before, error, False, budget, f"budget {budget:.3g}"))
+    return sorted(points, key=lambda item: (item.size_ratio, item.error))
+
+
+def _finalist(item: Finalist, rows: Sequence[LayerRow], chosen: Finalist) -> dict[str, Any]:
+    """One line of what else was tried: sizes of the whole model, errors on the search and verification parts."""
+    whole = sum(row.bytes_after for row in rows)
+    before = sum(row.bytes_before for row in rows)
+    return {
+        "label": item.label,
+        "size_ratio": (whole - chosen.plan.bytes + item.plan.bytes) / before,
+        "error_search": item.searched.value,
+        "error_measured": item.verified.value if item.verified is not None else None,
+        "error_upper": item.verified.upper
+        if item.verified is not None and math.isfinite(item.verified.upper)
+        else None,
+    }

@@ -1,0 +1,201 @@
+"""The arguments of ``compress_model``, checked before any work."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from lowrank.compression.workshop import FORMATS
+from lowrank.errors import UsageError
+from lowrank.training.options import HealOptions
+
+__all__ = ["LATER_FORMATS", "Metric", "Options", "check_budgets"]
+
+Metric = str | Callable[[nn.Module], float]
+LATER_FORMATS = ("int4", "int4+lowrank", "lowrank-int4")
+METRIC_NAMES = ("auto", "weight", "output", "kl", "perplexity")
+# Metrics whose value is a share of something: a budget above 1 would allow everything.
+RELATIVE_METRICS = ("auto", "weight", "output")
+
+
+def check_budgets(error_budget: float | None, size_budget: float | None, metric: Metric = "auto") -> None:
+    """Refuse budgets that mean nothing.
+
+    Raises:
+        UsageError: none given, not a positive number, or over 1 where that is no budget.
+
+    Example:
+        >>> check_budgets(0.05, None)
+    """
+    if error_budget is None and size_budget is None:
+        raise UsageError("error_budget or size_budget: give one, or both; error_budget=0.05 allows an error of 5 %")
+    for name, value in (("error_budget", error_budget), ("size_budget", size_budget)):
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0.0:
+            raise UsageError(f"{name}: must be a positive number, got {value!r}")
+    if error_budget is not None and error_budget > 1.0 and isinstance(metric, str) and metric in RELATIVE_METRICS:
+        raise UsageError(
+            f"error_budget: must be at most 1 for a relative error, got {error_budget!r}; 5 % is written 0.05"
+        )
+    if size_budget is not None and size_budget > 1.0:
+        raise UsageError(
+            f"size_budget: must be at most 1 (stored bytes after / before), got {size_budget!r}; 30 % is written 0.3"
+        )
+
+
+@dataclass(frozen=True)
+class Options:
+    """Everything but the model and the data; see :func:`lowrank.compress_model`.
+
+    Attributes:
+        directions: of the gradients that factors are fitted to (:func:`lowrank.calibration.gradients.output_gradients`), ``None`` for none;
+            :meth:`checked` finds them by ``loss_aware`` and the metric.
+    """
+
+    error_budget: float | None = None
+    size_budget: float | None = None
+    metric: Metric = "auto"
+    higher_is_better: bool = False
+    formats: Sequence[str] | str = FORMATS
+    targets: Sequence[str] = ("linear", "conv", "embedding")
+    ignore: Sequence[str] = ()
+    overrides: Mapping[str, Any] | None = None
+    objective: str = "size"
+    loss_aware: bool | str = "auto"
+    heal: bool | Mapping[str, Any] = False
+    strict: bool = False
+    activations: str = "auto"
+    output_fn: Callable[[Any], Tensor] | None = None
+    seed: int = 0
+    progress: bool = True
+    on_nonfinite: str = "raise"
+    fold_batchnorm: bool = False
+    directions: str | None = None
+
+    def checked(self, *, calibrated: bool, planned: bool = False) -> Options:
+        """The same with "auto" and "all" resolved.
+
+        Args:
+            calibrated: whether calibration data was given.
+            planned: a plan is given, so that no budget is needed.
+
+        Raises:
+            UsageError: an argument outside its range.
+            NotImplementedError: a format that a later version brings.
+
+        Example:
+            >>> Options(error_budget=0.1).checked(calibrated=True).metric
+            'output'
+        """
+        if not planned or self.error_budget is not None or self.size_budget is not None:
+            check_budgets(self.error_budget, self.size_budget, self.metric)
+        if isinstance(self.metric, str):
+            if self.metric not in METRIC_NAMES:
+                raise UsageError(
+                    f"metric: must be one of {', '.join(METRIC_NAMES)} or a callable(model) -> float, got {self.metric!r}"
+                )
+        elif not callable(self.metric):
+            raise UsageError(f"metric: must be a name or a callable(model) -> float, got {self.metric!r}")
+        metric = self.metric
+        if metric == "auto":
+            metric = "output" if calibrated else "weight"
+        if isinstance(metric, str) and metric != "weight" and not calibrated:
+            raise UsageError(
+                f"metric {metric!r}: needs calibration batches; without any only metric='weight' can be promised"
+            )
+        self._check_choices()
+        if self.objective == "latency" and not planned and not (calibrated and self.error_budget is not None):
+            missing = "calibration batches, whose token counts it plans for" if not calibrated else "an error_budget"
+            raise UsageError(f'objective="latency": needs {missing}')
+        for name, value, allowed in (
+            ("activations", self.activations, ("auto", "int8", "float")),
+            ("on_nonfinite", self.on_nonfinite, ("raise", "copy")),
+        ):
+            if value not in allowed:
+                raise UsageError(f"{name}: must be one of {', '.join(allowed)}, got {value!r}")
+        if not isinstance(self.fold_batchnorm, bool):
+            raise UsageError(f"fold_batchnorm: must be True or False, got {self.fold_batchnorm!r}")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
+            raise UsageError(f"seed: must be an integer from 0, got {self.seed!r}")
+        resolved = {"metric": metric, "formats": self._formats(), "directions": self._directions(metric)}
+        return Options(**{**vars(self), **resolved})
+
+    @property
+    def output_fn_name(self) -> str | None:
+        """What ``output_fn`` is called, for files; ``None`` where there is none."""
+        function = self.output_fn
+        return None if function is None else str(getattr(function, "__qualname__", type(function).__qualname__))
+
+    def contribution(self, value: float | None) -> float:
+        """A value of the metric in the unit in which layers' contributions add up: squares, but for KL and perplexity; inf for None.
+
+        Example:
+            >>> Options(metric="output").contribution(0.5)
+            0.25
+        """
+        if value is None:
+            return math.inf
+        if self.metric == "kl":
+            return value
+        return math.log1p(value) if self.metric == "perplexity" else value * value
+
+    def value(self, contribution: float) -> float:
+        """The inverse of :meth:`contribution`."""
+        if self.metric == "kl":
+            return contribution
+        return math.expm1(contribution) if self.metric == "perplexity" else math.sqrt(contribution)
+
+    def _formats(self) -> tuple[str, ...]:
+        if self.formats == "all":
+            return FORMATS
+        if isinstance(self.formats, str) or not self.formats:
+            raise UsageError(
+                f'formats: must be a list out of dense, {", ".join(FORMATS)}, or "all", got {self.formats!r}'
+            )
+        for name in self.formats:
+            check_format(name, "formats")
+        return tuple(name for name in FORMATS if name in self.formats)
+
+    def _check_choices(self) -> None:
+        if self.objective not in ("size", "latency"):
+            raise UsageError(f'objective: must be "size" or "latency", got {self.objective!r}')
+        if self.loss_aware not in ("auto", True, False):
+            raise UsageError(f'loss_aware: must be "auto", True or False, got {self.loss_aware!r}')
+        if not isinstance(self.heal, (bool, Mapping)):
+            raise UsageError(f"heal: must be True, False or a dict of lowrank.heal's arguments, got {self.heal!r}")
+        HealOptions.of(self.heal)
+
+    def _directions(self, metric: Metric) -> str | None:
+        """What is back-propagated for factors that cost the metric least; ``None`` where they are not wanted or not known."""
+        measured = metric != "weight"
+        for name, wanted in (("loss_aware=True", self.loss_aware is True), ("heal", bool(self.heal))):
+            if wanted and not measured:
+                raise UsageError(
+                    f"{name}: needs calibration batches and a metric that the model's outputs decide, not metric='weight'"
+                )
+        if not measured or self.loss_aware is False:
+            return None
+        return "labels" if metric in ("kl", "perplexity") else "output"
+
+
+def check_format(name: object, argument: str) -> None:
+    """Refuse a format that this version does not know.
+
+    Raises:
+        NotImplementedError: one that a later version brings.
+        UsageError: any other.
+
+    Example:
+        >>> check_format("int8", "formats")
+    """
+    if name in LATER_FORMATS:
+        raise NotImplementedError(
+            f"{argument}: format {name!r} is not in this version of lowrank; it knows dense, {', '.join(FORMATS)}"
+        )
+    if name != "dense" and name not in FORMATS:
+        raise UsageError(f"{argument}: must be out of dense, {', '.join(FORMATS)}, got {name!r}")

@@ -1,0 +1,58 @@
+"""What a layer is stored as, in one value: the format's name and its numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+__all__ = ["SPEC_FIELDS", "LayerSpec"]
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """Name a format with its numbers; what a candidate, a plan's entry, a report's row, an override and a built layer share.
+
+    Compared and hashed by value. Which fields a format takes, and their legal values, is the format's to say
+    (:mod:`lowrank.compression.formats`); here any value is held.
+
+    Attributes:
+        format: a registered format's name.
+        rank: number of rank components (of each group of a convolution), where the format has factors.
+        bits: that a code uses, where the format has codes.
+        activations: how the products are made where there are codes: ``"int8"`` (activations are rounded), ``"float"``
+            (weight-only), or ``None`` (nothing is multiplied, or the format's own default).
+        scheme: how a convolution's kernel is cut in two, where there are factors.
+        group: inputs that share a scale; ``None`` is a whole row.
+        rounding: the method that chose the codes; ``None`` is the format's own.
+
+    Example:
+        >>> spec = LayerSpec("lowrank", rank=4)
+        >>> spec.to_json(), LayerSpec.from_json(spec.to_json()) == spec
+        ({'format': 'lowrank', 'rank': 4, 'bits': None, 'activations': None}, True)
+    """
+
+    format: str
+    rank: int | None = None
+    bits: int | None = None
+    activations: str | None = None
+    scheme: str | None = None
+    group: int | None = None
+    rounding: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields as plain JSON; of ``scheme``, ``group`` and ``rounding`` only those that are set."""
+        return {
+            item.name: getattr(self, item.name)
+            for item in fields(self)
+            if item.name in _ALWAYS or getattr(self, item.name) is not None
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> LayerSpec:
+        """Read the fields out of a map that may hold others beside them."""
+        return cls(**{name: data[name] for name in SPEC_FIELDS if name in data})
+
+
+_ALWAYS = ("format", "rank", "bits", "activations")
+SPEC_FIELDS = tuple(item.name for item in fields(LayerSpec))

@@ -1,0 +1,1 @@
+"""Matrices, moments, factorisations, rounding, the knapsack: arrays only."""
