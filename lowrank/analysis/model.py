@@ -29,10 +29,11 @@ from lowrank.analysis.sources import (
 from lowrank.calibration.inputs import collect_statistics
 from lowrank.errors import UsageError
 from lowrank.io.version import __version__
+from lowrank.layers.source import is_conv1d
 from lowrank.numerics.moments import InputStatistics
 from lowrank.numerics.spectrum import Spectrum, analyze_weight
 from lowrank.reporting.text import one_line
-from lowrank.targets.survey import is_conv1d, matching
+from lowrank.targets.model import matching
 
 __all__ = ["AnalysisReport", "AnalysisRow", "analyze_model"]
 

@@ -15,7 +15,7 @@ from lowrank.calibration.batches import Batch, model_tensor
 from lowrank.calibration.inputs import no_fast_path
 from lowrank.errors import RankError, UsageError
 from lowrank.numerics.factors import Factors, RankCurve, factorize_in_metric
-from lowrank.numerics.gradient_metric import GradientMetric
+from lowrank.numerics.gradient_weighting import GradientWeighting
 from lowrank.numerics.knapsack import allocate
 from lowrank.numerics.moments import InputStatistics
 
@@ -176,7 +176,7 @@ class LossAwareCurve:
     ) -> None:
         self._weight = weight.detach().double()
         self._mean = statistics.mean if shift_bias else None
-        self._metric = GradientMetric(gradients, ridge=ridge, name=name)
+        self._metric = GradientWeighting(gradients, ridge=ridge, name=name)
         moment = statistics.moment(centred=shift_bias, ridge=ridge)
         self._curve: RankCurve = factorize_in_metric(self._metric.of(self._weight), moment, name=name)
         self.costs = self._curve.errors.square() * self._curve.energy

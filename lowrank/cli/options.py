@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import click
 import torch
 
-from lowrank.compression.workshop import FORMATS
+from lowrank.compression.formats import compressing_formats
 
 __all__ = ["Fraction", "choice_options", "common_options", "data_options"]
 
@@ -76,7 +76,7 @@ def choice_options(command: _Command) -> _Command:
         ),
         click.option(
             "--formats",
-            default=",".join(FORMATS),
+            default=",".join(compressing_formats()),
             show_default=True,
             help="Formats to choose from; dense always is one.",
         ),

@@ -9,14 +9,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lowrank.compression.workshop import FORMATS
+from lowrank.compression.formats import FORMATS, check_format, compressing_formats
 from lowrank.errors import UsageError
+from lowrank.layers.base import ACTIVATIONS
+from lowrank.targets import target_names
 from lowrank.training.options import HealOptions
 
-__all__ = ["LATER_FORMATS", "Metric", "Options", "check_budgets"]
+__all__ = ["Metric", "Options", "check_budgets"]
 
 Metric = str | Callable[[nn.Module], float]
-LATER_FORMATS = ("int4", "int4+lowrank", "lowrank-int4")
 METRIC_NAMES = ("auto", "weight", "output", "kl", "perplexity")
 # Metrics whose value is a share of something: a budget above 1 would allow everything.
 RELATIVE_METRICS = ("auto", "weight", "output")
@@ -61,8 +62,8 @@ class Options:
     size_budget: float | None = None
     metric: Metric = "auto"
     higher_is_better: bool = False
-    formats: Sequence[str] | str = FORMATS
-    targets: Sequence[str] = ("linear", "conv", "embedding")
+    formats: Sequence[str] | str = compressing_formats()
+    targets: Sequence[str] = target_names()
     ignore: Sequence[str] = ()
     overrides: Mapping[str, Any] | None = None
     objective: str = "size"
@@ -113,7 +114,7 @@ class Options:
             missing = "calibration batches, whose token counts it plans for" if not calibrated else "an error_budget"
             raise UsageError(f'objective="latency": needs {missing}')
         for name, value, allowed in (
-            ("activations", self.activations, ("auto", "int8", "float")),
+            ("activations", self.activations, ("auto", *ACTIVATIONS)),
             ("on_nonfinite", self.on_nonfinite, ("raise", "copy")),
         ):
             if value not in allowed:
@@ -152,14 +153,12 @@ class Options:
 
     def _formats(self) -> tuple[str, ...]:
         if self.formats == "all":
-            return FORMATS
+            return compressing_formats()
         if isinstance(self.formats, str) or not self.formats:
-            raise UsageError(
-                f'formats: must be a list out of dense, {", ".join(FORMATS)}, or "all", got {self.formats!r}'
-            )
+            raise UsageError(f'formats: must be a list out of {", ".join(FORMATS)}, or "all", got {self.formats!r}')
         for name in self.formats:
             check_format(name, "formats")
-        return tuple(name for name in FORMATS if name in self.formats)
+        return tuple(name for name in compressing_formats() if name in self.formats)
 
     def _check_choices(self) -> None:
         if self.objective not in ("size", "latency"):
@@ -181,21 +180,3 @@ class Options:
         if not measured or self.loss_aware is False:
             return None
         return "labels" if metric in ("kl", "perplexity") else "output"
-
-
-def check_format(name: object, argument: str) -> None:
-    """Refuse a format that this version does not know.
-
-    Raises:
-        NotImplementedError: one that a later version brings.
-        UsageError: any other.
-
-    Example:
-        >>> check_format("int8", "formats")
-    """
-    if name in LATER_FORMATS:
-        raise NotImplementedError(
-            f"{argument}: format {name!r} is not in this version of lowrank; it knows dense, {', '.join(FORMATS)}"
-        )
-    if name != "dense" and name not in FORMATS:
-        raise UsageError(f"{argument}: must be out of dense, {', '.join(FORMATS)}, got {name!r}")

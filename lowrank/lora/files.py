@@ -44,7 +44,7 @@ from lowrank.lora.model import (
     saved_modules,
 )
 from lowrank.lora.target import ALL_LINEAR, find_targets
-from lowrank.targets.survey import unwrapped
+from lowrank.targets.model import unwrapped
 
 __all__ = ["CONFIG_NAME", "TENSORS_NAME", "adapter_tensors", "load_adapter", "reread_adapter", "save_adapter"]
 

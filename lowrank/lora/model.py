@@ -20,7 +20,7 @@ from lowrank.lora.layers import adapted
 from lowrank.lora.saved_module import SavedModule
 from lowrank.lora.target import Place, Targets, find_targets, outer_modules
 from lowrank.numerics.moments import InputStatistics, TokenCounts
-from lowrank.targets.survey import replace_module, unwrapped
+from lowrank.targets.model import replace_module, unwrapped
 
 __all__ = [
     "activate",

@@ -140,11 +140,12 @@ def _answer(model: nn.Module, batch: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output[0].contiguous()
 
 
-def differences(old: Path, new: Path) -> Iterator[str]:
+def differences(old: Path, new: Path, only: str | None = None) -> Iterator[str]:
     """Every difference between two folders that :func:`write` made."""
-    for name in SUBJECTS:
-        if not (old / name).is_dir():
-            yield f"{name}: not in {old}"
+    for name in SUBJECTS if only is None else (only,):
+        missing = [folder for folder in (old, new) if not (folder / name).is_dir()]
+        if missing:
+            yield f"{name}: not in {missing[0]}"
             continue
         for leaf in ("plan.json", "report.json"):
             texts = [json.loads((folder / name / leaf).read_text(encoding="utf-8")) for folder in (old, new)]
@@ -204,11 +205,12 @@ def main() -> None:
     comparing = commands.add_parser("compare")
     comparing.add_argument("old", type=Path)
     comparing.add_argument("new", type=Path)
+    comparing.add_argument("--only", choices=list(SUBJECTS))
     arguments = parser.parse_args()
     if arguments.command == "write":
         write(arguments.folder, arguments.only)
         return
-    found = list(differences(arguments.old, arguments.new))
+    found = list(differences(arguments.old, arguments.new, arguments.only))
     print("\n".join(found) or "the same bytes")
     raise SystemExit(1 if found else 0)
 

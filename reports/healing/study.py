@@ -38,7 +38,7 @@ from lowrank.calibration.gradients import LossAwareCurve, output_gradients, rank
 from lowrank.calibration.inputs import collect_statistics
 from lowrank.layers import QuantizedLinear, QuantizedLowRankLayer, SVDCompressedConv2d, SVDCompressedLinear
 from lowrank.numerics.conv_factors import ConvFactors
-from lowrank.targets.survey import replace_module
+from lowrank.targets.model import replace_module
 
 HERE = Path(__file__).resolve().parent
 SHARED = HERE.parents[2] / "shared"

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from lowrank.errors import UsageError
 from lowrank.layers import SVDCompressedLinear
-from lowrank.targets.survey import matching, module_matrix, replace_module, survey, unwrapped
+from lowrank.targets.model import matching, replace_module, unwrapped
+from lowrank.targets.survey import module_matrix, survey
 
 
 class Conv1D(nn.Module):
