@@ -10,19 +10,20 @@ from typing import Any
 
 from torch import nn
 
-from lowrank.calibration.batches import Batch, evaluating, sample_count
+from lowrank.calibration.batches import Batch, sample_count
 from lowrank.calibration.evaluation import Evaluator
+from lowrank.calibration.metrics import CallableMetric, SampledMetric
 from lowrank.compression.accounting import layer_rows
 from lowrank.compression.candidates import LayerChoices, Plan, plan_formats
 from lowrank.compression.healed_plans import heal_plan
-from lowrank.compression.options import RELATIVE_METRICS, Options
+from lowrank.compression.options import Options
 from lowrank.compression.prepare import Job
 from lowrank.compression.probes import uniform_choices
 from lowrank.compression.search import keep_error_budget, least_error
 from lowrank.compression.trial import Finalist, Gauge, Healer, Outcome, SampledGauge, ValueGauge
 from lowrank.compression.working_copy import choice_of, weight_error_of
 from lowrank.compression.workshop import Choice
-from lowrank.errors import BudgetError, UsageError
+from lowrank.errors import BudgetError
 from lowrank.training.healing import HealResult, heal_batches
 from lowrank.training.options import HealOptions
 
@@ -106,38 +107,18 @@ def uniform_plans(job: Job, options: Options) -> list[tuple[str, Plan]]:
 
 def gauges_of(job: Job, verification: Sequence[Batch], options: Options) -> tuple[Gauge, Gauge]:
     """What measures a plan while searching, and what tests it at the end."""
-    if callable(options.metric):
-        gauge = ValueGauge(_relative_loss(job.bench.reference, options.metric, options.higher_is_better))
+    metric = options.error_metric
+    if isinstance(metric, CallableMetric):
+        gauge = ValueGauge(metric.loss_against(job.bench.reference))
         return gauge, gauge
-    if options.metric == "weight" or job.split is None:
+    if not isinstance(metric, SampledMetric) or job.split is None:
         weight = ValueGauge(lambda model: weight_error_of(job.bench))
         return weight, weight
     bench = job.bench
     desc = "measuring" if options.progress else None
-    search = Evaluator(bench.reference, job.split.search, options.metric, options.output_fn)
-    verify = Evaluator(bench.reference, verification, options.metric, options.output_fn)
+    search = Evaluator(bench.reference, job.split.search, metric, options.output_fn)
+    verify = Evaluator(bench.reference, verification, metric, options.output_fn)
     return SampledGauge(search, desc), SampledGauge(verify, desc)
-
-
-def _relative_loss(
-    original: nn.Module, metric: Callable[[nn.Module], float], higher_is_better: bool
-) -> Callable[[nn.Module], float]:
-    def value_of(model: nn.Module) -> float:
-        with evaluating(model):
-            return float(metric(model))
-
-    reference = value_of(original)
-    if not math.isfinite(reference) or reference == 0.0:
-        raise UsageError(
-            f"metric: the callable gives {reference!r} for the original model; a relative loss needs a finite value other than 0"
-        )
-    sign = -1.0 if higher_is_better else 1.0
-
-    def loss(model: nn.Module) -> float:
-        value = value_of(model)
-        return max(sign * (value - reference) / abs(reference), 0.0) if math.isfinite(value) else math.inf
-
-    return loss
 
 
 def healer_of(job: Job, options: Options) -> Healer | None:
@@ -210,7 +191,7 @@ def _others(
     for factor in OTHER_BUDGETS:
         budget = around * factor
         allowed = options.contribution(budget) / outcome.calibration
-        if not 0.0 < allowed < UNLIMITED or (options.metric in RELATIVE_METRICS and budget > 1.0):
+        if not 0.0 < allowed < UNLIMITED or (options.error_metric.relative and budget > 1.0):
             continue
         try:
             plan = plan_for(allowed)

@@ -13,6 +13,7 @@ from lowrank.calibration.batches import Batch, Split, sample_count, split_batche
 from lowrank.calibration.evaluation import Evaluator
 from lowrank.calibration.gradients import DIRECTIONS, output_gradients
 from lowrank.calibration.inputs import collect_statistics
+from lowrank.calibration.metrics import SampledMetric
 from lowrank.compression.candidates import LayerChoices
 from lowrank.compression.latency import Speed
 from lowrank.compression.options import Options
@@ -67,8 +68,8 @@ class Job:
     def metadata(self, options: Options) -> dict[str, Any]:
         """What applying a plan again needs to know."""
         return {
-            "data_aware": self.split is not None and options.metric != "weight",
-            "metric": options.metric if isinstance(options.metric, str) else "callable",
+            "data_aware": self.split is not None and not options.error_metric.weights_only,
+            "metric": options.error_metric.name,
             "seed": options.seed,
             "split": 0 if self.split is None else self.split.ways,
             **({"loss_aware": options.directions} if self.loss_aware else {}),
@@ -152,10 +153,10 @@ def fold_and_find(model: nn.Module, options: Options) -> tuple[nn.Module, Survey
 def split_samples(
     batches: Sequence[Batch] | None, validation: Sequence[Batch] | None, options: Options
 ) -> Split | None:
-    """Statistics, search and verification parts; a callable metric needs no verification samples."""
+    """Statistics, search and verification parts; only what is measured on samples needs some to verify on."""
     if batches is None:
         return None
-    return split_batches(batches, validation, options.seed, verify=not callable(options.metric))
+    return split_batches(batches, validation, options.seed, verify=isinstance(options.error_metric, SampledMetric))
 
 
 def split_again(batches: Sequence[Batch], metadata: Mapping[str, Any]) -> Split:
@@ -178,7 +179,7 @@ def gather(
         UsageError: ``loss_aware=True``, or a plan made so, and the model cannot be differentiated.
     """
     statistics: Mapping[str, InputStatistics | TokenCounts] = {}
-    data_aware = split is not None and options.metric != "weight"
+    data_aware = split is not None and not options.error_metric.weights_only
     if split is not None and data_aware:
         modules = {
             member.name: member.module
@@ -256,12 +257,13 @@ def weigh(bench: Bench, found: Survey, split: Split | None, options: Options) ->
     """Predict what every choice costs the model, by probes on the search samples or, for the weight metric, by arithmetic."""
     shops = list(bench.workshops.values())
     forced = forced_choices(options.overrides, bench.workshops)
-    if split is None or options.metric == "weight":
+    exact = split is None or options.error_metric.weights_only
+    if split is None or exact:
         sensitivities = exact_sensitivities(shops)
         activations = "int8" if options.activations == "auto" else options.activations
     else:
-        metric = {"kl": "kl", "perplexity": "kl"}.get(str(options.metric), "output")
-        evaluator = Evaluator(bench.reference, _spread(split.search, PROBE_SAMPLES), metric, options.output_fn)
+        samples = _spread(split.search, PROBE_SAMPLES)
+        evaluator = Evaluator(bench.reference, samples, options.error_metric.probe, options.output_fn)
         sensitivities = probe_layers(
             bench,
             shops,
@@ -281,7 +283,7 @@ def weigh(bench: Bench, found: Survey, split: Split | None, options: Options) ->
         refused = sensitivities[shop.name].refused
         if refused is not None:
             skipped += [Skipped(member, refused) for member in shop.target.members]
-    notes = _notes(shops, sensitivities, split, exact=split is None or options.metric == "weight")
+    notes = _notes(shops, sensitivities, split, exact=exact)
     return Job(bench, Survey(found.targets, tuple(skipped), found.members), split, layers, notes)
 
 

@@ -9,7 +9,6 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from lowrank.calibration.gradients import GradientMetric
 from lowrank.errors import UsageError
 from lowrank.layers import (
     CompressedLayer,
@@ -21,6 +20,7 @@ from lowrank.layers import (
     SVDCompressedLinear,
 )
 from lowrank.numerics.factors import Factors, RankCurve, factorize, factorize_embedding
+from lowrank.numerics.gradient_metric import GradientMetric
 from lowrank.numerics.moments import InputStatistics, TokenCounts
 from lowrank.numerics.rounding import dequantize_rows, quantize_rows
 from lowrank.targets.survey import Target, module_matrix
@@ -140,13 +140,13 @@ class Workshop:
             RankError: the rank is not an integer in [1, max_rank].
         """
         found = self.curve.factors(rank)
-        if self.metric is None:
+        if self.gradient_metric is None:
             return found
-        shift = None if found.bias_shift is None else self.metric.back(found.bias_shift[:, None])[:, 0]
-        return Factors(self.metric.back(found.left), found.right, shift)
+        shift = None if found.bias_shift is None else self.gradient_metric.back(found.bias_shift[:, None])[:, 0]
+        return Factors(self.gradient_metric.back(found.left), found.right, shift)
 
     @cached_property
-    def metric(self) -> GradientMetric | None:
+    def gradient_metric(self) -> GradientMetric | None:
         """What an error at the layer's outputs costs the model, where gradients tell."""
         if self.gradients is None:
             return None
@@ -154,7 +154,7 @@ class Workshop:
 
     def _weighed(self, matrix: Tensor) -> Tensor:
         """``C^½ matrix``, or the matrix where there are no gradients."""
-        return matrix if self.metric is None else self.metric.of(matrix)
+        return matrix if self.gradient_metric is None else self.gradient_metric.of(matrix)
 
     @cached_property
     def _moment(self) -> Tensor | None:
@@ -181,7 +181,7 @@ class Workshop:
     @cached_property
     def cost(self) -> float:
         """What :attr:`rounding`, :meth:`truncation` and :meth:`rounding_of_factors` are relative to: the energy, weighed by C."""
-        return self.energy if self.metric is None else self._norm(self._weighed(self.weight))
+        return self.energy if self.gradient_metric is None else self._norm(self._weighed(self.weight))
 
     @cached_property
     def square_sum(self) -> float:

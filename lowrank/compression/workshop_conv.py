@@ -7,7 +7,6 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from lowrank.calibration.gradients import GradientMetric
 from lowrank.compression.workshop import RIDGE, Choice, Workshop
 from lowrank.layers import (
     CompressedLayer,
@@ -19,6 +18,7 @@ from lowrank.layers import (
     SVDCompressedConv2d,
 )
 from lowrank.numerics.conv_factors import ConvCurve, ConvFactors, factorize_conv
+from lowrank.numerics.gradient_metric import GradientMetric
 from lowrank.numerics.moments import InputStatistics, TokenCounts
 from lowrank.numerics.rounding import dequantize_rows, quantize_rows
 from lowrank.targets.survey import Target
@@ -78,13 +78,13 @@ class ConvWorkshop(Workshop):
     def factors_of(self, scheme: str | None, rank: int) -> ConvFactors:
         """The best factors of the kernel of this rank that are known."""
         found = self.curve_of(scheme).factors(rank)
-        if self.metric is None:
+        if self.gradient_metric is None:
             return found
-        shift = None if found.bias_shift is None else self.metric.back(found.bias_shift[:, None])[:, 0]
-        return ConvFactors(found.first, self.metric.back(found.second), shift)
+        shift = None if found.bias_shift is None else self.gradient_metric.back(found.bias_shift[:, None])[:, 0]
+        return ConvFactors(found.first, self.gradient_metric.back(found.second), shift)
 
     @cached_property
-    def metric(self) -> GradientMetric | None:
+    def gradient_metric(self) -> GradientMetric | None:
         """What an error at the layer's outputs costs the model, group by group."""
         if self.gradients is None:
             return None
@@ -158,9 +158,9 @@ class ConvWorkshop(Workshop):
         groups = self.groups
         first = first.reshape(groups, rank, -1)
         second = second.reshape(groups, rank, -1, wide)
-        if self.metric is not None:
+        if self.gradient_metric is not None:
             by_output = second.transpose(1, 2).reshape(self.rows, rank, wide)
-            second = self.metric.of(by_output).view(groups, -1, rank, wide).transpose(1, 2)
+            second = self.gradient_metric.of(by_output).view(groups, -1, rank, wide).transpose(1, 2)
         gram = torch.einsum("grow,grov->grwv", second, second)
         if self._moments is None:
             own = first.square().sum(dim=2)
