@@ -18,6 +18,7 @@ from tqdm import tqdm
 from lowrank.analysis.frontier_report import STATE_NAME, FrontierReport
 from lowrank.analysis.frontier_state import Done, State, arguments_of
 from lowrank.calibration.batches import Batch, prepare_batches, sample_count
+from lowrank.calibration.metrics import METRICS, metric_named
 from lowrank.compression.accounting import TargetBytes, frontier_point
 from lowrank.compression.choose import allocator_of, search_of, uniform_plans
 from lowrank.compression.compress import prepare
@@ -37,21 +38,22 @@ __all__ = ["FrontierPoint", "FrontierReport", "default_budgets", "measure_fronti
 
 POINTS = 8
 MOST_POINTS = 64
-# The range of the default budgets: from about what int8 weights alone cost to where few models are of use. Nats for "kl".
-RANGES = {"output": (0.01, 0.5), "weight": (0.005, 0.5), "kl": (0.002, 0.5), "perplexity": (0.003, 0.5)}
 # Plans tried for a point until its error on the search part is this near to the budget.
 ROUNDS = 3
 NEAR = 0.05
 
 
 def default_budgets(metric: str, points: int = POINTS) -> tuple[float, ...]:
-    """Error budgets in equal ratios, two digits each.
+    """Spread error budgets over the usual range of the metric of this name, in equal ratios, two digits each.
+
+    Raises:
+        UsageError: no such metric.
 
     Example:
         >>> default_budgets("output", 6)
         (0.01, 0.022, 0.048, 0.1, 0.23, 0.5)
     """
-    low, high = RANGES[metric]
+    low, high = metric_named(metric).usual
     ratio = (high / low) ** (1.0 / max(points - 1, 1))
     return tuple(float(f"{low * ratio**index:.2g}") for index in range(points))
 
@@ -138,7 +140,7 @@ def _checked(
         raise UsageError(f"points: must be an integer from 2 to {MOST_POINTS}, got {points!r}")
     metric = options.get("metric", "auto")
     if not isinstance(metric, str):
-        raise UsageError("metric: a frontier is measured by name (output, weight, kl, perplexity), not by a callable")
+        raise UsageError(f"metric: a frontier is measured by name ({', '.join(METRICS)}), not by a callable")
     if budgets is not None:
         if not isinstance(budgets, (list, tuple)) or not budgets or len(budgets) > MOST_POINTS:
             raise UsageError(
@@ -210,7 +212,7 @@ def _measure(
     state.totals |= {
         "metric": options.metric,
         "bytes_before": sizes.before,
-        "samples": sample_count(verification) if options.metric != "weight" else 0,
+        "samples": sample_count(verification) if not options.error_metric.weights_only else 0,
         "seed": options.seed,
         "versions": {"lowrank": __version__, "torch": str(torch.__version__)},
     }

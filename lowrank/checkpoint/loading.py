@@ -24,8 +24,8 @@ from lowrank.errors import CheckpointError, UsageError
 from lowrank.io import TensorSource, printable
 from lowrank.layers import CompressedLayer, call_every_layer
 from lowrank.numerics.convolutions import ConvGeometry
-from lowrank.targets.batchnorm import fold_skeleton
 from lowrank.targets import kind_of
+from lowrank.targets.batchnorm import fold_skeleton
 
 __all__ = ["load_model"]
 

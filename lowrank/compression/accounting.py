@@ -154,9 +154,7 @@ def compression_report(
     chosen = outcome.chosen
     verified = chosen.verified or chosen.searched
     totals = sum_rows(rows) | {
-        "metric": options.metric
-        if isinstance(options.metric, str)
-        else getattr(options.metric, "__name__", "callable"),
+        "metric": options.error_metric.label,
         "error_predicted": options.value(chosen.plan.error),
         "error_measured": verified.value,
         "error_upper": verified.upper if math.isfinite(verified.upper) else None,

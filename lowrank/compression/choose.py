@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from torch import nn
 
-from lowrank.calibration.batches import Batch, evaluating, sample_count
+from lowrank.calibration.batches import Batch, sample_count
 from lowrank.calibration.evaluation import Evaluator
+from lowrank.calibration.metrics import CallableMetric, SampledMetric
 from lowrank.compression.accounting import TargetBytes
 from lowrank.compression.allocation import Allocator
 from lowrank.compression.formats import REFERENCE, format_of
 from lowrank.compression.healed_plans import heal_plan
-from lowrank.compression.options import RELATIVE_METRICS, Options
+from lowrank.compression.options import Options
 from lowrank.compression.plan import Plan
 from lowrank.compression.prepare import Preparation
 from lowrank.compression.search import Search
@@ -80,37 +81,17 @@ def _measures(
 ) -> tuple[ErrorMeasure, ErrorMeasure]:
     """What measures a plan while searching, and what tests it at the end."""
     copy = prepared.copy
-    if callable(options.metric):
-        relative = ComputedError(_relative_loss(copy.reference, options.metric, options.higher_is_better))
+    metric = options.error_metric
+    if isinstance(metric, CallableMetric):
+        relative = ComputedError(metric.loss_against(copy.reference))
         return relative, relative
-    if options.metric == "weight" or prepared.split is None:
+    if not isinstance(metric, SampledMetric) or prepared.split is None:
         weight = ComputedError(lambda model: weight_error_of(copy))
         return weight, weight
     desc = "measuring" if options.progress else None
-    search = Evaluator(copy.reference, prepared.split.search, options.metric, options.output_fn)
-    verify = Evaluator(copy.reference, verification, options.metric, options.output_fn)
+    search = Evaluator(copy.reference, prepared.split.search, metric, options.output_fn)
+    verify = Evaluator(copy.reference, verification, metric, options.output_fn)
     return SampledError(search, desc), SampledError(verify, desc)
-
-
-def _relative_loss(
-    original: nn.Module, metric: Callable[[nn.Module], float], higher_is_better: bool
-) -> Callable[[nn.Module], float]:
-    def value_of(model: nn.Module) -> float:
-        with evaluating(model):
-            return float(metric(model))
-
-    reference = value_of(original)
-    if not math.isfinite(reference) or reference == 0.0:
-        raise UsageError(
-            f"metric: the callable gives {reference!r} for the original model; a relative loss needs a finite value other than 0"
-        )
-    sign = -1.0 if higher_is_better else 1.0
-
-    def loss(model: nn.Module) -> float:
-        value = value_of(model)
-        return max(sign * (value - reference) / abs(reference), 0.0) if math.isfinite(value) else math.inf
-
-    return loss
 
 
 def _healer(prepared: Preparation, options: Options) -> Healer | None:
@@ -162,7 +143,7 @@ def _others(allocator: Allocator, outcome: Outcome, around: float, options: Opti
     for factor in OTHER_BUDGETS:
         budget = around * factor
         allowed = options.contribution(budget) / outcome.calibration
-        if not 0.0 < allowed < UNLIMITED or (options.metric in RELATIVE_METRICS and budget > 1.0):
+        if not 0.0 < allowed < UNLIMITED or (options.error_metric.relative and budget > 1.0):
             continue
         try:
             plan = allocator.plan(allowed)

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,12 @@ from torch import Tensor, nn
 
 from lowrank import checkpoint, kernels
 from lowrank.calibration.batches import Batch, prepare_batches
+from lowrank.calibration.metrics import METRICS
 from lowrank.compression.accounting import compression_report, layer_rows
 from lowrank.compression.choose import allocator_of, choose, measure_given
 from lowrank.compression.formats import FORMATS, compressing_formats
 from lowrank.compression.latency import speed_of
-from lowrank.compression.options import Metric, Options
+from lowrank.compression.options import Metric, Options, default_metric
 from lowrank.compression.plan import Plan
 from lowrank.compression.prepare import (
     Preparation,
@@ -269,11 +270,10 @@ def apply_plan(
         seed=seed,
         progress=False,
         output_fn=output_fn,
-        metric=str(metadata.get("metric", "output")),
+        metric=default_metric(calibrated=calibration is not None and not _weights_only(metadata)),
         fold_batchnorm=bool(metadata.get("fold_batchnorm")),
     )
     if calibration is None:
-        options = replace(options, metric="weight")
         if metadata.get("data_aware") and any(entry.rank is not None for entry in plan.entries):
             log.warning(
                 "apply_plan: the plan's factors were fitted to calibration data; without it they come from the plain SVD"
@@ -290,6 +290,12 @@ def apply_plan(
     copied = WorkingCopy(working, gather(working, found, split, options, factored=factored)[0])
     copied.install_plan(plan)
     return copied.release()
+
+
+def _weights_only(metadata: Mapping[str, Any]) -> bool:
+    """Whether a plan was made by its weights alone; a metric that is not known here was measured on data."""
+    metric = METRICS.get(str(metadata.get("metric")))
+    return metric is not None and metric.weights_only
 
 
 def prepare(
@@ -310,7 +316,7 @@ def prepare(
     working, found, notes = fold_and_find(model, options)
     latency = probing and options.objective == "latency"
     # The "weight" metric needs no samples: its optimum is the plain SVD.
-    blind = options.metric == "weight"
+    blind = options.error_metric.weights_only
     batches = prepare_batches(model, calibration) if calibration is not None and (latency or not blind) else None
     calls = batches
     if blind:

@@ -13,6 +13,7 @@ from lowrank.calibration.batches import Batch, Split, sample_count, split_batche
 from lowrank.calibration.evaluation import Evaluator
 from lowrank.calibration.gradients import DIRECTIONS, output_gradients
 from lowrank.calibration.inputs import collect_statistics
+from lowrank.calibration.metrics import SampledMetric
 from lowrank.compression.candidates import LayerChoices
 from lowrank.compression.formats import REFERENCE, Measured, Request
 from lowrank.compression.latency import Speed
@@ -69,8 +70,8 @@ class Preparation:
     def metadata(self, options: Options) -> dict[str, Any]:
         """What applying a plan again needs to know."""
         return {
-            "data_aware": self.split is not None and options.metric != "weight",
-            "metric": options.metric if isinstance(options.metric, str) else "callable",
+            "data_aware": self.split is not None and not options.error_metric.weights_only,
+            "metric": options.error_metric.name,
             "seed": options.seed,
             "split": 0 if self.split is None else self.split.ways,
             **({"loss_aware": options.directions} if self.loss_aware else {}),
@@ -154,10 +155,10 @@ def fold_and_find(model: nn.Module, options: Options) -> tuple[nn.Module, Survey
 def split_samples(
     batches: Sequence[Batch] | None, validation: Sequence[Batch] | None, options: Options
 ) -> Split | None:
-    """Statistics, search and verification parts; a callable metric needs no verification samples."""
+    """Split into statistics, search and verification parts; only what is measured on samples needs some to verify on."""
     if batches is None:
         return None
-    return split_batches(batches, validation, options.seed, verify=not callable(options.metric))
+    return split_batches(batches, validation, options.seed, verify=isinstance(options.error_metric, SampledMetric))
 
 
 def split_again(batches: Sequence[Batch], metadata: Mapping[str, Any]) -> Split:
@@ -180,7 +181,7 @@ def gather(
         UsageError: ``loss_aware=True``, or a plan made so, and the model cannot be differentiated.
     """
     statistics: Mapping[str, InputStatistics | TokenCounts] = {}
-    data_aware = split is not None and options.metric != "weight"
+    data_aware = split is not None and not options.error_metric.weights_only
     if split is not None and data_aware:
         modules = {
             member.name: member.module
@@ -261,13 +262,13 @@ def weigh(copy: WorkingCopy, found: Survey, split: Split | None, options: Option
     layers = list(copy.layers.values())
     forced = forced_specs(options.overrides, copy.layers)
     activations = options.activations
-    computed = split is None or options.metric == "weight"
-    if split is None or options.metric == "weight":
+    computed = split is None or options.error_metric.weights_only
+    if split is None or computed:
         costs = computed_costs(layers)
         activations = INTEGER_ACTIVATIONS if activations == "auto" else activations
     else:
-        metric = {"kl": "kl", "perplexity": "kl"}.get(str(options.metric), "output")
-        evaluator = Evaluator(copy.reference, _spread(split.search, PROBE_SAMPLES), metric, options.output_fn)
+        samples = _spread(split.search, PROBE_SAMPLES)
+        evaluator = Evaluator(copy.reference, samples, options.error_metric.probe, options.output_fn)
         costs = probe_layers(
             copy,
             evaluator,

@@ -34,13 +34,17 @@ from torch.nn import functional as F
 
 import lowrank
 from lowrank.calibration.batches import prepare_batches
-from lowrank.calibration.gradients import LossAwareCurve, output_gradients, ranks_for_budget
+from lowrank.calibration.gradients import output_gradients
 from lowrank.calibration.inputs import collect_statistics
 from lowrank.layers import QuantizedLinear, QuantizedLowRankLayer, SVDCompressedConv2d, SVDCompressedLinear
 from lowrank.numerics.conv_factors import ConvFactors
 from lowrank.targets.model import replace_module
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+
+from layer_costs import LossAwareCurve, pooled, ranks_for_budget  # noqa: E402
+
 SHARED = HERE.parents[2] / "shared"
 RIDGE = 1e-3
 MAX_TOKENS = 128
@@ -192,7 +196,7 @@ def compressed(subject: Subject, share: float, format: str, ranks: str = "by cos
     layers = {name: model.get_submodule(name) for name in subject.layers}
     batches = prepare_batches(model, subject.calibration)
     found = collect_statistics(model, batches, layers)
-    gradients = output_gradients(model, batches, layers)
+    gradients = output_gradients(model, batches, layers, directions=pooled)
     shapes = {name: (layer.weight.shape[0], layer.weight[0].numel()) for name, layer in layers.items()}
     chosen: dict[str, int | None] = {
         name: max(int(share * rows * columns / (rows + columns)), 1) for name, (rows, columns) in shapes.items()
