@@ -33,7 +33,7 @@ class Measurement:
         numerators, denominators: (samples,) float64: squared error and squared size, or nats and tokens.
 
     Example:
-        >>> m = Measurement(OUTPUT, torch.tensor([1.0, 1.1, 0.9]), torch.tensor([100.0, 100.0, 100.0]))
+        >>> m = Measurement(sampled_metric("output"), torch.tensor([1.0, 1.1, 0.9]), torch.tensor([100.0, 100.0, 100.0]))
         >>> round(m.value, 3), m.value < m.upper() < 0.12, m.passes(0.12), m.passes(0.1)
         (0.1, True, True, False)
     """
