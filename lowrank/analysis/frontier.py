@@ -11,7 +11,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from tqdm import tqdm
 
@@ -29,7 +28,7 @@ from lowrank.compression.search import Search, corrected
 from lowrank.compression.trial import Reading
 from lowrank.errors import BudgetError, UsageError
 from lowrank.io import check_destination, lock_destination
-from lowrank.io.version import __version__
+from lowrank.io.version import versions
 from lowrank.layers.base import ACTIVATIONS
 from lowrank.reporting.points import FrontierPoint
 from lowrank.targets.model import unwrapped
@@ -214,7 +213,7 @@ def _measure(
         "bytes_before": sizes.before,
         "samples": sample_count(verification) if not options.error_metric.weights_only else 0,
         "seed": options.seed,
-        "versions": {"lowrank": __version__, "torch": str(torch.__version__)},
+        "versions": versions(),
     }
     state.notes = list(prepared.notes)
     uniform = dict(zip(_uniform_steps(options), uniform_plans(prepared, options, allocator), strict=True))

@@ -31,7 +31,7 @@ from lowrank.errors import CheckpointError, UsageError
 from lowrank.integrations.matplotlib import FORMATS as PLOT_FORMATS
 from lowrank.integrations.matplotlib import draw_spectra
 from lowrank.io import check_destination, lock_destination, open_tensors, printable, read_bounded
-from lowrank.io.version import __version__
+from lowrank.io.version import PACKAGE, __version__
 
 __all__ = ["main"]
 
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def body() -> None:
         # Not app.main: it prints three lines for a usage error and a blank one for an interrupt.
-        with app.make_context("lowrank", arguments) as context:
+        with app.make_context(PACKAGE, arguments) as context:
             app.invoke(context)
 
     return run(body, debug="--debug" in arguments)

@@ -10,6 +10,7 @@ import click
 import torch
 
 from lowrank.compression.formats import compressing_formats
+from lowrank.layers.base import ACTIVATIONS
 
 __all__ = ["Fraction", "choice_options", "common_options", "data_options"]
 
@@ -60,7 +61,7 @@ def choice_options(command: _Command) -> _Command:
     for option in (
         click.option(
             "--activations",
-            type=click.Choice(["auto", "int8", "float"]),
+            type=click.Choice(["auto", *ACTIVATIONS]),
             default="auto",
             show_default=True,
             help="int8: integer products; float: weight-only.",

@@ -18,7 +18,7 @@ from lowrank.compression.options import Options
 from lowrank.compression.plan import Plan
 from lowrank.compression.report import CompressionReport, LayerRow, sum_rows
 from lowrank.compression.trial import Outcome, Trial
-from lowrank.io.version import __version__
+from lowrank.io.version import versions
 from lowrank.layers import CompressedLayer
 from lowrank.numerics.linalg import fallback_counts
 from lowrank.reporting.points import FrontierPoint
@@ -161,7 +161,7 @@ def compression_report(
         "error_budget": options.error_budget,
         "size_budget": options.size_budget,
         "seed": options.seed,
-        "versions": {"lowrank": __version__, "torch": str(torch.__version__)},
+        "versions": versions(),
         "finalists": [_trial(item, TargetBytes.of(rows, chosen.plan.bytes)) for item in outcome.trials],
     }
     told = list(notes)

