@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from lowrank.calibration.evaluation import Evaluator
 from lowrank.calibration.gradients import DIRECTIONS, output_gradients
 from lowrank.calibration.inputs import collect_statistics
 from lowrank.calibration.metrics import SampledMetric
+from lowrank.calibration.observers import AnyObserver
 from lowrank.compression.candidates import LayerChoices
 from lowrank.compression.formats import REFERENCE, Measured, Request
 from lowrank.compression.latency import Speed
@@ -29,7 +30,7 @@ from lowrank.numerics.moments import InputStatistics, TokenCounts
 from lowrank.targets import kind_of, layer_kinds
 from lowrank.targets.batchnorm import fold_sharing
 from lowrank.targets.model import refuse_adapters
-from lowrank.targets.survey import Skipped, Survey, Target, survey
+from lowrank.targets.survey import Member, Skipped, Survey, Target, survey
 
 __all__ = [
     "Preparation",
@@ -183,13 +184,10 @@ def gather(
     statistics: Mapping[str, InputStatistics | TokenCounts] = {}
     data_aware = split is not None and not options.error_metric.weights_only
     if split is not None and data_aware:
-        modules = {
-            member.name: member.module
-            for target in found.targets
-            if target.kind.observed
-            for member in target.members
-        }
-        statistics = collect_statistics(model, split.statistics, modules, progress=options.progress, seed=options.seed)
+        modules, observers = _observed(member for target in found.targets for member in target.members)
+        statistics = collect_statistics(
+            model, split.statistics, modules, observers=observers, progress=options.progress, seed=options.seed
+        )
     gradients: Mapping[str, Tensor] = {}
     notes: list[str] = []
     if split is not None and data_aware and factored and options.directions is not None:
@@ -211,14 +209,9 @@ def _gradients(
 ) -> tuple[Mapping[str, Tensor], list[str]]:
     """C of every linear layer and convolution, and what the report should say of it."""
     assert options.directions is not None
-    modules = {
-        member.name: member.module
-        for target in found.targets
-        if target.kind.differentiated
-        for member in target.multiplying
-    }
-    wide = [name for name, module in modules.items() if _outputs(module) > MAX_GRADIENT_OUTPUTS]
-    modules = {name: module for name, module in modules.items() if name not in wide}
+    members = [member for target in found.targets if target.kind.differentiated for member in target.multiplying]
+    wide = [member.name for member in members if _outputs(member.module) > MAX_GRADIENT_OUTPUTS]
+    modules, observers = _observed(member for member in members if member.name not in wide)
     try:
         gradients = output_gradients(
             model,
@@ -226,6 +219,7 @@ def _gradients(
             modules,
             directions=options.directions,
             output_fn=options.output_fn,
+            observers=observers,
             seed=options.seed,
         )
     except RuntimeError as error:
@@ -248,6 +242,18 @@ def _gradients(
             f"{_named(wide)}: over {MAX_GRADIENT_OUTPUTS:,} outputs, so its factors are fitted to its inputs alone"
         )
     return sound, notes
+
+
+def _observed(members: Iterable[Member]) -> tuple[dict[str, nn.Module], dict[str, AnyObserver]]:
+    """The modules of which something can be gathered, and what says which rows they work on; by name."""
+    modules: dict[str, nn.Module] = {}
+    observers: dict[str, AnyObserver] = {}
+    for member in members:
+        kind = kind_of(member.module)
+        observer = None if kind is None else kind.observer(member.module)
+        if observer is not None:
+            modules[member.name], observers[member.name] = member.module, observer
+    return modules, observers
 
 
 def _outputs(module: nn.Module) -> int:
