@@ -6,7 +6,7 @@ Every class carries the exit code of the command line (see ``lowrank --help``):
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 __all__ = [
     "AdapterError",
@@ -23,7 +23,7 @@ __all__ = [
 ]
 
 
-def is_whole(value: object, low: int | None = None, high: int | None = None) -> bool:
+def is_whole(value: object, low: int | None = None, high: int | None = None) -> TypeGuard[int]:
     """Tell whether a value is a whole number: an ``int`` that is not a ``bool``, in the range.
 
     Args:
