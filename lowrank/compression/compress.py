@@ -25,7 +25,7 @@ from lowrank.compression.accounting import compression_report, layer_rows
 from lowrank.compression.choose import allocator_of, choose, measure_given
 from lowrank.compression.formats import FORMATS, compressing_formats
 from lowrank.compression.latency import speed_of
-from lowrank.compression.options import Metric, Options, default_metric
+from lowrank.compression.options import MOST_SEED, Metric, Options, default_metric
 from lowrank.compression.plan import Plan
 from lowrank.compression.prepare import (
     Preparation,
@@ -39,7 +39,7 @@ from lowrank.compression.prepare import (
 from lowrank.compression.report import CompressionReport
 from lowrank.compression.timings import load_timings
 from lowrank.compression.working_copy import WorkingCopy
-from lowrank.errors import BudgetError, CheckpointError, NumericsError, UsageError
+from lowrank.errors import BudgetError, CheckpointError, NumericsError, UsageError, is_whole
 from lowrank.numerics.linalg import fallback_counts, reset_fallback_counts
 from lowrank.targets import target_names
 from lowrank.targets.model import unwrapped
@@ -264,7 +264,7 @@ def apply_plan(
     """
     metadata = plan.metadata
     seed = metadata.get("seed", 0)
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+    if not is_whole(seed, 0, MOST_SEED):
         raise CheckpointError(f"plan: metadata: seed must be an integer from 0, got {seed!r}")
     options = Options(
         seed=seed,

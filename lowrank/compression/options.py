@@ -11,15 +11,17 @@ from torch import Tensor, nn
 
 from lowrank.calibration.metrics import METRICS, OUTPUT, WEIGHT, CallableMetric, ErrorMetric
 from lowrank.compression.formats import FORMATS, check_format, compressing_formats
-from lowrank.errors import UsageError
+from lowrank.errors import UsageError, is_whole
 from lowrank.layers.base import ACTIVATIONS
 from lowrank.targets import target_names
 from lowrank.training.options import HealOptions
 
-__all__ = ["Metric", "Options", "check_budgets", "default_metric", "metric_choices", "metric_of"]
+__all__ = ["MOST_SEED", "Metric", "Options", "check_budgets", "default_metric", "metric_choices", "metric_of"]
 
 Metric = str | Callable[[nn.Module], float]
 AUTO = "auto"
+# What a generator of torch takes.
+MOST_SEED = 2**63 - 1
 
 
 def metric_choices() -> tuple[str, ...]:
@@ -153,7 +155,7 @@ class Options:
                 raise UsageError(f"{name}: must be one of {', '.join(allowed)}, got {value!r}")
         if not isinstance(self.fold_batchnorm, bool):
             raise UsageError(f"fold_batchnorm: must be True or False, got {self.fold_batchnorm!r}")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
+        if not is_whole(self.seed, 0, MOST_SEED):
             raise UsageError(f"seed: must be an integer from 0, got {self.seed!r}")
         resolved = {"metric": metric, "formats": self._formats(), "directions": self._directions(measured)}
         return Options(**{**vars(self), **resolved})

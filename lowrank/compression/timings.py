@@ -22,7 +22,7 @@ import numpy as np
 from scipy.optimize import nnls
 
 from lowrank.compression.formats import FORMATS, WeightFormat, format_named
-from lowrank.errors import CheckpointError, StorageError
+from lowrank.errors import CheckpointError, StorageError, is_whole
 from lowrank.io import parse_json, printable, read_bounded
 from lowrank.io.version import PACKAGE
 
@@ -198,7 +198,7 @@ class TimingTable:
         if not isinstance(content, dict) or set(content) != required:
             raise CheckpointError(f"{where}: a timing table has exactly the fields {', '.join(sorted(required))}")
         version = content["format_version"]
-        if isinstance(version, bool) or not isinstance(version, int) or version < 1:
+        if not is_whole(version, 1):
             raise CheckpointError(f"{where}: format_version must be {TIMINGS_VERSION}, got {printable(version)}")
         if version > TIMINGS_VERSION:
             raise CheckpointError(f"{where}: format_version {version} was written by a newer lowrank; measure again")
@@ -228,7 +228,7 @@ def _read_curve(value: Any, length: int, where: str) -> Curve:
     if not isinstance(value, dict) or set(value) != {"rows", "coefficients"}:
         raise CheckpointError(f"{where}: must have exactly the fields coefficients, rows")
     rows, coefficients = value["rows"], value["coefficients"]
-    whole = isinstance(rows, list) and all(isinstance(n, int) and not isinstance(n, bool) for n in rows)
+    whole = isinstance(rows, list) and all(map(is_whole, rows))
     if not whole or not rows or rows != sorted(set(rows)) or not 1 <= rows[0] <= rows[-1] <= _MAX_ROWS:
         raise CheckpointError(f"{where}: rows must be ascending whole numbers from 1, got {printable(rows)}")
     if not isinstance(coefficients, list) or len(coefficients) != len(rows):
