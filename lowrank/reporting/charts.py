@@ -25,6 +25,7 @@ class Frame:
         sides: draw the y axis with its label beside it, and marks at the ticks; else the label stands outside the picture.
         dot: radius.
         outline: width of a dot's line.
+        inside: of hollow dots: the colour of the card hides the line behind them, ``"none"`` shows the dots.
     """
 
     width: int
@@ -36,10 +37,11 @@ class Frame:
     sides: bool = False
     dot: float = 4.5
     outline: float = 1.5
+    inside: str = "var(--card)"
 
 
 WIDE = Frame(640, 320, 62, 16, 18, 46)
-HALF = Frame(432, 281, 44, 5, 4, 36, sides=True, dot=2.5, outline=1.0)
+HALF = Frame(432, 281, 44, 5, 4, 36, sides=True, dot=2.5, outline=1.0, inside="none")
 
 
 @dataclass(frozen=True)
@@ -173,7 +175,7 @@ def draw(
             marks.append(f'<polyline class="line" points="{path}" style="stroke:var(--s{one.colour}){look}"/>')
         for dot in one.dots:
             if math.isfinite(dot.x) and math.isfinite(dot.y):
-                fill = "var(--card)" if dot.hollow else f"var(--s{one.colour})"
+                fill = frame.inside if dot.hollow else f"var(--s{one.colour})"
                 marks.append(
                     f'<circle cx="{x_of(dot.x):.1f}" cy="{y_of(dot.y):.1f}" r="{frame.dot}" '
                     f'style="fill:{fill};stroke:var(--s{one.colour});stroke-width:{frame.outline}">'
