@@ -93,6 +93,7 @@ def measure_frontier(
         StorageError: the directory cannot be written.
 
     Example:
+        >>> import torch
         >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))
         >>> inputs = [torch.randn(256, 64)]
         >>> report = measure_frontier(model, calibration=inputs, budgets=[0.02, 0.2], progress=False)

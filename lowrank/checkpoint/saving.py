@@ -103,7 +103,7 @@ def save_compressed(
             ``config`` (transformers) gets a ``config.json`` and needs no skeleton to be loaded.
         directory: where to; its parent must exist.
         plan: written by its ``to_json()``.
-        report: written by its ``to_json()``, ``to_markdown()`` and ``to_html()``; its ``run`` goes to ``run.json``.
+        report: written as its ``files()`` gives it: texts by file name.
         overwrite: replace a directory that is not empty, in one step.
         source: the directory of the original model, whose tokenizer and processor files are copied.
         extra: plain JSON for ``lowrank_config.json``, under ``"extra"``; the same for the same run.
@@ -156,10 +156,8 @@ def save_compressed(
         if plan is not None:
             write_text(partial / "plan.json", plan.to_json())
         if report is not None:
-            write_text(partial / "report.json", report.to_json())
-            write_text(partial / "report.md", report.to_markdown())
-            write_text(partial / "report.html", report.to_html())
-            write_text(partial / "run.json", _to_json(report.run, "run.json"))
+            for name, text in report.files().items():
+                write_text(partial / name, text)
         if source is not None and Path(source).is_dir():
             copy_side_files(source, partial)
     return real

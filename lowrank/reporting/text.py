@@ -27,6 +27,7 @@ __all__ = [
     "percent",
     "plain",
     "shorten",
+    "shown_name",
     "stable_json",
     "terminal_table",
     "wrap",
@@ -109,6 +110,16 @@ def shorten(text: str, width: int, keep: str = "left") -> str:
     return f"{text[:kept].rstrip()}..." if keep == "left" else f"...{text[len(text) - kept :]}"
 
 
+def shown_name(name: str) -> str:
+    """Name a module for the reader: by its path, or as the model itself where that is empty.
+
+    Example:
+        >>> shown_name("encoder.0"), shown_name("")
+        ('encoder.0', '(the model itself)')
+    """
+    return name or "(the model itself)"
+
+
 def wrap(text: str, width: int) -> str:
     """A paragraph broken into lines, never between a number and its per cent sign.
 
@@ -181,7 +192,7 @@ def markdown_name(name: str) -> str:
         >>> markdown_name("a.b"), markdown_name("a|b`c")
         ('`a.b`', "`a\\\\|b'c`")
     """
-    return "`" + name.replace("`", "'").replace("|", "\\|") + "`" if name else "(the model itself)"
+    return "`" + name.replace("`", "'").replace("|", "\\|") + "`" if name else shown_name(name)
 
 
 def markdown_table(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> str:
