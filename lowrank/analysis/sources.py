@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.io import open_tensors
-from lowrank.layers.source import is_conv1d
+from lowrank.targets import kind_of
 from lowrank.targets.survey import MAX_ELEMENTS
 
 __all__ = [
@@ -89,11 +89,13 @@ def _module_item(name: str, key: str, tensor: Tensor, module: nn.Module, seen: d
     if identity in seen:
         return Item(key, tuple(tensor.shape), str(tensor.dtype), 0, f"tied with {seen[identity]}", lambda: tensor)
     seen[identity] = name or full
-    turned = key == "weight" and is_conv1d(module)
-    shape = tuple(reversed(tensor.shape)) if turned else tuple(tensor.shape)
-    return Item(
-        key, shape, str(tensor.dtype), nbytes, refusal, lambda: tensor.detach().T if turned else tensor.detach()
-    )
+    kind = kind_of(module)
+    shape, read = tuple(tensor.shape), tensor.detach
+    if kind is not None and not kind.composite and refusal is None and key in kind.parameters(module):
+        # As the kind multiplies it, whichever way round it is stored.
+        weight = kind.factored_weight(module)
+        shape, read = tuple(weight.shape), lambda: weight
+    return Item(key, shape, str(tensor.dtype), nbytes, refusal, read)
 
 
 def layers_of_files(path: str | os.PathLike[str]) -> list[Layer]:

@@ -16,7 +16,7 @@ from lowrank.calibration.inputs import collect_statistics
 from lowrank.calibration.metrics import SampledMetric
 from lowrank.calibration.observers import AnyObserver
 from lowrank.compression.candidates import LayerChoices
-from lowrank.compression.formats import REFERENCE, Measured, Request
+from lowrank.compression.formats import FORMATS, REFERENCE, Measured, Request
 from lowrank.compression.latency import Speed
 from lowrank.compression.layer_data import LayerData
 from lowrank.compression.options import Options
@@ -112,6 +112,10 @@ def find_work(model: nn.Module, options: Options) -> Survey:
     sound: list[Target] = []
     skipped = list(found.skipped)
     for target in found.targets:
+        if not any(format.builds(target) for format in FORMATS.values() if not format.dense):
+            reason = f"left as it is: no format builds {target.kind.described}"
+            skipped += [Skipped(member, reason) for member in target.members]
+            continue
         try:
             for member in target.members:
                 for name, tensor in member.module.named_parameters():
