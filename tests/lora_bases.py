@@ -10,7 +10,7 @@ from helpers import eps, seeded
 from torch import Tensor, nn
 
 import lowrank
-from lowrank.lora.layer import LoRALayer
+from lowrank.lora.adapter_layer import LoRALayer
 from lowrank.lora.model import lora_layers
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

@@ -26,11 +26,10 @@ from lowrank.io import (
 )
 from lowrank.io.version import __version__
 from lowrank.layers.source import is_conv1d
+from lowrank.lora.adapter_kinds import LoRAEmbedding
+from lowrank.lora.adapter_layer import LoRALayer
 from lowrank.lora.bases import require_rank
 from lowrank.lora.config import LoRAConfig
-from lowrank.lora.filling import EMBEDDING_PARTS, fill, fill_saved
-from lowrank.lora.layer import LoRALayer
-from lowrank.lora.layers import LoRAEmbedding
 from lowrank.lora.model import (
     _check_name,
     _check_unmerged,
@@ -43,7 +42,8 @@ from lowrank.lora.model import (
     require_adapter,
     saved_modules,
 )
-from lowrank.lora.target import ALL_LINEAR, find_targets
+from lowrank.lora.target_modules import ALL_LINEAR, find_targets
+from lowrank.lora.tensors import EMBEDDING_PARTS, fill, fill_saved
 from lowrank.targets.survey import unwrapped
 
 __all__ = ["CONFIG_NAME", "TENSORS_NAME", "adapter_tensors", "load_adapter", "reread_adapter", "save_adapter"]

@@ -13,8 +13,8 @@ from lowrank.errors import AdapterError, UsageError
 from lowrank.layers import CompressedLayer
 from lowrank.layers.linear import balanced
 from lowrank.layers.source import is_conv1d
+from lowrank.lora.adapter_layer import LoRALayer
 from lowrank.lora.bases import base_bias, base_weight, exact_weight, family
-from lowrank.lora.layer import LoRALayer
 from lowrank.numerics.factors import Factors, RankCurve, factorize, factorize_embedding
 from lowrank.numerics.linalg import safe_svd
 from lowrank.numerics.moments import InputStatistics, TokenCounts

@@ -13,11 +13,11 @@ from torch import nn
 from lowrank.checkpoint.saving import says_tied_wrongly
 from lowrank.errors import AdapterError, RankError, UsageError
 from lowrank.layers import CompressedLayer
-from lowrank.lora.layer import LoRALayer, MergeRow
-from lowrank.lora.merging import MergeOptions, merged_base
+from lowrank.lora.adapter_layer import LoRALayer, MergeRow
+from lowrank.lora.base_update import MergeOptions, merged_base
 from lowrank.lora.model import activate, lora_layers, require_adapter
 from lowrank.lora.saved_module import SavedModule
-from lowrank.lora.target import outer_modules
+from lowrank.lora.target_modules import outer_modules
 from lowrank.targets.survey import replace_module
 
 __all__ = ["MergeReport", "merge_lora", "merge_report", "unload_lora", "unmerge_lora"]

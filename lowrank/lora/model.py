@@ -12,13 +12,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from torch import nn
 
 from lowrank.errors import AdapterError, UsageError
+from lowrank.lora.adapter_kinds import adapted
+from lowrank.lora.adapter_layer import FORMS, LoRALayer
 from lowrank.lora.bases import largest_rank, require_rank
 from lowrank.lora.config import LoRAConfig
 from lowrank.lora.initialise import drawn_from, start_from_residual, start_from_singular_vectors
-from lowrank.lora.layer import FORMS, LoRALayer
-from lowrank.lora.layers import adapted
 from lowrank.lora.saved_module import SavedModule
-from lowrank.lora.target import Place, Targets, find_targets, outer_modules
+from lowrank.lora.target_modules import Place, Targets, find_targets, outer_modules
 from lowrank.numerics.moments import InputStatistics, TokenCounts
 from lowrank.targets.survey import replace_module, unwrapped
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from torch import nn
 
 from lowrank.layers import CompressedLayer
+from lowrank.lora.adapter_layer import LoRALayer
 from lowrank.lora.config import LoRAConfig
-from lowrank.lora.layer import LoRALayer
 from lowrank.lora.model import active_adapters, lora_layers, saved_modules
-from lowrank.lora.target import find_targets
+from lowrank.lora.target_modules import find_targets
 
 __all__ = ["AdapterSummary", "adapter_summary", "trainable_parameters"]
 

@@ -21,7 +21,6 @@ from lowrank.io import lock_destination
 from lowrank.lora.files import reread_adapter
 from lowrank.lora.model import lora_layers, saved_modules
 from lowrank.training.blocks import checkpointed
-from lowrank.training.checkpoints import HISTORY_NAME, RunDirectory, model_fingerprint
 from lowrank.training.data import (
     Example,
     TrainingData,
@@ -34,6 +33,7 @@ from lowrank.training.history import TrainingResult
 from lowrank.training.losses import LossFn, check_validation, require_counting
 from lowrank.training.optimizer import changing_tensors, optimizer_tensors, restore_optimizer, trainable_named
 from lowrank.training.options import TrainingOptions
+from lowrank.training.run_directory import HISTORY_NAME, RunDirectory, model_fingerprint
 from lowrank.training.trainer import Trainer
 
 __all__ = ["finetune"]

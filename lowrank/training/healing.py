@@ -21,7 +21,7 @@ from lowrank.training.data import derived_seed
 from lowrank.training.distillation import Distillation, is_logits
 from lowrank.training.forms import TrainableForm
 from lowrank.training.options import HealOptions, check_seed, learning_rate_factor
-from lowrank.training.pool import SamplePool
+from lowrank.training.sample_pool import SamplePool
 
 __all__ = ["HealReport", "HealResult", "heal", "heal_batches"]
 

@@ -26,7 +26,7 @@ from lowrank.training import heal
 from lowrank.training.blocks import repeated_blocks
 from lowrank.training.distillation import Distillation, tapped_modules
 from lowrank.training.forms import RoundedForm, TrainableForm
-from lowrank.training.pool import SamplePool
+from lowrank.training.sample_pool import SamplePool
 
 
 def compressed(original: nn.Module, kind: str, rank: int = 8) -> nn.Module:

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from lowrank.errors import AdapterError
 from lowrank.layers.conv_base import ConvLayer, float_conv
+from lowrank.lora.adapter_layer import LoRALayer
 from lowrank.lora.bases import family
 from lowrank.lora.config import LoRAConfig
-from lowrank.lora.layer import LoRALayer
 from lowrank.numerics.convolutions import ConvGeometry
 
 __all__ = ["LoRAConv1d", "LoRAConv2d", "LoRAEmbedding", "LoRALinear", "adapted"]

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from lowrank.errors import CheckpointError
 from lowrank.io import printable
 from lowrank.layers import CompressedLayer
-from lowrank.lora.layer import LoRALayer, Magnitude
-from lowrank.lora.layers import LoRAEmbedding
+from lowrank.lora.adapter_kinds import LoRAEmbedding
+from lowrank.lora.adapter_layer import LoRALayer, Magnitude
 from lowrank.lora.model import saved_modules
 
 __all__ = ["EMBEDDING_PARTS", "fill", "fill_saved"]
