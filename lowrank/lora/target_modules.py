@@ -52,7 +52,7 @@ class Targets:
 
 
 def outer_modules(model: nn.Module) -> list[Place]:
-    """Every module of the model but the model itself and what lies inside an adapted or a saved module."""
+    """List every module of the model but the model itself and what lies inside an adapted or a saved module."""
     names: dict[int, list[str]] = {}
     found: dict[int, tuple[nn.Module, nn.Module | None]] = {}
     inside: list[str] = []

@@ -18,8 +18,8 @@ from lowrank import lora
 from lowrank.errors import CalibrationError, UsageError
 from lowrank.integrations.accelerate import Processes, processes
 from lowrank.io import lock_destination
+from lowrank.lora.adapters import lora_layers, saved_modules
 from lowrank.lora.files import reread_adapter
-from lowrank.lora.model import lora_layers, saved_modules
 from lowrank.training.blocks import checkpointed
 from lowrank.training.data import (
     Example,
@@ -212,7 +212,7 @@ class _Run:
         self.result = TrainingResult(metric=options.metric_name, trainable=counts[0], total=counts[1])
 
     def train(self) -> None:
-        """All steps that are left, and the best tensors back in the model, whatever happens."""
+        """Run all steps that are left, and put the best tensors back in the model, whatever happens."""
         first = self._restore()
         try:
             if first == 0 and self.judged:
@@ -292,7 +292,7 @@ class _Run:
         return self.result.steps
 
     def finish(self) -> None:
-        """The outcome to the directory."""
+        """Write the outcome to the directory."""
         if self.directory is None:
             return
         if self.team.first:
@@ -304,7 +304,7 @@ class _Run:
         self.result.directory = self.directory.directory
 
     def reread(self) -> TrainingResult:
-        """The outcome of a run that has come to its end before."""
+        """Read the outcome of a run that has come to its end before."""
         assert self.directory is not None
         file = self.directory.adapter_file
         if file is not None:

@@ -16,8 +16,8 @@ from lowrank.errors import AdapterError
 from lowrank.lora import (
     LoRAConfig,
 )
+from lowrank.lora.adapters import adapter_names
 from lowrank.lora.bases import require_rank
-from lowrank.lora.model import adapter_names
 
 
 @pytest.mark.parametrize(

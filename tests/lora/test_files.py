@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import lowrank
 from lowrank.io import read_safetensors_header, read_tensor, write_safetensors
-from lowrank.lora.model import adapter_names, lora_layers, saved_modules
+from lowrank.lora.adapters import adapter_names, lora_layers, saved_modules
 
 
 def model() -> nn.Sequential:

@@ -14,8 +14,8 @@ from lora_models import random_adapter, rows, two_linear
 from torch import Tensor, nn
 
 import lowrank
+from lowrank.lora.adapters import lora_layers
 from lowrank.lora.bases import exact_weight
-from lowrank.lora.model import lora_layers
 from lowrank.numerics.moments import InputStatistics, TokenCounts
 
 

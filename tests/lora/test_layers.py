@@ -13,8 +13,9 @@ from lora_models import random_adapter, rows, two_linear
 from torch import nn
 
 import lowrank
+from lowrank.lora.adapters import lora_layers
 from lowrank.lora.bases import base_bias, base_weight, exact_weight
-from lowrank.lora.model import lora_layers, set_form
+from lowrank.lora.model import set_form
 
 # One of each forward; compiling takes a second each.
 COMPILED = (

@@ -13,8 +13,8 @@ from lora_models import random_adapter, rows, two_linear
 from torch import Tensor, nn
 
 import lowrank
+from lowrank.lora.adapters import active_adapters, lora_layers
 from lowrank.lora.bases import exact_weight
-from lowrank.lora.model import active_adapters, lora_layers
 
 # A spatial convolution cannot hold an adapter's kernel; see the test of refusals.
 MERGEABLE = [kind for kind in BASES if kind != "spatial-conv2d"]

@@ -14,7 +14,7 @@ from lora_models import BLOCKS, Encoder, random_adapter, run, two_linear
 from torch import nn
 
 import lowrank
-from lowrank.lora.model import active_adapters, adapter_names, lora_layers
+from lowrank.lora.adapters import active_adapters, adapter_names, lora_layers
 
 
 def test_the_summary_names_everything_with_weights() -> None:

@@ -18,7 +18,7 @@ from lowrank.lora import (
     load_adapter,
     save_adapter,
 )
-from lowrank.lora.model import saved_modules
+from lowrank.lora.adapters import saved_modules
 
 
 def test_modules_to_save_are_matched_as_peft_does_and_go_both_ways(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from helpers import eps
 from torch import Tensor, nn
 
 import lowrank
-from lowrank.lora.model import adapter_names, lora_layers
+from lowrank.lora.adapters import adapter_names, lora_layers
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")

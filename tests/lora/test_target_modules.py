@@ -17,7 +17,7 @@ from lowrank.lora import (
     LoRAConfig,
     add_lora,
 )
-from lowrank.lora.model import lora_layers
+from lowrank.lora.adapters import lora_layers
 
 
 def named(**arguments: Any) -> set[str]:

@@ -18,7 +18,7 @@ from lowrank.lora import (
     add_lora,
     add_weighted_adapter,
 )
-from lowrank.lora.model import active_adapters, lora_layers
+from lowrank.lora.adapters import active_adapters, lora_layers
 
 
 def test_a_weighted_adapter_is_the_weighted_sum() -> None:
