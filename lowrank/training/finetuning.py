@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from lowrank import lora
 from lowrank.errors import CalibrationError, UsageError
-from lowrank.integrations.accelerate import Processes, processes
+from lowrank.integrations.accelerate import processes
 from lowrank.io import lock_destination
 from lowrank.lora.adapters import lora_layers, saved_modules
 from lowrank.lora.files import reread_adapter
@@ -166,7 +166,8 @@ def finetune(
         directory = RunDirectory(Path(output_dir), facts, resume=resume, overwrite=overwrite)
     elif resume or overwrite:
         raise UsageError("output_dir: resume and overwrite need one")
-    run = _Run(model, data, checks, loss_fn, options, directory, team, progress)
+    total = options.total_steps(-(-len(data) // gradient_accumulation))
+    run = _Run(Trainer(model, options, loss_fn, total, team), data, checks, directory, progress)
     if directory is not None and directory.finished:
         return run.reread()
     started = time.perf_counter()
@@ -190,26 +191,27 @@ class _Run:
 
     def __init__(
         self,
-        model: nn.Module,
+        trainer: Trainer,
         data: TrainingData,
         checks: list[Example] | None,
-        loss_fn: LossFn | None,
-        options: TrainingOptions,
         directory: RunDirectory | None,
-        team: Processes,
         progress: bool,
     ) -> None:
-        self.model, self.data, self.checks, self.options = model, data, checks, options
-        self.directory, self.team, self.progress = directory, team, progress and team.first
-        self.per_epoch = -(-len(data) // options.gradient_accumulation)
-        self.total = options.steps if options.steps is not None else options.epochs * self.per_epoch  # type: ignore[operator]
-        self.trainer = Trainer(model, options, loss_fn, self.total, team)
-        self.judged = callable(options.metric) or checks is not None
-        self.tensors = changing_tensors(model)
+        self.trainer, self.data, self.checks, self.directory = trainer, data, checks, directory
+        self.model, self.options, self.team, self.total = (
+            trainer.model,
+            trainer.options,
+            trainer.processes,
+            trainer.total,
+        )
+        self.progress = progress and self.team.first
+        self.per_epoch = -(-len(data) // self.options.gradient_accumulation)
+        self.judged = callable(self.options.metric) or checks is not None
+        self.tensors = changing_tensors(self.model)
         self.best = _copies(self.tensors)
         self.stale = 0
-        counts = lora.trainable_parameters(model)
-        self.result = TrainingResult(metric=options.metric_name, trainable=counts[0], total=counts[1])
+        counts = lora.trainable_parameters(self.model)
+        self.result = TrainingResult(metric=self.options.metric_name, trainable=counts[0], total=counts[1])
 
     def train(self) -> None:
         """Run all steps that are left, and put the best tensors back in the model, whatever happens."""

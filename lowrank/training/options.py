@@ -79,6 +79,13 @@ class TrainingOptions:
         """For the history."""
         return getattr(self.metric, "__name__", "metric") if callable(self.metric) else self.metric
 
+    def total_steps(self, per_epoch: int) -> int:
+        """Count the steps of the run, given those of an epoch."""
+        if self.steps is not None:
+            return self.steps
+        assert self.epochs is not None
+        return self.epochs * per_epoch
+
     def warmup_steps(self, total: int) -> int:
         """Count the steps over which the learning rate rises."""
         return math.ceil(self.warmup * total) if isinstance(self.warmup, float) else self.warmup
