@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from lowrank.analysis.stopwatch import Spread, host_facts, interleaved, spread
 from lowrank.calibration.batches import Batch, evaluating, prepare_batches
-from lowrank.errors import UsageError
+from lowrank.errors import UsageError, is_whole
 from lowrank.io import printable
 from lowrank.kernels import routes_in_use
 from lowrank.layers import CompressedLayer, compressed_layers
@@ -188,7 +188,7 @@ def benchmark(
         >>> found.rows[0].name, found.rows[0].rows, found.speedup.median > 0.0
         ('0', 4, True)
     """
-    if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
+    if not is_whole(rounds, 1):
         raise UsageError(f"rounds: must be an integer from 1, got {rounds!r}")
     batches = prepare_batches(model, inputs, "inputs")
     models = {"model": model} if against is None else {"model": model, "against": against}

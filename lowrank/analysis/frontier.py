@@ -11,46 +11,48 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from tqdm import tqdm
 
 from lowrank.analysis.frontier_report import STATE_NAME, FrontierReport
 from lowrank.analysis.frontier_state import Done, State, arguments_of
 from lowrank.calibration.batches import Batch, prepare_batches, sample_count
-from lowrank.compression.accounting import frontier_point, layer_rows
-from lowrank.compression.choose import gauges_of, planner_of, uniform_plans
-from lowrank.compression.compress import prepare_job
+from lowrank.calibration.metrics import METRICS, metric_named
+from lowrank.compression.accounting import TargetBytes, frontier_point
+from lowrank.compression.choose import allocator_of, search_of, uniform_plans
+from lowrank.compression.compress import prepare
+from lowrank.compression.formats import REFERENCE
 from lowrank.compression.options import Options, check_budgets
-from lowrank.compression.plan import Plan
-from lowrank.compression.prepare import Job
-from lowrank.compression.trial import Gauge, Reading
-from lowrank.compression.workshop import Choice
-from lowrank.errors import BudgetError, UsageError
+from lowrank.compression.plan import Plan, same_specs
+from lowrank.compression.search import Search, corrected
+from lowrank.compression.trial import Reading
+from lowrank.errors import BudgetError, UsageError, is_whole
 from lowrank.io import check_destination, lock_destination
-from lowrank.io.version import __version__
+from lowrank.io.version import versions
+from lowrank.layers.base import ACTIVATIONS
 from lowrank.reporting.points import FrontierPoint
-from lowrank.targets.survey import unwrapped
+from lowrank.targets.model import unwrapped
 
 __all__ = ["FrontierPoint", "FrontierReport", "default_budgets", "measure_frontier"]
 
 POINTS = 8
 MOST_POINTS = 64
-# The range of the default budgets: from about what int8 weights alone cost to where few models are of use. Nats for "kl".
-RANGES = {"output": (0.01, 0.5), "weight": (0.005, 0.5), "kl": (0.002, 0.5), "perplexity": (0.003, 0.5)}
 # Plans tried for a point until its error on the search part is this near to the budget.
 ROUNDS = 3
 NEAR = 0.05
 
 
 def default_budgets(metric: str, points: int = POINTS) -> tuple[float, ...]:
-    """Error budgets in equal ratios, two digits each.
+    """Spread error budgets over the usual range of the metric of this name, in equal ratios, two digits each.
+
+    Raises:
+        UsageError: no such metric.
 
     Example:
         >>> default_budgets("output", 6)
         (0.01, 0.022, 0.048, 0.1, 0.23, 0.5)
     """
-    low, high = RANGES[metric]
+    low, high = metric_named(metric).usual
     ratio = (high / low) ** (1.0 / max(points - 1, 1))
     return tuple(float(f"{low * ratio**index:.2g}") for index in range(points))
 
@@ -133,11 +135,11 @@ def _checked(
     if budgets is not None and points is not None:
         raise UsageError("budgets or points: give one of them; points spreads budgets of its own")
     count = POINTS if points is None else points
-    if isinstance(count, bool) or not isinstance(count, int) or not 2 <= count <= MOST_POINTS:
+    if not is_whole(count, 2, MOST_POINTS):
         raise UsageError(f"points: must be an integer from 2 to {MOST_POINTS}, got {points!r}")
     metric = options.get("metric", "auto")
     if not isinstance(metric, str):
-        raise UsageError("metric: a frontier is measured by name (output, weight, kl, perplexity), not by a callable")
+        raise UsageError(f"metric: a frontier is measured by name ({', '.join(METRICS)}), not by a callable")
     if budgets is not None:
         if not isinstance(budgets, (list, tuple)) or not budgets or len(budgets) > MOST_POINTS:
             raise UsageError(
@@ -154,11 +156,10 @@ def _checked(
 
 
 def _uniform_steps(options: Options) -> list[str]:
-    """The formats that are given to every layer alike; measured first, since they calibrate the predictions."""
-    if "int8" not in options.formats or options.overrides:
+    """The plans that give every layer the same format; measured first, since they calibrate the predictions."""
+    if REFERENCE.name not in options.formats or options.overrides:
         return []
-    modes = ("int8", "float") if options.activations == "auto" else (options.activations,)
-    return [f"uniform {mode}" for mode in modes]
+    return [f"uniform {mode}" for mode in (ACTIVATIONS if options.activations == "auto" else (options.activations,))]
 
 
 def _next_step(
@@ -203,88 +204,70 @@ def _measure(
     fill: int,
 ) -> None:
     """Measure the steps that are not done yet, and keep each as soon as it is."""
-    job, verification = prepare_job(model, batches, checks, options, probing=True)
-    search, verify = gauges_of(job, verification, options)
-    rows = layer_rows(job.survey, job.bench.model, job.bench.workshops)
-    dense = sum(shop.bytes(Choice("dense")) for shop in job.bench.workshops.values())
-    rest = sum(row.bytes_after for row in rows) - dense
-    before = sum(row.bytes_before for row in rows)
+    prepared, verification = prepare(model, batches, checks, options, probing=True)
+    allocator = allocator_of(prepared, options)
+    search = search_of(prepared, verification, options, allocator)
+    sizes = TargetBytes.of_original(prepared.survey, prepared.copy.model, prepared.copy.layers)
     state.totals |= {
         "metric": options.metric,
-        "bytes_before": before,
-        "samples": sample_count(verification) if options.metric != "weight" else 0,
+        "bytes_before": sizes.before,
+        "samples": sample_count(verification) if not options.error_metric.weights_only else 0,
         "seed": options.seed,
-        "versions": {"lowrank": __version__, "torch": str(torch.__version__)},
+        "versions": versions(),
     }
-    state.notes = list(job.notes)
-    uniform = dict(zip(_uniform_steps(options), uniform_plans(job, options), strict=True))
-    scale = state.done[-1].scale if state.done else 1.0
+    state.notes = list(prepared.notes)
+    uniform = dict(zip(_uniform_steps(options), uniform_plans(prepared, options, allocator), strict=True))
+    search.scale = state.done[-1].scale if state.done else 1.0
     bar = tqdm(desc="frontier", unit="point", delay=2, disable=not options.progress)
     while (following := _next_step(state.done, budgets, options, fill)) is not None:
         step, budget = following
         if budget is None:
             label, plan = uniform[step]
             if not state.done:
-                scale = _corrected(plan, search(job.bench.install_plan(plan)), scale, options)
+                reading = search.attempt(label, plan).searched
+                search.scale = corrected(plan, reading, search.scale, search.total)
         else:
-            label, (plan, scale) = f"budget {budget:.3g}", _plan_for(job, budget, scale, search, options)
-        known = [item for item in state.done if item.plan is not None and _key(item.plan) == _key(plan)]
-        if known:
-            state.done.append(Done(step, scale, None, None))
-        else:
-            reading = verify(job.bench.install_plan(plan)) if plan.error > 0.0 else Reading(0.0, math.inf)
-            upper = reading.upper if math.isfinite(reading.upper) and state.totals["samples"] else None
-            error = reading.value if math.isfinite(reading.value) else None
-            point = None
-            if error is not None:
-                made = frontier_point(plan, rest, before, error, True, budget, label)
-                point = replace(made, upper=upper)
-            state.done.append(Done(step, scale, point, plan if point is not None else None))
+            label, plan = f"budget {budget:.3g}", _plan_for(search, budget)
+        known = any(item.plan is not None and same_specs(item.plan, plan) for item in state.done)
+        point = None if known else _point(search, plan, sizes, label, budget)
+        if point is not None and not state.totals["samples"]:
+            point = replace(point, upper=None)
+        state.done.append(Done(step, search.scale, point, None if point is None else plan))
         if folder is not None:
             state.write(folder)
         bar.update()
     bar.close()
 
 
-def _plan_for(job: Job, budget: float, scale: float, search: Gauge, options: Options) -> tuple[Plan, float]:
-    """The plan whose error on the search part is nearest to the budget after a few corrections, and measured over predicted."""
-    plan_for = planner_of(job, options)
-    wanted = options.contribution(budget)
+def _point(search: Search, plan: Plan, sizes: TargetBytes, label: str, budget: float | None) -> FrontierPoint | None:
+    """The plan measured on the verification part; ``None`` where its error is not finite."""
+    reading = search.verify(search.copy.install_plan(plan)) if plan.error > 0.0 else Reading(0.0, math.inf)
+    if not math.isfinite(reading.value):
+        return None
+    made = frontier_point(plan, sizes, reading.value, label=label, measured=True, budget=budget)
+    return replace(made, upper=reading.upper if math.isfinite(reading.upper) else None)
+
+
+def _plan_for(search: Search, budget: float) -> Plan:
+    """The plan whose error on the search part is nearest to the budget after a few corrections; leaves its scale in the search."""
     best: tuple[float, Plan, float] | None = None
-    tried: list[object] = []
-    for _ in range(ROUNDS):
-        try:
-            plan = plan_for(wanted / scale)
-        except BudgetError:
-            raise BudgetError(f"budget {budget:g}: the formats that overrides asks for cannot hold it") from None
-        if _key(plan) in tried:
-            break
-        tried.append(_key(plan))
-        if plan.error <= 0.0:
-            return (best[1], best[2]) if best is not None else (plan, scale)
-        reading = search(job.bench.install_plan(plan))
-        if not math.isfinite(reading.value):
-            scale *= 4.0
-            continue
-        distance = abs(math.log(max(reading.value, 1e-300) / budget))
-        scale = _corrected(plan, reading, scale, options)
-        if best is None or distance < best[0]:
-            best = distance, plan, scale
-        if distance < NEAR:
-            break
+    search.target = budget
+    try:
+        for step in search.approach(ROUNDS):
+            if step.reading is None:
+                best = best or (math.inf, step.plan, step.scale)
+                break
+            if not math.isfinite(step.reading.value):
+                continue
+            distance = abs(math.log(max(step.reading.value, 1e-300) / budget))
+            if best is None or distance < best[0]:
+                best = distance, step.plan, search.scale
+            if distance < NEAR:
+                break
+    except BudgetError:
+        raise BudgetError(f"budget {budget:g}: the formats that overrides asks for cannot hold it") from None
     if best is None:
-        return plan, scale
-    return best[1], best[2]
-
-
-def _corrected(plan: Plan, reading: Reading, scale: float, options: Options) -> float:
-    """Measured over predicted contributions; the old scale where one of them says nothing."""
-    measured = options.contribution(reading.value) if math.isfinite(reading.value) else math.inf
-    ratio = measured / plan.error if plan.error > 0.0 else 0.0
-    return ratio if 0.0 < ratio < math.inf else scale
-
-
-def _key(plan: Plan) -> list[tuple[object, ...]]:
-    return [
-        (entry.name, entry.format, entry.rank, entry.bits, entry.activations, entry.scheme) for entry in plan.entries
-    ]
+        # Every plan that was tried broke the model: the last one, made with what that taught.
+        return step.plan
+    _, plan, search.scale = best
+    return plan

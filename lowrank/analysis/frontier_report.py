@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lowrank.calibration.metrics import METRICS, ErrorMetric, recorded_metric
 from lowrank.compression.plan import Plan
 from lowrank.errors import CheckpointError
 from lowrank.io import atomic_directory, parse_json, write_text
@@ -23,8 +24,6 @@ from lowrank.reporting.points import (
     points_texts,
 )
 from lowrank.reporting.text import (
-    METRIC_NAMES,
-    error_text,
     human_bytes,
     markdown_table,
     one_line,
@@ -69,6 +68,14 @@ class FrontierReport:
         """The name of the error."""
         return one_line(str(self.totals.get("metric") or "error"))
 
+    @property
+    def _metric(self) -> ErrorMetric:
+        return recorded_metric(self.metric)
+
+    @property
+    def _title(self) -> str:
+        return self._metric.title if self.metric in METRICS else self.metric
+
     def summary(self) -> list[str]:
         """The frontier in plain sentences."""
         count = f"{len(self.points)} point{'' if len(self.points) == 1 else 's'}"
@@ -77,10 +84,10 @@ class FrontierReport:
             f"measured on {samples:,} samples that no plan was made from" if samples else "computed from the weights"
         )
         lines = [
-            f"{count} of {METRIC_NAMES.get(self.metric, self.metric)} against size, {where}; the original takes "
+            f"{count} of {self._title} against size, {where}; the original takes "
             f"{human_bytes(self.totals.get('bytes_before'))}."
         ]
-        show = error_text(self.metric)
+        show = self._metric.show
         best = [point for point in lowest(self.points) if point.size_ratio < 1.0]
         if best:
             parts = [f"{percent(point.size_ratio, 3)} at {show(point.error)}" for point in best]
@@ -95,7 +102,7 @@ class FrontierReport:
         """
         if width is None:
             width = min(max(shutil.get_terminal_size((120, 24)).columns, 60), 140)
-        rows = points_texts(self.points, error_text(self.metric))
+        rows = points_texts(self.points, self._metric.show)
         parts = ["\n".join(wrap(line, width) for line in self.summary())]
         parts.append(terminal_table(FRONTIER_COLUMNS, rows, width=width))
         if self.notes:
@@ -104,7 +111,7 @@ class FrontierReport:
 
     def to_markdown(self) -> str:
         """The same as Markdown."""
-        rows = points_texts(self.points, error_text(self.metric))
+        rows = points_texts(self.points, self._metric.show)
         safe = [[text.replace("|", "\\|").replace("<", "&lt;") for text in row] for row in rows]
         lines = ["# Size against error", "", *(f"{line}  " for line in self.summary()), ""]
         lines.append(markdown_table(FRONTIER_COLUMNS, safe))
@@ -149,9 +156,9 @@ class FrontierReport:
 
     def to_html(self) -> str:
         """One self-contained page: tiles, the chart, the table."""
-        show = error_text(self.metric)
+        show = self._metric.show
         best = [point for point in lowest(self.points) if point.size_ratio < 1.0]
-        name = METRIC_NAMES.get(self.metric, self.metric)
+        name = self._title
         tiles = [("Original", human_bytes(self.totals.get("bytes_before")), "stored bytes", "")]
         if best:
             tiles.append(("Smallest", percent(best[0].size_ratio, 3), f"at {show(best[0].error)} {name}", ""))
@@ -169,7 +176,9 @@ class FrontierReport:
         ]
         parts = [report_html.tiles(tiles)]
         if self.points:
-            parts.append(report_html.section("The frontier", frontier_chart(self.points, self.metric)))
+            unit = self._metric.unit
+            chart = frontier_chart(self.points, show, factor=unit.factor, axis=unit.axis, suffix=unit.suffix)
+            parts.append(report_html.section("The frontier", chart))
         parts.append(report_html.section("Points", report_html.table(headings, cells)))
         if self.notes:
             parts.append(report_html.section("Notes", report_html.notes_list(self.notes)))

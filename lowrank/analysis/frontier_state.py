@@ -17,7 +17,7 @@ from lowrank.compression.options import Options
 from lowrank.compression.plan import Plan
 from lowrank.errors import CheckpointError
 from lowrank.io import parse_json, printable, read_bounded
-from lowrank.io.version import __version__
+from lowrank.io.version import PACKAGE, __version__
 from lowrank.reporting.points import FrontierPoint, points_from_json
 
 __all__ = ["Done", "State", "arguments_of"]
@@ -43,7 +43,7 @@ def arguments_of(
     return {
         **{key: value for key, value in plain.items() if value is not None},
         "budgets": list(budgets),
-        "lowrank": __version__,
+        PACKAGE: __version__,
         "model": _digest(sorted(model.state_dict().items())),
         "calibration": None if batches is None else _digest(_batch_items(batches)),
         "validation": None if checks is None else _digest(_batch_items(checks)),

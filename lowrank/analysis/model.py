@@ -28,11 +28,12 @@ from lowrank.analysis.sources import (
 )
 from lowrank.calibration.inputs import collect_statistics
 from lowrank.errors import UsageError
-from lowrank.io.version import __version__
+from lowrank.io.version import versions
+from lowrank.layers.source import is_conv1d
 from lowrank.numerics.moments import InputStatistics
 from lowrank.numerics.spectrum import Spectrum, analyze_weight
 from lowrank.reporting.text import one_line
-from lowrank.targets.survey import is_conv1d, matching
+from lowrank.targets.model import matching
 
 __all__ = ["AnalysisReport", "AnalysisRow", "analyze_model"]
 
@@ -263,7 +264,7 @@ def _totals(
         "bytes": sum(row.bytes for row in rows),
         "energy": [float(level) for level in levels],
         "source": one_line(source),
-        "versions": {"lowrank": __version__, "torch": str(torch.__version__)},
+        "versions": versions(),
         "size_ratio_at_energy": {},
         "error_at_size": {},
         "curve": size_error_curve(spectra),

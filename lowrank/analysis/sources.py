@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.io import open_tensors
-from lowrank.targets.survey import MAX_ELEMENTS, is_conv1d
+from lowrank.layers.source import is_conv1d
+from lowrank.targets.survey import MAX_ELEMENTS
 
 __all__ = [
     "ITEM_BYTES",

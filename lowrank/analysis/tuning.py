@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lowrank.analysis.stopwatch import host_facts, interleaved
-from lowrank.compression.timings import Point, TimingTable, cross_validate, fit_table, timing_key
+from lowrank.compression.formats import DENSE
+from lowrank.compression.timings import CONV_PREFIX, Point, TimingTable, cross_validate, fit_table, timing_key
 from lowrank.layers import (
     QuantizedConv2d,
     QuantizedLinear,
@@ -19,6 +20,7 @@ from lowrank.layers import (
     SVDCompressedConv2d,
     SVDCompressedLinear,
 )
+from lowrank.layers.base import ACTIVATIONS
 
 __all__ = ["ROWS", "SHAPES", "measure_conv_points", "measure_points", "measure_timings"]
 
@@ -97,19 +99,20 @@ def _layers(outputs: int, inputs: int, dtype: str) -> Iterator[tuple[str, int | 
         return torch.randint(-127, 128, shape, dtype=torch.int8, generator=generator)
 
     bias = torch.zeros(outputs, dtype=kind)
-    yield timing_key("dense", None, dtype), None, nn.Linear(inputs, outputs, dtype=kind)
+    yield timing_key(DENSE.format, None, dtype), None, nn.Linear(inputs, outputs, dtype=kind)
     dense, scale = codes(outputs, inputs), torch.full((outputs,), 1e-4)
-    for mode in ("int8", "float"):
+    for mode in ACTIVATIONS:
         layer = QuantizedLinear.from_tensors(dense, scale, bias, activations=mode)
-        yield timing_key("int8", mode, dtype), None, layer
+        yield timing_key(layer.format, mode, dtype), None, layer
     for share in SHARES:
         rank = max(int(min(outputs, inputs) * share), 1)
-        yield timing_key("lowrank", None, dtype), rank, SVDCompressedLinear(inputs, outputs, rank, dtype=kind)
+        thin = SVDCompressedLinear(inputs, outputs, rank, dtype=kind)
+        yield timing_key(thin.format, None, dtype), rank, thin
         left, right = codes(outputs, rank), codes(rank, inputs)
         between = torch.full((rank,), 1e-6)
-        for mode in ("int8", "float"):
+        for mode in ACTIVATIONS:
             factored = QuantizedLowRankLayer.from_tensors(left, right, between, bias, activations=mode)
-            yield timing_key("lowrank-int8", mode, dtype), rank, factored
+            yield timing_key(factored.format, mode, dtype), rank, factored
 
 
 def measure_conv_points(
@@ -149,17 +152,21 @@ def measure_conv_points(
 
 
 def _conv_layers(inputs: int, outputs: int, size: int) -> Iterator[tuple[str, int | None, nn.Module]]:
+    def key(format: str, mode: str | None) -> str:
+        return timing_key(CONV_PREFIX + format, mode, "float32")
+
     conv = nn.Conv2d(inputs, outputs, size, padding=size // 2)
-    yield timing_key("conv-dense", None, "float32"), None, conv
-    for mode in ("int8", "float"):
-        key = timing_key("conv-int8", mode, "float32")
-        yield key, None, QuantizedConv2d.from_conv2d(conv, activations=mode)
+    yield key(DENSE.format, None), None, conv
+    for mode in ACTIVATIONS:
+        whole = QuantizedConv2d.from_conv2d(conv, activations=mode)
+        yield key(whole.format, mode), None, whole
     for share in SHARES:
         rank = max(int(min(outputs, inputs * size * size) * share), 1)
-        yield timing_key("conv-lowrank", None, "float32"), rank, SVDCompressedConv2d.from_conv2d(conv, rank=rank)
-        for mode in ("int8", "float"):
-            key = timing_key("conv-lowrank-int8", mode, "float32")
-            yield key, rank, QuantizedLowRankConv2d.from_conv2d(conv, rank=rank, activations=mode)
+        thin = SVDCompressedConv2d.from_conv2d(conv, rank=rank)
+        yield key(thin.format, None), rank, thin
+        for mode in ACTIVATIONS:
+            rounded = QuantizedLowRankConv2d.from_conv2d(conv, rank=rank, activations=mode)
+            yield key(rounded.format, mode), rank, rounded
 
 
 def measure_timings(*, progress: bool = False, **grid: Any) -> TimingTable:

@@ -1,28 +1,24 @@
-"""What an error in each layer costs the model, and factors and ranks that are chosen by it (DESIGN §4)."""
+"""What an error in each layer costs the model: second moments of gradients, without labels."""
 
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lowrank.calibration.batches import Batch, model_tensor
 from lowrank.calibration.inputs import no_fast_path
-from lowrank.errors import RankError, UsageError
-from lowrank.numerics.factors import Factors, RankCurve, factorize_in_metric
-from lowrank.numerics.gradient_metric import GradientMetric
-from lowrank.numerics.knapsack import allocate
-from lowrank.numerics.moments import InputStatistics
+from lowrank.calibration.observers import AnyObserver, observer_of
+from lowrank.errors import UsageError
 
-__all__ = ["DIRECTIONS", "LossAwareCurve", "output_gradients", "ranks_for_budget"]
+__all__ = ["DIRECTIONS", "Directions", "output_gradients"]
 
 OutputFn = Callable[[Any], Tensor]
-DIRECTIONS = ("output", "pooled", "labels")
+# From the output, its mask of padding (or None) and a generator to what is back-propagated, of the output's shape.
+Directions = Callable[[Tensor, Tensor | None, torch.Generator], Tensor]
 # Activations are kept for the backward pass: so many samples at a time bound what that takes.
 SAMPLES_AT_ONCE = 16
 
@@ -32,11 +28,12 @@ def output_gradients(
     batches: Sequence[Batch],
     targets: Mapping[str, nn.Module],
     *,
-    directions: str = "pooled",
+    directions: str | Directions = "output",
     output_fn: OutputFn | None = None,
+    observers: Mapping[str, AnyObserver] | None = None,
     seed: int = 0,
 ) -> dict[str, Tensor]:
-    """Second moments of the gradients with respect to each layer's outputs: C of DESIGN §4, without labels.
+    """Gather the second moment C of the gradients with respect to each layer's outputs: an error ΔW costs about ½ tr(C ΔW Σ ΔWᵀ).
 
     One gradient is of one position (a token, a pixel); their products are summed over the positions of a sample and averaged over
     samples, so that layers with more positions count for more. Padding is left out. Neither values nor flags of the model change.
@@ -44,14 +41,14 @@ def output_gradients(
     What is back-propagated from the output y is, by ``directions``:
 
     * ``"output"``: random directions, independent for every number (Gauss-Newton of ‖Δy‖²).
-    * ``"pooled"``: the same, and where the output has positions one more that all positions of a sample share, as the error of
-      their mean would send it back.
-    * ``"labels"``: ``softmax(y) − onehot(c)`` with c drawn from ``softmax(y)`` (Fisher information: ½ tr(C ΔW Σ ΔWᵀ) nats).
+    * ``"labels"``: ``softmax(y) − onehot(c)`` with c drawn from ``softmax(y)`` (Fisher information: the cost is in nats).
+    * a function of the caller's own: (output, mask or ``None``, generator) to a tensor like the output.
 
     Args:
         model: run in evaluation mode.
         batches: from :func:`lowrank.calibration.batches.prepare_batches`.
         targets: linear layers and convolutions by name.
+        observers: of these, which say what a row is; else those that fit torch's layers.
         directions: see above.
         output_fn: picks the tensor out of the model's output.
         seed: of the directions.
@@ -68,8 +65,10 @@ def output_gradients(
         >>> output_gradients(model, [Batch((torch.ones(5, 3),), size=5)], {"0": model[0]})["0"].shape
         torch.Size([2, 2])
     """
-    if directions not in DIRECTIONS:
+    if isinstance(directions, str) and directions not in DIRECTIONS:
         raise UsageError(f"directions: must be one of {', '.join(DIRECTIONS)}, got {directions!r}")
+    drawn = DIRECTIONS[directions] if isinstance(directions, str) else directions
+    observed = {name: observer_of(module) for name, module in targets.items()} if observers is None else observers
     generator = torch.Generator().manual_seed(seed)
     sums: dict[str, Tensor] = {}
     samples = max(sum(batch.size for batch in batches), 1)
@@ -79,9 +78,7 @@ def output_gradients(
 
     def watch(name: str) -> Callable[[nn.Module, Any, Tensor], Tensor]:
         def add(gradient: Tensor) -> None:
-            if isinstance(targets[name], (nn.Conv1d, nn.Conv2d)):
-                gradient = gradient.movedim(1, -1)
-            rows = gradient[mask] if mask is not None and gradient.shape[:2] == mask.shape else gradient.flatten(0, -2)
+            rows = observed[name].gradient_rows(gradient, mask)
             # A batch is short: its products keep enough digits, their sum over batches is float64.
             sums[name] = sums.get(name, 0.0) + (rows.T @ rows).double()
 
@@ -111,7 +108,7 @@ def output_gradients(
             mask = batch.mask
             output = (output_fn or model_tensor)(batch.run(model))
             if output.requires_grad:
-                output.backward(_directions(output, mask, directions, generator))
+                output.backward(drawn(output, mask, generator))
     return {name: sums[name] / samples for name in targets if name in sums}
 
 
@@ -121,108 +118,23 @@ def _in_pieces(batches: Sequence[Batch]) -> Iterator[Batch]:
             yield batch.select(indices) if len(indices) < batch.size else batch
 
 
-def _directions(output: Tensor, mask: Tensor | None, kind: str, generator: torch.Generator) -> Tensor:
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(output.device, output.dtype)
-
-    inside = None
-    if output.ndim == 3:
-        inside = torch.ones_like(output[:, :, :1])
-        if mask is not None and mask.shape == output.shape[:2]:
-            inside = mask[:, :, None].to(output.dtype)
-    if kind == "labels":
-        shares = output.detach().float().softmax(dim=-1)
-        # The first whose cumulative share passes a random number: the generator is on the CPU, the model may not be.
-        passed = torch.rand((*shares.shape[:-1], 1), generator=generator).to(shares.device)
-        drawn = (shares.cumsum(dim=-1) < passed).sum(dim=-1, keepdim=True).clamp_max(shares.shape[-1] - 1)
-        found = shares.scatter_add(-1, drawn, -torch.ones_like(passed)).to(output.dtype)
-    else:
-        found = draw(*output.shape)
-        if kind == "pooled" and inside is not None:
-            # Errors at single positions weigh as much, in all, as the error of the mean over them.
-            found = found + draw(output.shape[0], 1, output.shape[2]) / inside.sum(dim=1, keepdim=True).sqrt()
-    return found if inside is None else found * inside
+def _gaussian(output: Tensor, mask: Tensor | None, generator: torch.Generator) -> Tensor:
+    return _inside(torch.randn(output.shape, generator=generator).to(output.device, output.dtype), mask)
 
 
-class LossAwareCurve:
-    """Every rank's factors of a layer that cost the model least: ``W' = C^-½ U_r U_rᵀ C^½ W``, U of ``C^½ W Σ^½``.
-
-    Attributes:
-        costs: (max_rank + 1,) float64; ``costs[r]`` is ``tr(C ΔW Σ ΔWᵀ)`` at rank r, in one unit for all layers.
-
-    Args:
-        weight: (out, in); of a convolution ``weight.flatten(1)``.
-        statistics: of the layer's inputs.
-        gradients: C, (out, out) float64.
-        ridge: relative, of both metrics; C is inverted, so it needs one.
-        shift_bias: correct the mean in the bias.
-
-    Example:
-        >>> inputs = InputStatistics.from_samples(torch.randn(50, 3))
-        >>> curve = LossAwareCurve(torch.eye(3), inputs, torch.diag(torch.tensor([0.0, 1.0, 0.0])).double())
-        >>> curve.factors(1).left.abs().argmax().item()
-        1
-    """
-
-    def __init__(
-        self,
-        weight: Tensor,
-        statistics: InputStatistics,
-        gradients: Tensor,
-        *,
-        ridge: float = 1e-3,
-        shift_bias: bool = True,
-        name: str = "weight",
-    ) -> None:
-        self._weight = weight.detach().double()
-        self._mean = statistics.mean if shift_bias else None
-        self._metric = GradientMetric(gradients, ridge=ridge, name=name)
-        moment = statistics.moment(centred=shift_bias, ridge=ridge)
-        self._curve: RankCurve = factorize_in_metric(self._metric.of(self._weight), moment, name=name)
-        self.costs = self._curve.errors.square() * self._curve.energy
-
-    def factors(self, rank: int) -> Factors:
-        """The best factors of this rank."""
-        found = self._curve.factors(rank)
-        left = self._metric.back(found.left)
-        shift = None if self._mean is None else (self._weight - left @ found.right) @ self._mean
-        return Factors(left, found.right, shift)
+def _drawn_labels(output: Tensor, mask: Tensor | None, generator: torch.Generator) -> Tensor:
+    shares = output.detach().float().softmax(dim=-1)
+    # The first whose cumulative share passes a random number: the generator is on the CPU, the model may not be.
+    passed = torch.rand((*shares.shape[:-1], 1), generator=generator).to(shares.device)
+    drawn = (shares.cumsum(dim=-1) < passed).sum(dim=-1, keepdim=True).clamp_max(shares.shape[-1] - 1)
+    return _inside(shares.scatter_add(-1, drawn, -torch.ones_like(passed)).to(output.dtype), mask)
 
 
-def ranks_for_budget(
-    costs: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, int]], budget: int
-) -> dict[str, int | None]:
-    """Ranks of least total cost within a number of parameters; ``None`` for a layer that is better left as it is.
+def _inside(found: Tensor, mask: Tensor | None) -> Tensor:
+    """Zeros on padding, where the output has positions."""
+    if mask is None or found.ndim != 3 or mask.shape != found.shape[:2]:
+        return found
+    return found * mask[:, :, None].to(found.dtype)
 
-    From the rank on at which two factors hold as much as the matrix, the matrix itself costs no more and loses nothing.
 
-    Args:
-        costs: (max_rank + 1,) by layer, in one unit: ``LossAwareCurve.costs``.
-        shapes: (out, in) by layer.
-        budget: parameters of all these layers, without biases.
-
-    Raises:
-        RankError: the budget does not pay for one component a layer.
-
-    Example:
-        >>> curve = torch.tensor([9.0, 4.0, 2.0, 1.0, 0.5, 0.2, 0.1, 0.05, 0.0])
-        >>> ranks_for_budget({"a": curve, "b": curve / 100}, {"a": (8, 8), "b": (8, 8)}, 80)
-        {'a': None, 'b': 1}
-    """
-    names = list(costs)
-    useful = {name: max((math.prod(shapes[name]) - 1) // sum(shapes[name]), 0) for name in names}
-    width = max(useful.values(), default=0) + 1
-    cost, weight = (np.full((len(names), width), np.inf) for _ in range(2))
-    for row, name in enumerate(names):
-        ranks = np.arange(1, useful[name] + 1)
-        cost[row, : len(ranks)] = costs[name][1 : len(ranks) + 1].numpy()
-        weight[row, : len(ranks)] = ranks * sum(shapes[name])
-        # The last column is the layer as it is.
-        cost[row, -1], weight[row, -1] = 0.0, math.prod(shapes[name])
-    found = allocate(cost, weight, float(budget))
-    if not found.feasible:
-        raise RankError(f"budget: {budget} parameters do not pay for rank 1 in each of {len(names)} layers")
-    return {
-        name: None if column == width - 1 else int(column) + 1
-        for name, column in zip(names, found.choice.tolist(), strict=True)
-    }
+DIRECTIONS: dict[str, Directions] = {"output": _gaussian, "labels": _drawn_labels}

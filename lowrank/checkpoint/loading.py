@@ -24,8 +24,8 @@ from lowrank.errors import CheckpointError, UsageError
 from lowrank.io import TensorSource, printable
 from lowrank.layers import CompressedLayer, call_every_layer
 from lowrank.numerics.convolutions import ConvGeometry
+from lowrank.targets import kind_of
 from lowrank.targets.batchnorm import fold_skeleton
-from lowrank.targets.packed import packed_kind, weight_matrices
 
 __all__ = ["load_model"]
 
@@ -185,8 +185,9 @@ def _check_fit(skeleton: nn.Module, manifest: Manifest, source: TensorSource, wh
 def _matrix_shape(module: nn.Module) -> tuple[int, ...] | None:
     if isinstance(module, CompressedLayer):
         return tuple(module.shape)
-    if packed_kind(module) is not None:
-        return tuple(next(iter(weight_matrices(module).values())).shape)
+    kind = kind_of(module)
+    if kind is not None and kind.composite:
+        return kind.shape(module)
     weight = getattr(module, "weight", None)
     return tuple(weight.shape) if isinstance(weight, torch.Tensor) else None
 

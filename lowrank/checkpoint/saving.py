@@ -27,7 +27,7 @@ from lowrank.io import (
 from lowrank.io.version import __version__
 from lowrank.layers import CompressedLayer, compressed_layers
 from lowrank.targets.batchnorm import FoldedBatchNorm
-from lowrank.targets.survey import refuse_adapters
+from lowrank.targets.model import refuse_adapters
 
 __all__ = ["says_tied_wrongly", "save_compressed", "stored_tensors"]
 

@@ -25,13 +25,13 @@ from lowrank.cli.shell import check_file, emit, note, run, write_file
 from lowrank.cli.text import comparison_text, info_text, plan_text
 from lowrank.cli.training import finetune_command, merge_command
 from lowrank.compression.compress import CompressionResult, compress_model, plan_model
-from lowrank.compression.options import METRIC_NAMES, check_budgets
+from lowrank.compression.options import check_budgets, metric_choices, metric_of
 from lowrank.compression.plan import Plan
 from lowrank.errors import CheckpointError, UsageError
 from lowrank.integrations.matplotlib import FORMATS as PLOT_FORMATS
 from lowrank.integrations.matplotlib import draw_spectra
 from lowrank.io import check_destination, lock_destination, open_tensors, printable, read_bounded
-from lowrank.io.version import __version__
+from lowrank.io.version import PACKAGE, __version__
 
 __all__ = ["main"]
 
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def body() -> None:
         # Not app.main: it prints three lines for a usage error and a blank one for an interrupt.
-        with app.make_context("lowrank", arguments) as context:
+        with app.make_context(PACKAGE, arguments) as context:
             app.invoke(context)
 
     return run(body, debug="--debug" in arguments)
@@ -131,7 +131,7 @@ def analyze(
 @click.option("--size-budget", type=Fraction(), help="Stored bytes after / before: 0.3 or 30%.")
 @click.option(
     "--metric",
-    type=click.Choice(METRIC_NAMES),
+    type=click.Choice(metric_choices()),
     default="auto",
     help="auto: output error with --calibration, else weight error.",
 )
@@ -302,11 +302,12 @@ def _check_compress_options(
             raise UsageError(message) from error
     if output is None and not dry_run:
         raise UsageError("-o/--output: needed, unless --dry-run is given")
-    if options["metric"] not in ("auto", "weight") and calibration is None:
+    metric = metric_of(options["metric"], calibrated=calibration is not None)
+    if metric.needs_data and calibration is None:
         raise UsageError(
             f"--metric {options['metric']}: needs --calibration; without data only weight errors are known"
         )
-    if options["heal"] and (calibration is None or options["metric"] == "weight"):
+    if options["heal"] and (calibration is None or metric.weights_only):
         raise UsageError("--heal: needs --calibration and a --metric that the model's outputs decide")
     if validation is not None and calibration is None:
         raise UsageError("--validation: needs --calibration too; the search must not see the data it is verified on")

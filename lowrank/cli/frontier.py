@@ -12,7 +12,7 @@ from lowrank.cli import data as cli_data
 from lowrank.cli.models import model_batches, open_model
 from lowrank.cli.options import Fraction, choice_options, common_options, data_options
 from lowrank.cli.shell import check_file, emit, note, write_file
-from lowrank.compression.options import METRIC_NAMES
+from lowrank.compression.options import metric_choices, metric_of
 from lowrank.errors import UsageError
 from lowrank.io import check_destination, printable
 
@@ -37,7 +37,7 @@ _STANDARD_OUTPUT = Path("-")
 @click.option("--budgets", help="Errors to aim at instead, as in 2%,5%,10%.")
 @click.option(
     "--metric",
-    type=click.Choice(METRIC_NAMES),
+    type=click.Choice(metric_choices()),
     default="auto",
     help="auto: output error with --calibration, else weight error.",
 )
@@ -75,7 +75,7 @@ def frontier_command(
     for path in (json_file, html_file):
         if path is not None and path != _STANDARD_OUTPUT:
             check_file(path)
-    if options["metric"] not in ("auto", "weight") and calibration is None:
+    if calibration is None and metric_of(options["metric"], calibrated=False).needs_data:
         raise UsageError(
             f"--metric {options['metric']}: needs --calibration; without data only weight errors are known"
         )

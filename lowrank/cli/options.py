@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 import click
 import torch
 
-from lowrank.compression.workshop import FORMATS
+from lowrank.compression.formats import compressing_formats
+from lowrank.layers.base import ACTIVATIONS
 
 __all__ = ["Fraction", "choice_options", "common_options", "data_options"]
 
@@ -60,7 +61,7 @@ def choice_options(command: _Command) -> _Command:
     for option in (
         click.option(
             "--activations",
-            type=click.Choice(["auto", "int8", "float"]),
+            type=click.Choice(["auto", *ACTIVATIONS]),
             default="auto",
             show_default=True,
             help="int8: integer products; float: weight-only.",
@@ -76,7 +77,7 @@ def choice_options(command: _Command) -> _Command:
         ),
         click.option(
             "--formats",
-            default=",".join(FORMATS),
+            default=",".join(compressing_formats()),
             show_default=True,
             help="Formats to choose from; dense always is one.",
         ),

@@ -19,6 +19,7 @@ import click
 
 from lowrank.errors import LowRankError, ResourceError, StorageError
 from lowrank.io import printable
+from lowrank.io.version import PACKAGE
 
 __all__ = ["check_file", "emit", "note", "run", "write_file"]
 
@@ -252,7 +253,7 @@ def _short_warnings(debug: bool) -> Iterator[None]:
         file: TextIO | None = None,
         line: str | None = None,
     ) -> None:
-        if f"{os.sep}lowrank{os.sep}" in filename or debug:
+        if f"{os.sep}{PACKAGE}{os.sep}" in filename or debug:
             note(f"warning: {message}")
 
     with warnings.catch_warnings():

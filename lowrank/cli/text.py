@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from tabulate import tabulate
 from torch import nn
 
+from lowrank.calibration.metrics import sampled_metrics
 from lowrank.compression.plan import Plan
 from lowrank.io import printable
 from lowrank.reporting.text import human_bytes, percent
@@ -52,7 +54,7 @@ def comparison_text(found: dict[str, dict[str, float]]) -> str:
         <BLANKLINE>
         over 8 samples
     """
-    names = {
+    names: dict[str, tuple[str, Callable[[float], str]]] = {
         "output_error": ("output error", _share),
         "kl": ("KL divergence, nats a token", lambda value: f"{value:.4g}"),
         "top1_agreement": ("top-1 agreement", _share),
@@ -60,6 +62,8 @@ def comparison_text(found: dict[str, dict[str, float]]) -> str:
         "perplexity_original": ("perplexity of the original", lambda value: f"{value:.4f}"),
         "perplexity_compressed": ("perplexity of the compressed", lambda value: f"{value:.4f}"),
     }
+    for metric in sampled_metrics().values():
+        names.setdefault(metric.figure, (metric.title, metric.show))
     rows = []
     for key, (name, show) in names.items():
         if key in found:

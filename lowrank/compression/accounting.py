@@ -5,28 +5,57 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Container, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lowrank import kernels
+from lowrank.compression.formats import DENSE, FORMATS
+from lowrank.compression.layer_data import LayerData
 from lowrank.compression.options import Options
 from lowrank.compression.plan import Plan
 from lowrank.compression.report import CompressionReport, LayerRow, sum_rows
-from lowrank.compression.trial import Finalist, Outcome
-from lowrank.compression.workshop import Workshop
-from lowrank.io.version import __version__
+from lowrank.compression.trial import Outcome, Trial
+from lowrank.io.version import versions
 from lowrank.layers import CompressedLayer
 from lowrank.numerics.linalg import fallback_counts
 from lowrank.reporting.points import FrontierPoint
 from lowrank.targets.survey import Survey
 
-__all__ = ["compression_report", "frontier_point", "layer_rows"]
+__all__ = ["TargetBytes", "compression_report", "frontier_point", "layer_rows"]
 
 
-def layer_rows(survey: Survey, compressed: nn.Module, workshops: Mapping[str, Workshop]) -> list[LayerRow]:
+@dataclass(frozen=True)
+class TargetBytes:
+    """Say what a model takes beside its targets.
+
+    Attributes:
+        before: bytes of the original model.
+        rest: bytes of everything that is no target, as it will be stored.
+    """
+
+    before: int
+    rest: int
+
+    @classmethod
+    def of(cls, rows: Sequence[LayerRow], target_bytes: int) -> TargetBytes:
+        """Count them from rows in which the targets take so many bytes."""
+        return cls(sum(row.bytes_before for row in rows), sum(row.bytes_after for row in rows) - target_bytes)
+
+    @classmethod
+    def of_original(cls, survey: Survey, original: nn.Module, layers: Mapping[str, LayerData]) -> TargetBytes:
+        """Count them from the model before anything is replaced."""
+        dense = sum(FORMATS[DENSE.format].stored_bytes(data, DENSE) for data in layers.values())
+        return cls.of(layer_rows(survey, original, layers), dense)
+
+    def ratio(self, plan: Plan) -> float:
+        """Give stored bytes after / before of the whole model under a plan."""
+        return (self.rest + plan.bytes) / self.before
+
+
+def layer_rows(survey: Survey, compressed: nn.Module, layers: Mapping[str, LayerData]) -> list[LayerRow]:
     """One row for every module that holds weights, sizes counted from the tensors of the two models.
 
     A tied tensor counts in the row of its first owner and not in the others.
@@ -34,10 +63,10 @@ def layer_rows(survey: Survey, compressed: nn.Module, workshops: Mapping[str, Wo
     Args:
         survey: of the original model, whose modules still hold its weights.
         compressed: the finished model, with the same module names.
-        workshops: by target name, for the errors.
+        layers: by target name, for the errors.
     """
     reasons = {item.member.name: item.reason for item in survey.skipped}
-    shops = {member.name: shop for shop in workshops.values() for member in shop.target.members}
+    known = {member.name: data for data in layers.values() for member in data.target.members}
     before_seen: set[int] = set()
     after_seen: set[int] = set()
     named = {name for member in survey.members for name in member.names}
@@ -46,7 +75,7 @@ def layer_rows(survey: Survey, compressed: nn.Module, workshops: Mapping[str, Wo
         module = compressed.get_submodule(member.name) if member.name else compressed
         before, weights = _own(member.module, before_seen)
         after = sum(_own(part, after_seen)[0] for part in _parts(module, member.name, named))
-        shop = shops.get(member.name)
+        data = known.get(member.name)
         row = LayerRow(
             name=member.name,
             kind=type(member.module).__name__,
@@ -67,16 +96,16 @@ def layer_rows(survey: Survey, compressed: nn.Module, workshops: Mapping[str, Wo
                 scheme=getattr(module, "scheme", None),
                 reason=f"taken with {member.name.rpartition('.')[0]}",
             )
-        if isinstance(module, CompressedLayer) and shop is not None:
-            weight_error, activation_error = shop.errors_of(module)
-            first = shop.target.members[0].name
+        if isinstance(module, CompressedLayer) and data is not None:
+            weight_error, activation_error = data.errors_of(module)
+            first = data.target.members[0].name
             row = replace(
                 row,
                 weight_error=weight_error,
-                activation_error=activation_error if shop.reached else None,
+                activation_error=activation_error if data.reached else None,
                 reason=None if member.name == first else f"tied with {first}",
             )
-        elif shop is not None and member.name not in reasons:
+        elif data is not None and member.name not in reasons:
             row = replace(row, weight_error=0.0, activation_error=0.0, reason="dense is the plan's choice")
         rows.append(row)
     return rows
@@ -125,17 +154,15 @@ def compression_report(
     chosen = outcome.chosen
     verified = chosen.verified or chosen.searched
     totals = sum_rows(rows) | {
-        "metric": options.metric
-        if isinstance(options.metric, str)
-        else getattr(options.metric, "__name__", "callable"),
+        "metric": options.error_metric.label,
         "error_predicted": options.value(chosen.plan.error),
         "error_measured": verified.value,
         "error_upper": verified.upper if math.isfinite(verified.upper) else None,
         "error_budget": options.error_budget,
         "size_budget": options.size_budget,
         "seed": options.seed,
-        "versions": {"lowrank": __version__, "torch": str(torch.__version__)},
-        "finalists": [_finalist(item, rows, chosen) for item in outcome.finalists],
+        "versions": versions(),
+        "finalists": [_trial(item, TargetBytes.of(rows, chosen.plan.bytes)) for item in outcome.trials],
     }
     told = list(notes)
     if chosen.healed is not None:
@@ -168,45 +195,38 @@ def _with_shares(rows: Sequence[LayerRow], plan: Plan) -> list[LayerRow]:
 
 
 def frontier_point(
-    plan: Plan, rest: int, before: int, error: float, measured: bool, budget: float | None, label: str
+    plan: Plan, sizes: TargetBytes, error: float, *, label: str, measured: bool, budget: float | None
 ) -> FrontierPoint:
-    """What a plan makes of the whole model.
-
-    Args:
-        rest: bytes of everything that is no target.
-        before: bytes of the original model.
-    """
+    """Say what a plan makes of the whole model."""
     formats = tuple(sorted(Counter(entry.format for entry in plan.entries).items()))
-    return FrontierPoint((rest + plan.bytes) / before, error, measured, budget, None, label, formats)
+    return FrontierPoint(sizes.ratio(plan), error, measured, budget, None, label, formats)
 
 
 def _frontier(rows: Sequence[LayerRow], outcome: Outcome, options: Options) -> list[FrontierPoint]:
     """Errors on the search part of everything that was measured, and predictions for other budgets."""
-    rest = sum(row.bytes_after for row in rows) - outcome.chosen.plan.bytes
-    before = sum(row.bytes_before for row in rows)
-    if not before:
+    sizes = TargetBytes.of(rows, outcome.chosen.plan.bytes)
+    if not sizes.before:
         return []
     points = []
-    for item in outcome.finalists:
+    for item in outcome.trials:
         if math.isfinite(item.searched.value):
             budget = options.error_budget if item is outcome.chosen else None
-            points.append(frontier_point(item.plan, rest, before, item.searched.value, True, budget, item.label))
+            value = item.searched.value
+            points.append(frontier_point(item.plan, sizes, value, label=item.label, measured=True, budget=budget))
     for budget, plan in outcome.predicted:
         error = options.value(plan.error * outcome.calibration)
-        points.append(frontier_point(plan, rest, before, error, False, budget, f"budget {budget:.3g}"))
+        label = f"budget {budget:.3g}"
+        points.append(frontier_point(plan, sizes, error, label=label, measured=False, budget=budget))
     return sorted(points, key=lambda item: (item.size_ratio, item.error))
 
 
-def _finalist(item: Finalist, rows: Sequence[LayerRow], chosen: Finalist) -> dict[str, Any]:
+def _trial(item: Trial, sizes: TargetBytes) -> dict[str, Any]:
     """One line of what else was tried: sizes of the whole model, errors on the search and verification parts."""
-    whole = sum(row.bytes_after for row in rows)
-    before = sum(row.bytes_before for row in rows)
+    upper = None if item.verified is None else item.verified.upper
     return {
         "label": item.label,
-        "size_ratio": (whole - chosen.plan.bytes + item.plan.bytes) / before,
+        "size_ratio": sizes.ratio(item.plan),
         "error_search": item.searched.value,
         "error_measured": item.verified.value if item.verified is not None else None,
-        "error_upper": item.verified.upper
-        if item.verified is not None and math.isfinite(item.verified.upper)
-        else None,
+        "error_upper": upper if upper is not None and math.isfinite(upper) else None,
     }

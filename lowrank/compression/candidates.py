@@ -14,11 +14,13 @@ from typing import Any, NoReturn, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from lowrank.compression.plan import FORMATS, Plan, PlanEntry
+from lowrank.compression.formats import format_of
+from lowrank.compression.plan import Plan, PlanEntry
 from lowrank.errors import BudgetError, LowRankError, NumericsError, UsageError
+from lowrank.layers.spec import LayerSpec
 from lowrank.numerics.knapsack import Allocation, allocate, top_up
 
-__all__ = ["FORMATS", "Candidate", "LayerChoices", "Plan", "PlanEntry", "plan_formats"]
+__all__ = ["Candidate", "LayerChoices", "Plan", "PlanEntry", "plan_formats"]
 
 # Halvings of the share that bytes get beside cost when both budgets bind and cost is not bytes: a heuristic, 2^-12 is
 # finer than the differences between the rates of real layers.
@@ -31,34 +33,31 @@ class Candidate:
     """One way to store one layer.
 
     Attributes:
-        format: one of ``FORMATS``.
-        rank: for the factored formats, else ``None``.
-        bits: for the rounded formats (2 to 8), else ``None``.
-        activations: "int8" or "float" for the rounded formats, else ``None``.
+        spec: the format and its numbers.
         bytes: what the layer's tensors take in the file.
         error: the layer's additive share of the model's error (squared relative error, or nats); ``inf`` where it is
             impossible.
         cost: what the planner minimises; ``None`` means ``bytes``.
-        scheme: of a factored convolution, else ``None``.
 
     Example:
-        >>> Candidate("int8", None, 8, "int8", 1040, 1e-5).price
+        >>> Candidate(LayerSpec("int8", bits=8, activations="int8"), 1040, 1e-5).price
         1040.0
     """
 
-    format: str
-    rank: int | None
-    bits: int | None
-    activations: str | None
+    spec: LayerSpec
     bytes: int
     error: float
     cost: float | None = None
-    scheme: str | None = None
 
     @property
     def price(self) -> float:
         """``cost``, or ``bytes`` where none was given."""
         return float(self.bytes if self.cost is None else self.cost)
+
+    @property
+    def compressed(self) -> bool:
+        """Whether the layer does not stay as it is."""
+        return not format_of(self.spec).dense
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ class LayerChoices:
         candidates: at least one of finite error.
 
     Example:
-        >>> LayerChoices("fc", "linear", (4, 4), (Candidate("dense", None, None, None, 64, 0.0),)).name
+        >>> LayerChoices("fc", "linear", (4, 4), (Candidate(LayerSpec("dense"), 64, 0.0),)).name
         'fc'
     """
 
@@ -91,7 +90,7 @@ def plan_formats(
 ) -> Plan:
     """The cheapest choice of candidates whose errors add up to at most the budget (or: of least error within a size).
 
-    Lower convex hull per layer, one multiplier for all, greedy top-up, enumeration where that is quick (DESIGN §4); the
+    Lower convex hull per layer, one multiplier for all, greedy top-up, enumeration where that is quick ; the
     plan carries the duality gap. The same input gives the same plan, ties included.
 
     Args:
@@ -107,7 +106,8 @@ def plan_formats(
         LowRankError: two layers of one name, or a layer without a possible candidate.
 
     Example:
-        >>> dense, small = Candidate("dense", None, None, None, 64, 0.0), Candidate("int8", None, 8, "int8", 20, 0.01)
+        >>> dense = Candidate(LayerSpec("dense"), 64, 0.0)
+        >>> small = Candidate(LayerSpec("int8", bits=8, activations="int8"), 20, 0.01)
         >>> layers = [LayerChoices(name, "linear", (4, 4), (dense, small)) for name in ("a", "b")]
         >>> plan = plan_formats(layers, error_budget=0.015)
         >>> [entry.format for entry in plan.entries], plan.bytes, plan.duality_gap
@@ -180,7 +180,7 @@ class _Table:
             if wrong.any():
                 row, column = np.argwhere(wrong)[0]
                 raise NumericsError(
-                    f"layer {names[row]!r}: {what} of candidate {column} ({layers[row].candidates[column].format}) "
+                    f"layer {names[row]!r}: {what} of candidate {column} ({layers[row].candidates[column].spec.format}) "
                     f"must be a number from 0, got {values[row, column]}"
                 )
         possible = error < np.inf
@@ -197,18 +197,7 @@ class _Table:
         for layer, column in zip(layers, found.choice.tolist(), strict=True):
             best = layer.candidates[column]
             entries.append(
-                PlanEntry(
-                    name=layer.name,
-                    kind=layer.kind,
-                    shape=layer.shape,
-                    format=best.format,
-                    rank=best.rank,
-                    bits=best.bits,
-                    activations=best.activations,
-                    bytes=best.bytes,
-                    error=best.error,
-                    scheme=best.scheme,
-                )
+                PlanEntry(layer.name, layer.kind, layer.shape, best.spec, best.bytes, best.error)
             )
         # Rounding of the bound may leave a gap of -1e-16.
         return Plan(tuple(entries), objective, found.cost, max(found.cost - found.bound, 0.0), metadata or {})

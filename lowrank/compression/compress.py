@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +20,31 @@ from torch import Tensor, nn
 
 from lowrank import checkpoint, kernels
 from lowrank.calibration.batches import Batch, prepare_batches
+from lowrank.calibration.metrics import METRICS
 from lowrank.compression.accounting import compression_report, layer_rows
-from lowrank.compression.candidates import Plan
-from lowrank.compression.choose import choose, measure_given, planner_of
+from lowrank.compression.choose import allocator_of, choose, measure_given
+from lowrank.compression.formats import FORMATS, compressing_formats
 from lowrank.compression.latency import speed_of
-from lowrank.compression.options import Metric, Options
-from lowrank.compression.prepare import Job, fold_and_find, gather, planned, split_again, split_samples, weigh
+from lowrank.compression.options import MOST_SEED, Metric, Options, default_metric
+from lowrank.compression.plan import Plan
+from lowrank.compression.prepare import (
+    Preparation,
+    fold_and_find,
+    gather,
+    planned,
+    split_again,
+    split_samples,
+    weigh,
+)
 from lowrank.compression.report import CompressionReport
 from lowrank.compression.timings import load_timings
-from lowrank.compression.working_copy import Bench
-from lowrank.compression.workshop import FORMATS
-from lowrank.errors import BudgetError, CheckpointError, NumericsError, UsageError
+from lowrank.compression.working_copy import WorkingCopy
+from lowrank.errors import BudgetError, CheckpointError, NumericsError, UsageError, is_whole
 from lowrank.numerics.linalg import fallback_counts, reset_fallback_counts
-from lowrank.targets.survey import unwrapped
+from lowrank.targets import target_names
+from lowrank.targets.model import unwrapped
 
-__all__ = ["CompressionResult", "apply_plan", "compress_model", "plan_model", "prepare_job"]
+__all__ = ["CompressionResult", "apply_plan", "compress_model", "plan_model", "prepare"]
 
 log = logging.getLogger("lowrank")
 
@@ -77,8 +87,8 @@ def compress_model(
     higher_is_better: bool = False,
     calibration: Iterable[Any] | None = None,
     validation: Iterable[Any] | None = None,
-    formats: Sequence[str] | str = FORMATS,
-    targets: Sequence[str] = ("linear", "conv", "embedding"),
+    formats: Sequence[str] | str = compressing_formats(),
+    targets: Sequence[str] = target_names(),
     ignore: Sequence[str] = (),
     overrides: Mapping[str, Any] | None = None,
     objective: str = "size",
@@ -174,21 +184,23 @@ def compress_model(
     stages = _Stages()
     original = _on_device(unwrapped(model), device)
     with stages.stage("prepare"):
-        job, verification = prepare_job(original, calibration, validation, options, probing=plan is None)
+        prepared, verification = prepare(original, calibration, validation, options, probing=plan is None)
     with stages.stage("search"):
         outcome = (
-            choose(job, verification, options) if plan is None else measure_given(job, plan, verification, options)
+            choose(prepared, verification, options)
+            if plan is None
+            else measure_given(prepared, plan, verification, options)
         )
     with stages.stage("report"):
         healed = outcome.chosen.healed
         if healed is not None:
             finished = healed.model
         else:
-            finished = job.bench.release() if not inplace else job.bench.model
-        rows = layer_rows(job.survey, finished, job.bench.workshops)
-        report = compression_report(rows, outcome, options, job.notes)
-        if job.speed is not None:
-            report.totals |= job.speed.summary(outcome.chosen.plan, job.bench.workshops)
+            finished = prepared.copy.release() if not inplace else prepared.copy.model
+        rows = layer_rows(prepared.survey, finished, prepared.copy.layers)
+        report = compression_report(rows, outcome, options, prepared.notes)
+        if prepared.speed is not None:
+            report.totals |= prepared.speed.summary(outcome.chosen.plan, prepared.copy.layers)
         report.run = stages.summary()
         if options.size_budget is not None and report.totals["size_ratio"] > options.size_budget:
             raise BudgetError(
@@ -198,7 +210,7 @@ def compress_model(
                 error=report.totals["error_upper"],
             )
         if inplace:
-            finished = job.bench.write_back(None if healed is None else healed.model)
+            finished = prepared.copy.write_back(None if healed is None else healed.model)
     return CompressionResult(finished, outcome.chosen.plan, report, _local_source(original))
 
 
@@ -219,8 +231,8 @@ def plan_model(
         'int8'
     """
     checked = Options(**options).checked(calibrated=calibration is not None)
-    job, _ = prepare_job(unwrapped(model), calibration, validation, checked, probing=True)
-    return planner_of(job, checked)(checked.contribution(checked.error_budget))
+    prepared, _ = prepare(unwrapped(model), calibration, validation, checked, probing=True)
+    return allocator_of(prepared, checked).plan(checked.contribution(checked.error_budget))
 
 
 def apply_plan(
@@ -252,17 +264,16 @@ def apply_plan(
     """
     metadata = plan.metadata
     seed = metadata.get("seed", 0)
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+    if not is_whole(seed, 0, MOST_SEED):
         raise CheckpointError(f"plan: metadata: seed must be an integer from 0, got {seed!r}")
     options = Options(
         seed=seed,
         progress=False,
         output_fn=output_fn,
-        metric=str(metadata.get("metric", "output")),
+        metric=default_metric(calibrated=calibration is not None and not _weights_only(metadata)),
         fold_batchnorm=bool(metadata.get("fold_batchnorm")),
     )
     if calibration is None:
-        options = replace(options, metric="weight")
         if metadata.get("data_aware") and any(entry.rank is not None for entry in plan.entries):
             log.warning(
                 "apply_plan: the plan's factors were fitted to calibration data; without it they come from the plain SVD"
@@ -276,20 +287,26 @@ def apply_plan(
     batches = prepare_batches(original, calibration) if calibration is not None else None
     split = split_again(batches, metadata) if batches is not None else None
     factored = any(entry.rank is not None for entry in plan.entries)
-    bench = Bench(working, gather(working, found, split, options, factored=factored)[0])
-    bench.install_plan(plan)
-    return bench.release()
+    copied = WorkingCopy(working, gather(working, found, split, options, factored=factored)[0])
+    copied.install_plan(plan)
+    return copied.release()
 
 
-def prepare_job(
+def _weights_only(metadata: Mapping[str, Any]) -> bool:
+    """Whether a plan was made by its weights alone; a metric that is not known here was measured on data."""
+    metric = METRICS.get(str(metadata.get("metric")))
+    return metric is not None and metric.weights_only
+
+
+def prepare(
     model: nn.Module,
     calibration: Iterable[Any] | None,
     validation: Iterable[Any] | None,
     options: Options,
     *,
     probing: bool,
-) -> tuple[Job, list[Batch]]:
-    """What a choice is made from, and the samples it may not see.
+) -> tuple[Preparation, list[Batch]]:
+    """Gather what a choice is made from, and the samples it may not see.
 
     Args:
         options: checked.
@@ -299,35 +316,35 @@ def prepare_job(
     working, found, notes = fold_and_find(model, options)
     latency = probing and options.objective == "latency"
     # The "weight" metric needs no samples: its optimum is the plain SVD.
-    blind = options.metric == "weight"
+    blind = options.error_metric.weights_only
     batches = prepare_batches(model, calibration) if calibration is not None and (latency or not blind) else None
     calls = batches
     if blind:
         batches = validation = None
     checks = prepare_batches(model, validation, "validation") if validation is not None else None
     split = split_samples(batches, checks, options)
-    factored = not probing or bool({"lowrank", "lowrank-int8"} & set(options.formats)) or bool(options.overrides)
-    shops, told = gather(working, found, split, options, factored=factored)
+    factored = not probing or bool(options.overrides) or any(FORMATS[name].factored for name in options.formats)
+    layers, told = gather(working, found, split, options, factored=factored)
     notes += told
-    bench = Bench(working, shops, model)
+    copied = WorkingCopy(working, layers, model)
     if probing:
-        job = weigh(bench, found, split, options)
+        prepared = weigh(copied, found, split, options)
         if latency and calls is not None:
-            _price(job, working, calls)
+            _price(prepared, working, calls)
     else:
-        job = Job(bench, found, split, [])
-    job.notes = notes + job.notes
+        prepared = Preparation(copied, found, split, [])
+    prepared.notes = notes + prepared.notes
     if options.strict and fallback_counts():
         raise NumericsError(f"strict: a decomposition did not converge and a fallback was used: {fallback_counts()}")
-    return job, split.verification if split is not None else []
+    return prepared, split.verification if split is not None else []
 
 
-def _price(job: Job, model: nn.Module, batches: Sequence[Batch]) -> None:
+def _price(prepared: Preparation, model: nn.Module, batches: Sequence[Batch]) -> None:
     """Seconds in place of bytes as what the plan minimises."""
-    shops = job.bench.workshops
-    job.speed = speed_of(model, batches, shops, load_timings(route=kernels.route()))
-    job.layers = job.speed.priced(job.layers, shops)
-    job.notes = [*job.notes, *job.speed.notes(job.layers, shops, torch.get_num_threads())]
+    layers = prepared.copy.layers
+    speed = speed_of(model, batches, layers, load_timings(route=kernels.route()))
+    prepared.speed, prepared.choices = speed, speed.priced(prepared.choices, layers)
+    prepared.notes = [*prepared.notes, *speed.notes(layers, torch.get_num_threads())]
 
 
 def _local_source(model: nn.Module) -> Path | None:

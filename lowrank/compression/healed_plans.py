@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from lowrank.compression.candidates import Plan
-from lowrank.compression.trial import Finalist, Gauge, Healer, same_choices
-from lowrank.compression.working_copy import Bench
+from lowrank.compression.plan import Plan, same_specs
+from lowrank.compression.trial import ErrorMeasure, Healer, Trial
+from lowrank.compression.working_copy import WorkingCopy
+
+if TYPE_CHECKING:
+    from lowrank.compression.search import Search
 
 __all__ = ["heal_plan", "healed_plans"]
 
@@ -21,44 +24,33 @@ HEAL_ROUNDS = 4
 HEAL_TOLERANCE = 0.03
 
 
-def healed_plans(
-    bench: Bench,
-    plan_for: Callable[[float], Plan],
-    finalists: Sequence[Finalist],
-    target: float,
-    search: Gauge,
-    total: Callable[[float], float],
-    heal: Healer,
-    progress: bool,
-) -> list[Finalist]:
-    """Plans beyond the budget, healed, until one comes out near the target."""
-    fitting = [item for item in finalists if item.searched.value <= target]
-    base = min(fitting, key=lambda item: item.plan.bytes, default=None)
-    if base is None:
-        # Nothing fits as it is: healing the safest may be what it takes.
-        base = min(finalists, key=lambda item: item.searched.value, default=None)
-        if base is None or not math.isfinite(base.searched.value):
-            return []
-        allowed = base.plan.error
-    else:
-        allowed = base.plan.error * total(HEAL_REACH * target) / max(total(base.searched.value), 1e-300)
-    found: list[Finalist] = []
+def healed_plans(search: Search) -> list[Trial]:
+    """Heal plans beyond the budget, until one comes out near the search's target.
+
+    Args:
+        search: with plans that were tried, and something that heals.
+    """
+    assert search.heal is not None
+    allowed = _first_allowed(search)
+    found: list[Trial] = []
     # Predicted errors whose healed models came out within the target, and beyond it.
     within, beyond = 0.0, math.inf
-    for _ in tqdm(range(HEAL_ROUNDS), desc="healing plans", delay=2, disable=not progress):
-        plan = plan_for(allowed)
-        if not plan.error > 0.0 or any(same_choices(plan, item.plan) for item in found):
+    for _ in tqdm(range(HEAL_ROUNDS), desc="healing plans", delay=2, disable=not search.progress):
+        if allowed is None:
             break
-        finalist = heal_plan(bench, plan, search, heal)
-        if finalist is None:
+        plan = search.plan_for(allowed)
+        if not plan.error > 0.0 or any(same_specs(plan, item.plan) for item in found):
+            break
+        trial = heal_plan(search.copy, plan, search.measure, search.heal)
+        if trial is None:
             # Training made it no better: nothing here can make up for what is lost.
             break
-        found.append(finalist)
-        value = finalist.searched.value
+        found.append(trial)
+        value = trial.searched.value
         if not math.isfinite(value) or value <= 0.0:
             break
         # As if healing took the same share off every plan's error.
-        ratio = total(target) / total(value)
+        ratio = search.total(search.target) / search.total(value)
         if ratio >= 1.0:
             within = max(within, allowed)
             if math.log(ratio) < HEAL_TOLERANCE:
@@ -71,10 +63,22 @@ def healed_plans(
     return found
 
 
-def heal_plan(bench: Bench, plan: Plan, search: Gauge, heal: Healer) -> Finalist | None:
-    """The plan as a finalist whose model was trained; ``None`` where training made it no better."""
-    result = heal(bench.install_plan(plan))
+def _first_allowed(search: Search) -> float | None:
+    """The predicted error of the first plan to heal; ``None`` where nothing was measured that could lead to one."""
+    fitting = [item for item in search.trials if item.searched.value <= search.target]
+    base = min(fitting, key=lambda item: item.plan.bytes, default=None)
+    if base is not None:
+        reached = max(search.total(base.searched.value), 1e-300)
+        return base.plan.error * search.total(HEAL_REACH * search.target) / reached
+    # Nothing fits as it is: healing the safest may be what it takes.
+    base = min(search.trials, key=lambda item: item.searched.value, default=None)
+    return None if base is None or not math.isfinite(base.searched.value) else base.plan.error
+
+
+def heal_plan(copy: WorkingCopy, plan: Plan, measure: ErrorMeasure, heal: Healer) -> Trial | None:
+    """Train the model of a plan and measure it; ``None`` where training made it no better."""
+    result = heal(copy.install_plan(plan))
     if result.report.kept == "before":
         return None
     plan = replace(plan, metadata={**plan.metadata, "healed": {"steps": result.report.steps}})
-    return Finalist("healed", plan, search(result.model), healed=result)
+    return Trial("healed", plan, measure(result.model), healed=result)

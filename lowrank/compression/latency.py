@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from lowrank import kernels
 from lowrank.calibration.batches import Batch, evaluating
 from lowrank.calibration.inputs import no_fast_path
-from lowrank.compression.candidates import LayerChoices, Plan
+from lowrank.compression.candidates import LayerChoices
+from lowrank.compression.formats import DENSE
+from lowrank.compression.layer_data import LayerData
+from lowrank.compression.plan import Plan
 from lowrank.compression.timings import TimingTable
-from lowrank.compression.working_copy import choice_of
-from lowrank.compression.workshop import Choice, Workshop
 from lowrank.errors import UsageError
-from lowrank.targets.survey import is_conv1d
+from lowrank.layers.spec import LayerSpec
+from lowrank.targets import kind_of
 
 __all__ = ["Speed", "record_calls", "speed_of"]
 
@@ -57,18 +59,14 @@ def record_calls(
 
             def count(module: nn.Module, _: Any, output: Any, name: str = name) -> None:
                 if isinstance(output, Tensor):
-                    calls[name][output.numel() // _width(module, output)] += 1
+                    kind = kind_of(module)
+                    rows = output.numel() // max(int(output.shape[-1]), 1) if kind is None else kind.rows(module, output)
+                    calls[name][rows] += 1
 
             stack.callback(module.register_forward_hook(count).remove)
         for batch in batches:
             batch.run(model)
     return {name: {rows: n / len(batches) for rows, n in sorted(found.items())} for name, found in calls.items()}
-
-
-def _width(module: nn.Module, output: Tensor) -> int:
-    """Features of one row of the output: a convolution's are its channels, wherever they stand."""
-    channels = getattr(module, "out_channels", None)
-    return max(int(output.shape[-1] if channels is None else channels), 1)
 
 
 @dataclass(frozen=True)
@@ -83,56 +81,59 @@ class Speed:
     table: TimingTable
     calls: Mapping[str, Mapping[int, float]]
 
-    def seconds(self, shop: Workshop, choice: Choice) -> float | None:
-        """Predicted seconds of this target in one forward; ``None`` where the table does not know such a layer.
+    def seconds(self, data: LayerData, spec: LayerSpec) -> float | None:
+        """Predict the seconds of this target in one forward; ``None`` where the table does not know such a layer.
 
         A look-up in an embedding table counts as nothing in any format that only looks up.
         """
         total = 0.0
-        for member in shop.target.members:
-            module = member.module
-            if isinstance(module, nn.Embedding):
-                if choice.factored:
+        for member in data.target.members:
+            kind = kind_of(member.module)
+            if kind is None:
+                return None
+            if not kind.multiplies:
+                if spec.rank is not None:
                     return None
                 continue
-            prefix = _prefix(module)
-            if prefix is None or choice.scheme == "spatial":
+            prefix = kind.timed_as(member.module)
+            # Kernels cut in two along their sides were never timed; what was is the first way of cutting.
+            if prefix is None or spec.scheme not in (None, data.schemes[0]):
                 return None
-            dtype = str(shop.weight.dtype).removeprefix("torch.")
+            dtype = str(data.weight.dtype).removeprefix("torch.")
             for rows, count in self.calls.get(member.name, {}).items():
                 one = self.table.seconds(
-                    prefix + choice.format, choice.activations, dtype, rows, shop.rows, shop.columns, choice.rank
+                    prefix + spec.format, spec.activations, dtype, rows, data.rows, data.columns, spec.rank
                 )
                 if one is None:
                     return None
                 total += count * one
         return total
 
-    def priced(self, layers: Sequence[LayerChoices], workshops: Mapping[str, Workshop]) -> list[LayerChoices]:
+    def priced(self, choices: Sequence[LayerChoices], layers: Mapping[str, LayerData]) -> list[LayerChoices]:
         """The candidates that are not slower than dense, with seconds as their cost.
 
         A layer whose choice was forced by ``overrides`` keeps all of its candidates; one that the table does not know
         keeps only dense.
         """
-        return [self._priced(layer, workshops[layer.name]) for layer in layers]
+        return [self._priced(layer, layers[layer.name]) for layer in choices]
 
-    def _priced(self, layer: LayerChoices, shop: Workshop) -> LayerChoices:
-        limit = self.seconds(shop, Choice("dense"))
-        free = any(candidate.format == "dense" for candidate in layer.candidates)
+    def _priced(self, layer: LayerChoices, data: LayerData) -> LayerChoices:
+        limit = self.seconds(data, DENSE)
+        free = not all(candidate.compressed for candidate in layer.candidates)
         kept = []
         for candidate in layer.candidates:
-            seconds = self.seconds(shop, choice_of(candidate))
-            if free and candidate.format != "dense" and (seconds is None or limit is None or seconds > limit):
+            seconds = self.seconds(data, candidate.spec)
+            if free and candidate.compressed and (seconds is None or limit is None or seconds > limit):
                 continue
             kept.append(replace(candidate, cost=(seconds or 0.0) + _SECONDS_PER_BYTE * candidate.bytes))
         return replace(layer, candidates=tuple(kept))
 
-    def summary(self, plan: Plan, workshops: Mapping[str, Workshop]) -> dict[str, Any]:
+    def summary(self, plan: Plan, layers: Mapping[str, LayerData]) -> dict[str, Any]:
         """Predicted seconds of the targets in one forward, dense and as planned, and by which table."""
         before = after = 0.0
         for entry in plan.entries:
-            dense = self.seconds(workshops[entry.name], Choice("dense"))
-            planned = self.seconds(workshops[entry.name], choice_of(entry))
+            dense = self.seconds(layers[entry.name], DENSE)
+            planned = self.seconds(layers[entry.name], entry.spec)
             if dense is not None and planned is not None:
                 before, after = before + dense, after + planned
         return {
@@ -142,7 +143,7 @@ class Speed:
             "timings": self.table.name,
         }
 
-    def notes(self, layers: Sequence[LayerChoices], workshops: Mapping[str, Workshop], threads: int) -> list[str]:
+    def notes(self, layers: Mapping[str, LayerData], threads: int) -> list[str]:
         """What the reader of a report should know about the prices."""
         rows = sorted({rows for calls in self.calls.values() for rows in calls})
         told = [
@@ -159,19 +160,11 @@ class Speed:
                 f"the timings are of integer route {self.table.host.get('route')}, layers take {route} here: "
                 "lowrank benchmark --tune measures this machine"
             )
-        unknown = [layer.name for layer in layers if self.seconds(workshops[layer.name], Choice("dense")) is None]
+        unknown = [name for name, data in layers.items() if self.seconds(data, DENSE) is None]
         if unknown:
             shown = ", ".join(unknown[:6]) + (f" and {len(unknown) - 6} more" if len(unknown) > 6 else "")
             told.append(f"kept dense, since there are no timings for layers of their kind and dtype: {shown}")
         return told
-
-
-def _prefix(module: nn.Module) -> str | None:
-    """What stands before the format in the table's keys; ``None`` for modules that were never measured."""
-    if type(module) is nn.Linear or is_conv1d(module):
-        return ""
-    plain = type(module) is nn.Conv2d and module.groups == 1 and module.padding_mode == "zeros"
-    return "conv-" if plain else None
 
 
 def _span(rows: Sequence[int]) -> str:
@@ -179,17 +172,17 @@ def _span(rows: Sequence[int]) -> str:
 
 
 def speed_of(
-    model: nn.Module, batches: Sequence[Batch], workshops: Mapping[str, Workshop], table: TimingTable
+    model: nn.Module, batches: Sequence[Batch], layers: Mapping[str, LayerData], table: TimingTable
 ) -> Speed:
     """Run a few of the batches and look up what the targets are called with.
 
     Raises:
         UsageError: the model is not on a CPU, which is what the table is of.
     """
-    modules = {member.name: member.module for shop in workshops.values() for member in shop.target.members}
-    away = next((shop.name for shop in workshops.values() if shop.weight.device.type != "cpu"), None)
+    modules = {member.name: member.module for data in layers.values() for member in data.target.members}
+    away = next((data.name for data in layers.values() if data.weight.device.type != "cpu"), None)
     if away is not None:
-        device = workshops[away].weight.device
+        device = layers[away].weight.device
         raise UsageError(f'objective="latency": the timings are of a CPU, but layer {away} is on {device}; use "size"')
     return Speed(table, record_calls(model, _some(batches), modules))
 

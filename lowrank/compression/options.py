@@ -9,17 +9,60 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lowrank.compression.workshop import FORMATS
-from lowrank.errors import UsageError
+from lowrank.calibration.metrics import METRICS, OUTPUT, WEIGHT, CallableMetric, ErrorMetric
+from lowrank.compression.formats import FORMATS, check_format, compressing_formats
+from lowrank.errors import UsageError, is_whole
+from lowrank.layers.base import ACTIVATIONS
+from lowrank.targets import target_names
 from lowrank.training.options import HealOptions
 
-__all__ = ["LATER_FORMATS", "Metric", "Options", "check_budgets"]
+__all__ = ["MOST_SEED", "Metric", "Options", "check_budgets", "default_metric", "metric_choices", "metric_of"]
 
 Metric = str | Callable[[nn.Module], float]
-LATER_FORMATS = ("int4", "int4+lowrank", "lowrank-int4")
-METRIC_NAMES = ("auto", "weight", "output", "kl", "perplexity")
-# Metrics whose value is a share of something: a budget above 1 would allow everything.
-RELATIVE_METRICS = ("auto", "weight", "output")
+AUTO = "auto"
+# What a generator of torch takes.
+MOST_SEED = 2**63 - 1
+
+
+def metric_choices() -> tuple[str, ...]:
+    """The names that ``metric`` takes: "auto", those that need no data, the others.
+
+    Example:
+        >>> metric_choices()
+        ('auto', 'weight', 'output', 'kl', 'perplexity')
+    """
+    return (AUTO, *sorted(METRICS, key=lambda name: METRICS[name].needs_data))
+
+
+def default_metric(*, calibrated: bool) -> str:
+    """What "auto" stands for.
+
+    Example:
+        >>> default_metric(calibrated=True), default_metric(calibrated=False)
+        ('output', 'weight')
+    """
+    return OUTPUT.name if calibrated else WEIGHT.name
+
+
+def metric_of(metric: Metric, *, calibrated: bool, higher_is_better: bool = False) -> ErrorMetric:
+    """The metric that a name, "auto" or a callable stands for.
+
+    Raises:
+        UsageError: it is none of these.
+
+    Example:
+        >>> metric_of("auto", calibrated=False).title
+        'weight error'
+    """
+    if isinstance(metric, str):
+        if metric not in metric_choices():
+            raise UsageError(
+                f"metric: must be one of {', '.join(metric_choices())} or a callable(model) -> float, got {metric!r}"
+            )
+        return METRICS[default_metric(calibrated=calibrated) if metric == AUTO else metric]
+    if not callable(metric):
+        raise UsageError(f"metric: must be a name or a callable(model) -> float, got {metric!r}")
+    return CallableMetric(metric, higher_is_better=higher_is_better)
 
 
 def check_budgets(error_budget: float | None, size_budget: float | None, metric: Metric = "auto") -> None:
@@ -38,7 +81,7 @@ def check_budgets(error_budget: float | None, size_budget: float | None, metric:
             continue
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0.0:
             raise UsageError(f"{name}: must be a positive number, got {value!r}")
-    if error_budget is not None and error_budget > 1.0 and isinstance(metric, str) and metric in RELATIVE_METRICS:
+    if error_budget is not None and error_budget > 1.0 and metric_of(metric, calibrated=True).relative:
         raise UsageError(
             f"error_budget: must be at most 1 for a relative error, got {error_budget!r}; 5 % is written 0.05"
         )
@@ -61,8 +104,8 @@ class Options:
     size_budget: float | None = None
     metric: Metric = "auto"
     higher_is_better: bool = False
-    formats: Sequence[str] | str = FORMATS
-    targets: Sequence[str] = ("linear", "conv", "embedding")
+    formats: Sequence[str] | str = compressing_formats()
+    targets: Sequence[str] = target_names()
     ignore: Sequence[str] = ()
     overrides: Mapping[str, Any] | None = None
     objective: str = "size"
@@ -94,17 +137,9 @@ class Options:
         """
         if not planned or self.error_budget is not None or self.size_budget is not None:
             check_budgets(self.error_budget, self.size_budget, self.metric)
-        if isinstance(self.metric, str):
-            if self.metric not in METRIC_NAMES:
-                raise UsageError(
-                    f"metric: must be one of {', '.join(METRIC_NAMES)} or a callable(model) -> float, got {self.metric!r}"
-                )
-        elif not callable(self.metric):
-            raise UsageError(f"metric: must be a name or a callable(model) -> float, got {self.metric!r}")
-        metric = self.metric
-        if metric == "auto":
-            metric = "output" if calibrated else "weight"
-        if isinstance(metric, str) and metric != "weight" and not calibrated:
+        measured = metric_of(self.metric, calibrated=calibrated)
+        metric = measured.name if self.metric == AUTO else self.metric
+        if measured.needs_data and not calibrated:
             raise UsageError(
                 f"metric {metric!r}: needs calibration batches; without any only metric='weight' can be promised"
             )
@@ -113,16 +148,16 @@ class Options:
             missing = "calibration batches, whose token counts it plans for" if not calibrated else "an error_budget"
             raise UsageError(f'objective="latency": needs {missing}')
         for name, value, allowed in (
-            ("activations", self.activations, ("auto", "int8", "float")),
+            ("activations", self.activations, (AUTO, *ACTIVATIONS)),
             ("on_nonfinite", self.on_nonfinite, ("raise", "copy")),
         ):
             if value not in allowed:
                 raise UsageError(f"{name}: must be one of {', '.join(allowed)}, got {value!r}")
         if not isinstance(self.fold_batchnorm, bool):
             raise UsageError(f"fold_batchnorm: must be True or False, got {self.fold_batchnorm!r}")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
+        if not is_whole(self.seed, 0, MOST_SEED):
             raise UsageError(f"seed: must be an integer from 0, got {self.seed!r}")
-        resolved = {"metric": metric, "formats": self._formats(), "directions": self._directions(metric)}
+        resolved = {"metric": metric, "formats": self._formats(), "directions": self._directions(measured)}
         return Options(**{**vars(self), **resolved})
 
     @property
@@ -131,35 +166,32 @@ class Options:
         function = self.output_fn
         return None if function is None else str(getattr(function, "__qualname__", type(function).__qualname__))
 
+    @property
+    def error_metric(self) -> ErrorMetric:
+        """The metric itself; of "auto" that of calibrated models, until :meth:`checked` has resolved it."""
+        return metric_of(self.metric, calibrated=True, higher_is_better=self.higher_is_better)
+
     def contribution(self, value: float | None) -> float:
-        """A value of the metric in the unit in which layers' contributions add up: squares, but for KL and perplexity; inf for None.
+        """A value of the metric in the unit in which layers' contributions add up, its ratio; inf for None.
 
         Example:
             >>> Options(metric="output").contribution(0.5)
             0.25
         """
-        if value is None:
-            return math.inf
-        if self.metric == "kl":
-            return value
-        return math.log1p(value) if self.metric == "perplexity" else value * value
+        return math.inf if value is None else self.error_metric.ratio(value)
 
     def value(self, contribution: float) -> float:
         """The inverse of :meth:`contribution`."""
-        if self.metric == "kl":
-            return contribution
-        return math.expm1(contribution) if self.metric == "perplexity" else math.sqrt(contribution)
+        return self.error_metric.value(contribution)
 
     def _formats(self) -> tuple[str, ...]:
         if self.formats == "all":
-            return FORMATS
+            return compressing_formats()
         if isinstance(self.formats, str) or not self.formats:
-            raise UsageError(
-                f'formats: must be a list out of dense, {", ".join(FORMATS)}, or "all", got {self.formats!r}'
-            )
+            raise UsageError(f'formats: must be a list out of {", ".join(FORMATS)}, or "all", got {self.formats!r}')
         for name in self.formats:
             check_format(name, "formats")
-        return tuple(name for name in FORMATS if name in self.formats)
+        return tuple(name for name in compressing_formats() if name in self.formats)
 
     def _check_choices(self) -> None:
         if self.objective not in ("size", "latency"):
@@ -170,9 +202,9 @@ class Options:
             raise UsageError(f"heal: must be True, False or a dict of lowrank.heal's arguments, got {self.heal!r}")
         HealOptions.of(self.heal)
 
-    def _directions(self, metric: Metric) -> str | None:
+    def _directions(self, metric: ErrorMetric) -> str | None:
         """What is back-propagated for factors that cost the metric least; ``None`` where they are not wanted or not known."""
-        measured = metric != "weight"
+        measured = not metric.weights_only
         for name, wanted in (("loss_aware=True", self.loss_aware is True), ("heal", bool(self.heal))):
             if wanted and not measured:
                 raise UsageError(
@@ -180,22 +212,4 @@ class Options:
                 )
         if not measured or self.loss_aware is False:
             return None
-        return "labels" if metric in ("kl", "perplexity") else "output"
-
-
-def check_format(name: object, argument: str) -> None:
-    """Refuse a format that this version does not know.
-
-    Raises:
-        NotImplementedError: one that a later version brings.
-        UsageError: any other.
-
-    Example:
-        >>> check_format("int8", "formats")
-    """
-    if name in LATER_FORMATS:
-        raise NotImplementedError(
-            f"{argument}: format {name!r} is not in this version of lowrank; it knows dense, {', '.join(FORMATS)}"
-        )
-    if name != "dense" and name not in FORMATS:
-        raise UsageError(f"{argument}: must be out of dense, {', '.join(FORMATS)}, got {name!r}")
+        return metric.gradients

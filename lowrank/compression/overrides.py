@@ -3,86 +3,107 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from lowrank.compression.options import check_format
-from lowrank.compression.workshop import Choice, Workshop
-from lowrank.errors import UsageError
+from lowrank.compression.formats import DENSE, FORMATS, Request, WeightFormat, check_format, format_named
+from lowrank.compression.formats.factored import FactoredFormat
+from lowrank.compression.layer_data import LayerData
+from lowrank.errors import UsageError, is_whole
+from lowrank.layers.spec import SPEC_FIELDS, LayerSpec
 from lowrank.numerics.factors import check_rank
-from lowrank.targets.survey import matching
+from lowrank.targets.model import matching
 
-__all__ = ["forced_choices"]
+__all__ = ["forced_specs"]
 
 
-def forced_choices(overrides: Mapping[str, Any] | None, workshops: Mapping[str, Workshop]) -> dict[str, list[Choice]]:
-    """The only choices of the layers that ``overrides`` names.
+def forced_specs(overrides: Mapping[str, Any] | None, layers: Mapping[str, LayerData]) -> dict[str, list[LayerSpec]]:
+    """Give the only specs of the layers that ``overrides`` names.
 
     Raises:
         UsageError: a pattern that matches no target, an unknown key or format, a layer that would not get smaller.
         RankError: a rank outside the layer's range.
     """
-    found: dict[str, list[Choice]] = {}
+    found: dict[str, list[LayerSpec]] = {}
     if not overrides:
         return found
-    aliases = {
-        member_name: shop
-        for shop in workshops.values()
-        for member in shop.target.members
-        for member_name in member.names
-    }
+    aliases = {name: data for data in layers.values() for member in data.target.members for name in member.names}
     covered = matching(list(overrides), aliases, "overrides")
     for pattern, value in overrides.items():
         for name in sorted(covered[pattern]):
-            shop = aliases[name]
-            found[shop.name] = _forced(shop, value, f"overrides: {pattern!r}, layer {name}")
+            data = aliases[name]
+            found[data.name] = _forced(data, value, f"overrides: {pattern!r}, layer {name}")
     return found
 
 
-def _forced(shop: Workshop, value: Any, where: str) -> list[Choice]:
+def _forced(data: LayerData, value: Any, where: str) -> list[LayerSpec]:
     wanted: Any = {"format": value} if isinstance(value, str) else value
-    known = {"format", "rank", "bits", "activations", "scheme"}
-    if not isinstance(wanted, Mapping) or not set(wanted) <= known or "format" not in wanted:
+    if not isinstance(wanted, Mapping) or not set(wanted) <= set(SPEC_FIELDS) or "format" not in wanted:
+        others = ", ".join(f'"{name}"' for name in SPEC_FIELDS[1:])
+        raise UsageError(f'{where}: must be a format or a dict with "format" and maybe {others}, got {value!r}')
+    check_format(wanted["format"], where)
+    format = format_named(wanted["format"])
+    if format.dense:
+        return [DENSE]
+    fitting = [name for name, each in FORMATS.items() if each.fits(data)]
+    if format.name not in fitting:
+        names = [name for name in fitting if not FORMATS[name].dense]
         raise UsageError(
-            f'{where}: must be a format or a dict with "format" and maybe "rank", "bits", "activations", "scheme", got {value!r}'
+            f"{where}: this {data.kind.name} layer can be dense or {', '.join(names)}, got {format.name!r}"
         )
-    name = wanted["format"]
-    check_format(name, where)
-    if name == "dense":
-        return [Choice("dense")]
-    if name not in shop.formats:
-        raise UsageError(
-            f"{where}: this {shop.target.kind} layer can be dense or {', '.join(shop.formats)}, got {name!r}"
-        )
-    factored, rounded = "lowrank" in name, "int8" in name
-    rank, bits, scheme = wanted.get("rank"), wanted.get("bits"), wanted.get("scheme")
-    if scheme is not None and (not factored or scheme not in shop.schemes):
-        possible = [each for each in shop.schemes if each is not None] if factored else []
-        raise UsageError(
-            f"{where}: scheme of format {name!r} must be {' or '.join(possible) or 'left out'}, got {scheme!r}"
-        )
-    schemes = shop.schemes if scheme is None else (scheme,)
-    if rank is not None:
-        if not factored:
-            raise UsageError(f"{where}: format {name!r} has no rank, got {rank!r}")
-        check_rank(rank, max(map(shop.max_rank, schemes)), f"{where}, rank")
-        schemes = tuple(each for each in schemes if rank <= shop.max_rank(each))
-    if bits is not None and (not rounded or isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 8):
-        raise UsageError(
-            f"{where}: bits must be an integer from 2 to 8, for the formats int8 and lowrank-int8, got {bits!r}"
-        )
-    modes: list[str | None] = [None]
-    if rounded and shop.target.linears:
-        modes = list(shop.modes(wanted.get("activations", "auto")))
-        if wanted.get("activations", modes[0]) not in modes:
-            raise UsageError(f"{where}: this {shop.target.kind} layer is weight-only, got {wanted['activations']!r}")
-    thin: list[tuple[int | None, str | None]] = [(None, None)]
-    if factored:
-        thin = [(each, cut) for cut in schemes for each in ([rank] if rank is not None else shop.ranks(name, cut))]
-    choices = [Choice(name, each, (bits or 8) if rounded else None, mode, cut) for each, cut in thin for mode in modes]
-    small = [choice for choice in choices if shop.bytes(choice) < shop.bytes(Choice("dense"))]
+    specs = _spelled(data, format, wanted, where)
+    small = [spec for spec in specs if format.stored_bytes(data, spec) < _dense_bytes(data)]
     if not small:
-        smallest = min((shop.bytes(choice) for choice in choices), default=0)
+        smallest = min((format.stored_bytes(data, spec) for spec in specs), default=0)
         raise UsageError(
-            f"{where}: {value!r} would take {smallest:,} bytes, the dense layer takes {shop.bytes(Choice('dense')):,}"
+            f"{where}: {value!r} would take {smallest:,} bytes, the dense layer takes {_dense_bytes(data):,}"
         )
     return small
+
+
+def _dense_bytes(data: LayerData) -> int:
+    return FORMATS[DENSE.format].stored_bytes(data, DENSE)
+
+
+def _spelled(data: LayerData, format: WeightFormat, wanted: Mapping[str, Any], where: str) -> list[LayerSpec]:
+    """Every spec of the format that has what is wanted, in each way of taking the activations that is left open."""
+    modes: list[str | None] = [None]
+    if format.rounded and data.target.multiplying:
+        modes = list(data.modes(wanted.get("activations", "auto")))
+        if wanted.get("activations", modes[0]) not in modes:
+            raise UsageError(f"{where}: this {data.kind.name} layer is weight-only, got {wanted['activations']!r}")
+    plain = _plain_specs(data, format, wanted, where)
+    bits = wanted.get("bits")
+    if bits is not None:
+        if not format.rounded or not is_whole(bits, 2, 8):
+            rounded = " and ".join(name for name, each in FORMATS.items() if each.rounded)
+            raise UsageError(f"{where}: bits must be an integer from 2 to 8, for the formats {rounded}, got {bits!r}")
+        plain = [replace(spec, bits=bits) for spec in plain]
+    for name in ("group", "rounding"):
+        if wanted.get(name) is not None and name not in format.fields:
+            raise UsageError(f"{where}: format {format.name!r} has no {name}, got {wanted[name]!r}")
+        if wanted.get(name) is not None:
+            plain = [replace(spec, **{name: wanted[name]}) for spec in plain]
+    for spec in plain:
+        format.check_fields(spec, data.kind.name, data.target.shape, where)
+    return [replace(spec, activations=mode) for spec in plain for mode in modes]
+
+
+def _plain_specs(data: LayerData, format: WeightFormat, wanted: Mapping[str, Any], where: str) -> list[LayerSpec]:
+    """The format's specs with the rank and scheme that are wanted, activations left open."""
+    rank, scheme = wanted.get("rank"), wanted.get("scheme")
+    if scheme is not None and (not format.factored or scheme not in data.schemes):
+        possible = [each for each in data.schemes if each is not None] if format.factored else []
+        raise UsageError(
+            f"{where}: scheme of format {format.name!r} must be {' or '.join(possible) or 'left out'}, got {scheme!r}"
+        )
+    if not isinstance(format, FactoredFormat):
+        if rank is not None:
+            raise UsageError(f"{where}: format {format.name!r} has no rank, got {rank!r}")
+        specs = format.specs(data, Request("auto"))
+        return list(dict.fromkeys(replace(spec, activations=None) for spec in specs))
+    schemes = data.schemes if scheme is None else (scheme,)
+    if rank is None:
+        return [format.spec(each, cut) for cut in schemes for each in format.ranks(data, cut)]
+    check_rank(rank, max(map(data.max_rank, schemes)), f"{where}, rank")
+    return [format.spec(rank, cut) for cut in schemes if rank <= data.max_rank(cut)]

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
+from lowrank.calibration.metrics import METRICS, recorded_metric
 from lowrank.compression.rows import (
     COLUMNS,
     FINALIST_COLUMNS,
@@ -19,7 +20,7 @@ from lowrank.reporting import charts as report_charts
 from lowrank.reporting import html as report_html
 from lowrank.reporting.html import Cell, Heading
 from lowrank.reporting.points import FRONTIER_COLUMNS, FrontierPoint, frontier_chart, points_texts
-from lowrank.reporting.text import METRIC_NAMES, MISSING, error_text, human_bytes, one_line, percent
+from lowrank.reporting.text import MISSING, human_bytes, one_line, percent
 
 __all__ = ["render"]
 
@@ -87,7 +88,7 @@ def render(
             "Click a heading to sort.",
         )
     )
-    tried = finalist_texts(totals, error_text(str(totals.get("metric"))))
+    tried = finalist_texts(totals, recorded_metric(str(totals.get("metric"))).show)
     if tried:
         headings = [Heading(column.title, column.numeric) for column in FINALIST_COLUMNS]
         cells = [[Cell(text) for text in row] for row in tried]
@@ -101,13 +102,13 @@ def render(
 
 def _tiles(rows: Sequence[LayerRow], totals: Mapping[str, Any], answer: str) -> list[tuple[str, str, str, str]]:
     metric = one_line(str(totals.get("metric") or "error"))
-    show = error_text(metric)
+    show = recorded_metric(metric).show
     sizes = f"{human_bytes(totals.get('bytes_before'))} → {human_bytes(totals.get('bytes_after'))}"
     bits = totals.get("bits_per_weight")
     items = [("Size", percent(totals.get("size_ratio"), 3), sizes, "")]
     items.append(("Bits a weight", MISSING if bits is None else f"{bits:.2f}", "of the original weights", ""))
     measured, upper, budget = (totals.get(key) for key in ("error_measured", "error_upper", "error_budget"))
-    name = METRIC_NAMES.get(metric, metric)
+    name = METRICS[metric].title if metric in METRICS else metric
     if measured is not None:
         items.append((f"{name[0].upper()}{name[1:]}", show(measured), "measured on the finished model", ""))
     elif totals.get("error_predicted") is not None:
@@ -127,7 +128,7 @@ def _budget_bar(totals: Mapping[str, Any]) -> str:
     upper = measured if upper is None else upper
     if not (_drawable(measured) and _drawable(upper) and _drawable(budget)):
         return ""
-    show = error_text(one_line(str(totals.get("metric") or "error")))
+    show = recorded_metric(one_line(str(totals.get("metric") or "error"))).show
     labels = (f"measured {show(measured)}", f"at most {show(upper)} with 95 % confidence", f"budget {show(budget)}")
     return report_html.bullet_bar(measured, upper, budget, labels)
 
@@ -164,9 +165,16 @@ def _layer_table(rows: Sequence[LayerRow]) -> str:
 
 
 def _frontier(points: Sequence[FrontierPoint], totals: Mapping[str, Any]) -> list[str]:
-    metric = one_line(str(totals.get("metric") or "error"))
-    budget = totals.get("error_budget")
-    chart = frontier_chart(points, metric, budget=budget if _drawable(budget) else None)
+    metric = recorded_metric(one_line(str(totals.get("metric") or "error")))
+    unit, budget = metric.unit, totals.get("error_budget")
+    chart = frontier_chart(
+        points,
+        metric.show,
+        factor=unit.factor,
+        axis=unit.axis,
+        suffix=unit.suffix,
+        budget=budget if _drawable(budget) else None,
+    )
     headings = [Heading(column.title, column.numeric) for column in FRONTIER_COLUMNS]
     cells = [
         [
@@ -175,7 +183,7 @@ def _frontier(points: Sequence[FrontierPoint], totals: Mapping[str, Any]) -> lis
                 texts, (None, point.budget, point.size_ratio, point.error, point.upper, None), strict=True
             )
         ]
-        for point, texts in zip(points, points_texts(points, error_text(metric)), strict=True)
+        for point, texts in zip(points, points_texts(points, metric.show), strict=True)
     ]
     told = (
         "Measured points were put up and run on the samples that the search used; predicted ones are what the planner "

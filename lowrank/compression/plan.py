@@ -8,21 +8,20 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
-from lowrank.errors import CheckpointError, LowRankError, RankError
+from lowrank.compression.formats import FORMATS
+from lowrank.compression.formats.base import shown
+from lowrank.errors import CheckpointError, LowRankError, is_whole
 from lowrank.io import parse_json
+from lowrank.layers.base import FLOAT_ACTIVATIONS
+from lowrank.layers.spec import SPEC_FIELDS, LayerSpec
 
-__all__ = ["FORMATS", "SCHEMES", "Plan", "PlanEntry"]
+__all__ = ["Plan", "PlanEntry", "same_specs"]
 
-FORMATS = ("dense", "lowrank", "lowrank-int8", "int8")
-# How a convolution is cut in two: k×k and 1×1, or k×1 and 1×k.
-SCHEMES = ("channel", "spatial")
 PLAN_VERSION = 1
 
-_FACTORED = ("lowrank", "lowrank-int8")
-_ROUNDED = ("int8", "lowrank-int8")
 _LARGEST = 2**63 - 1
 # Plan has a property of that name, which would hide the type in the class body.
 _Text: TypeAlias = "str | bytes"
@@ -34,91 +33,95 @@ class PlanEntry:
 
     Attributes:
         name, kind, shape: of the module and its weight, (out, in, …).
-        format: one of ``FORMATS``.
-        rank: for the factored formats, from 1 to the smaller side of the matrix that is factored; else ``None``. With groups, of each.
-        bits: for the rounded formats, 2 to 8; else ``None``.
-        activations: "int8", "float" or ``None`` for the rounded formats, else ``None``.
+        spec: the format and its numbers.
         bytes: predicted size of the layer's tensors.
         error: predicted additive share of the model's error.
-        scheme: for factored convolutions "channel" (also where it is not given) or "spatial"; else ``None``.
 
     Raises:
         RankError: a rank or number of bits that the format or the shape does not allow.
         LowRankError: any other field that is not what it has to be; one line, naming the layer.
 
     Example:
-        >>> PlanEntry("fc", "linear", (8, 4), "lowrank", 2, None, None, 96, 0.01).rank
+        >>> PlanEntry("fc", "linear", (8, 4), LayerSpec("lowrank", rank=2), 96, 0.01).rank
         2
     """
 
     name: str
     kind: str
     shape: tuple[int, ...]
-    format: str
-    rank: int | None
-    bits: int | None
-    activations: str | None
+    spec: LayerSpec
     bytes: int
     error: float
-    scheme: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
-            raise LowRankError(f"plan: name must be a non-empty string, got {_show(self.name)}")
+            raise LowRankError(f"plan: name must be a non-empty string, got {shown(self.name)}")
         where = f"plan, layer {self.name!r}"
         if not isinstance(self.kind, str) or not self.kind:
-            raise LowRankError(f"{where}: kind must be a non-empty string, got {_show(self.kind)}")
-        if not isinstance(self.shape, (list, tuple)) or not self.shape or not all(_whole(n, 0) for n in self.shape):
-            raise LowRankError(f"{where}: shape must be a list of integers from 0, got {_show(self.shape)}")
+            raise LowRankError(f"{where}: kind must be a non-empty string, got {shown(self.kind)}")
+        if not isinstance(self.shape, (list, tuple)) or not self.shape or not all(is_whole(n, 0, _LARGEST) for n in self.shape):
+            raise LowRankError(f"{where}: shape must be a list of integers from 0, got {shown(self.shape)}")
         object.__setattr__(self, "shape", tuple(self.shape))
-        if self.format not in FORMATS:
+        known = FORMATS.get(self.spec.format) if isinstance(self.spec.format, str) else None
+        if known is None:
             raise LowRankError(
-                f"{where}: format must be one of {', '.join(FORMATS)}, got {_show(self.format)}; "
+                f"{where}: format must be one of {', '.join(FORMATS)}, got {shown(self.spec.format)}; "
                 "another one was written by a newer lowrank: update lowrank"
             )
-        self._check_scheme(where)
-        if self.format in _FACTORED:
-            limit = min(self.shape[0], math.prod(self.shape[1:]))
-            if self.scheme == "spatial":
-                limit = min(self.shape[1] * self.shape[2], self.shape[0] * self.shape[3])
-            if not _whole(self.rank, 1, limit):
-                raise RankError(
-                    f"{where}: rank of format {self.format} must be an integer from 1 to {limit} "
-                    f"(the smaller side of shape {list(self.shape)}), got {_show(self.rank)}"
-                )
-        elif self.rank is not None:
-            raise RankError(f"{where}: rank of format {self.format} must be null, got {_show(self.rank)}")
-        if self.format in _ROUNDED:
-            if not _whole(self.bits, 2, 8):
-                raise RankError(
-                    f"{where}: bits of format {self.format} must be an integer from 2 to 8, got {_show(self.bits)}"
-                )
-        elif self.bits is not None:
-            raise RankError(f"{where}: bits of format {self.format} must be null, got {_show(self.bits)}")
-        allowed = (None, "int8", "float") if self.format in _ROUNDED else (None,)
-        if self.activations not in allowed:
-            names = " or ".join("null" if a is None else json.dumps(a) for a in allowed)
-            raise LowRankError(
-                f"{where}: activations of format {self.format} must be {names}, got {_show(self.activations)}"
-            )
-        if not _whole(self.bytes, 0):
-            raise LowRankError(f"{where}: bytes must be an integer from 0 to {_LARGEST}, got {_show(self.bytes)}")
+        object.__setattr__(self, "spec", known.completed(self.spec, self.kind, self.shape))
+        known.check_fields(self.spec, self.kind, self.shape, where)
+        if not is_whole(self.bytes, 0, _LARGEST):
+            raise LowRankError(f"{where}: bytes must be an integer from 0 to {_LARGEST}, got {shown(self.bytes)}")
         if isinstance(self.error, bool) or not isinstance(self.error, (int, float)) or not 0 <= self.error < math.inf:
-            raise LowRankError(f"{where}: error must be a finite number from 0, got {_show(self.error)}")
+            raise LowRankError(f"{where}: error must be a finite number from 0, got {shown(self.error)}")
         object.__setattr__(self, "error", float(self.error))
 
-    def _check_scheme(self, where: str) -> None:
-        allowed: tuple[str | None, ...] = (None,)
-        if self.format in _FACTORED and self.kind == "conv":
-            allowed = SCHEMES if len(self.shape) == 4 else SCHEMES[:1]
-            if self.scheme is None:
-                object.__setattr__(self, "scheme", "channel")
-        if self.scheme not in allowed:
-            names = " or ".join("null" if a is None else json.dumps(a) for a in allowed)
-            raise LowRankError(
-                f"{where}: scheme of a {self.kind} layer of shape {list(self.shape)} in format {self.format} must be {names}, "
-                f"got {_show(self.scheme)}"
-            )
+    @property
+    def format(self) -> str:
+        """The spec's."""
+        return self.spec.format
+
+    @property
+    def rank(self) -> int | None:
+        """The spec's; of a convolution with groups, of each."""
+        return self.spec.rank
+
+    @property
+    def bits(self) -> int | None:
+        """The spec's."""
+        return self.spec.bits
+
+    @property
+    def activations(self) -> str | None:
+        """The spec's."""
+        return self.spec.activations
+
+    @property
+    def scheme(self) -> str | None:
+        """The spec's; "channel" or "spatial" for factored convolutions."""
+        return self.spec.scheme
+
+    @property
+    def compressed(self) -> bool:
+        """Whether the layer does not stay as it is."""
+        return not FORMATS[self.spec.format].dense
+
+    def to_json(self) -> dict[str, Any]:
+        """Return one flat map of the fields and the spec's."""
+        own = {"name": self.name, "kind": self.kind, "shape": self.shape, "bytes": self.bytes, "error": self.error}
+        return own | self.spec.to_json()
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> PlanEntry:
+        """Read :meth:`to_json`'s map back."""
+        return cls(
+            data["name"], data["kind"], data["shape"], LayerSpec.from_json(data), data["bytes"], data["error"]
+        )
+
+
+_ENTRY_FIELDS = ("name", "kind", "shape", "bytes", "error")
+# What to_json always writes; the other fields of a spec are written where they are set.
+_REQUIRED = {*_ENTRY_FIELDS, "format", "rank", "bits", "activations"}
 
 
 @dataclass(frozen=True)
@@ -134,7 +137,7 @@ class Plan:
         metadata: JSON data of the caller's; kept, never read here. :func:`lowrank.apply_plan` reads what made the factors.
 
     Example:
-        >>> plan = Plan((PlanEntry("fc", "linear", (8, 4), "int8", None, 8, "int8", 64, 0.01),))
+        >>> plan = Plan((PlanEntry("fc", "linear", (8, 4), LayerSpec("int8", bits=8, activations="int8"), 64, 0.01),))
         >>> Plan.from_json(plan.to_json()) == plan, plan.bytes, plan.error
         (True, 64, 0.01)
     """
@@ -153,13 +156,13 @@ class Plan:
                 raise CheckpointError(f"plan, layer {entry.name!r}: stands there twice; every layer needs one entry")
             seen.add(entry.name)
         if self.objective not in ("bytes", "cost", "error", "edited"):
-            raise CheckpointError(f"plan: objective {_show(self.objective)} is unknown; written by a newer lowrank?")
+            raise CheckpointError(f"plan: objective {shown(self.objective)} is unknown; written by a newer lowrank?")
         for key in ("objective_value", "duality_gap"):
             value = getattr(self, key)
             if value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-                raise CheckpointError(f"plan: {key} must be null or a finite number from 0, got {_show(value)}")
+                raise CheckpointError(f"plan: {key} must be null or a finite number from 0, got {shown(value)}")
             object.__setattr__(self, key, float(value))
         try:
             # Indented as in to_json, whose encoder nests less deeply than the plain one.
@@ -177,6 +180,11 @@ class Plan:
     def error(self) -> float:
         """Predicted error: the sum over all entries."""
         return math.fsum(entry.error for entry in self.entries)
+
+    @property
+    def weight_only_bytes(self) -> int:
+        """Predicted bytes of the layers that multiply codes with activations as they are."""
+        return sum(entry.bytes for entry in self.entries if entry.activations == FLOAT_ACTIVATIONS)
 
     @property
     def relative_duality_gap(self) -> float | None:
@@ -206,19 +214,13 @@ class Plan:
             LowRankError: no such layer or field, or a value that :class:`PlanEntry` refuses.
         """
         old = self.entry(name)
-        known = {item.name for item in fields(PlanEntry)}
+        known = {*_ENTRY_FIELDS, *SPEC_FIELDS}
         for key in changes:
             if key not in known:
                 raise LowRankError(f"plan, layer {name!r}: has no field {key!r}; fields: {', '.join(sorted(known))}")
-        new_format = changes.get("format", old.format)
-        if new_format != old.format:
-            if new_format not in _FACTORED:
-                changes = {"rank": None, "scheme": None, **changes}
-            if new_format in _ROUNDED:
-                changes.setdefault("bits", old.bits or 8)
-            else:
-                changes = {"bits": None, "activations": None, **changes}
-        new = replace(old, **changes)
+        wanted = {key: changes.pop(key) for key in SPEC_FIELDS if key in changes}
+        spec = old.spec if wanted.get("format", old.format) == old.format else _respelled(old.spec, wanted["format"])
+        new = replace(old, spec=replace(spec, **wanted), **changes)
         entries = tuple(new if entry.name == name else entry for entry in self.entries)
         return Plan(entries, metadata=self.metadata)
 
@@ -247,7 +249,7 @@ class Plan:
         """Deterministic text: sorted keys, entries in their order, one newline at the end."""
         content = {
             "format_version": PLAN_VERSION,
-            "entries": [_as_json(entry) for entry in self.entries],
+            "entries": [entry.to_json() for entry in self.entries],
             "objective": self.objective,
             "objective_value": self.objective_value,
             "duality_gap": self.duality_gap,
@@ -273,25 +275,24 @@ class Plan:
         optional = {"objective", "objective_value", "duality_gap", "metadata", "total_bytes", "total_error"}
         _check_keys(content, {"format_version", "entries"}, optional, source)
         version = content["format_version"]
-        if not _whole(version, 1):
-            raise CheckpointError(f"{source}: format_version must be {PLAN_VERSION}, got {_show(version)}")
+        if not is_whole(version, 1, _LARGEST):
+            raise CheckpointError(f"{source}: format_version must be {PLAN_VERSION}, got {shown(version)}")
         if version > PLAN_VERSION:
             raise CheckpointError(
-                f"{source}: format_version {_show(version)} was written by a newer lowrank; "
+                f"{source}: format_version {shown(version)} was written by a newer lowrank; "
                 f"this one reads {PLAN_VERSION}"
             )
         if not isinstance(content["entries"], list):
-            raise CheckpointError(f"{source}: entries must be a list, got {_show(content['entries'])}")
+            raise CheckpointError(f"{source}: entries must be a list, got {shown(content['entries'])}")
         metadata = content.get("metadata", {})
         if not isinstance(metadata, dict):
-            raise CheckpointError(f"{source}: metadata must be an object, got {_show(metadata)}")
-        names = {item.name for item in fields(PlanEntry)}
+            raise CheckpointError(f"{source}: metadata must be an object, got {shown(metadata)}")
         entries = []
         for index, raw in enumerate(content["entries"]):
             name = raw.get("name") if isinstance(raw, dict) else None
             where = f"{source}: entry {index}" + (f" ({name!r})" if isinstance(name, str) else "")
-            _check_keys(raw, names - {"scheme"}, {"scheme"}, where)
-            entries.append(PlanEntry(**raw))
+            _check_keys(raw, _REQUIRED, set(SPEC_FIELDS), where)
+            entries.append(PlanEntry.from_json(raw))
         plan = cls(
             tuple(entries),
             content.get("objective", "edited"),
@@ -304,32 +305,30 @@ class Plan:
         return plan if totals == (plan.bytes, plan.error) else cls(plan.entries, metadata=metadata)
 
 
-def _as_json(entry: PlanEntry) -> dict[str, Any]:
-    """A map of the fields; no scheme where there is none."""
-    return {key: value for key, value in asdict(entry).items() if key != "scheme" or value is not None}
+def _respelled(spec: LayerSpec, format: object) -> LayerSpec:
+    """The spec in another format: fields that it does not take are dropped, bits that it needs are 8."""
+    known = FORMATS.get(format) if isinstance(format, str) else None
+    if known is None:
+        return spec
+    kept = {name: getattr(spec, name) for name in known.fields}
+    if known.rounded and kept.get("bits") is None:
+        kept["bits"] = 8
+    return LayerSpec(known.name, **kept)
 
 
-def _whole(value: object, low: int, high: int = _LARGEST) -> bool:
-    """An integer in [low, high]; ``True`` and 8.0 are none."""
-    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
-
-
-def _show(value: object) -> str:
-    """A value for a one-line message, whatever its size."""
-    if isinstance(value, int) and value.bit_length() > 128:
-        return f"an integer of {value.bit_length()} bits"
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+def same_specs(one: Plan, other: Plan) -> bool:
+    """Tell whether two plans make every layer the same."""
+    return [(entry.name, entry.spec) for entry in one.entries] == [(entry.name, entry.spec) for entry in other.entries]
 
 
 def _check_keys(content: object, required: set[str], optional: set[str], where: str) -> None:
     if not isinstance(content, dict):
-        raise CheckpointError(f"{where}: must be a JSON object, got {_show(content)}")
+        raise CheckpointError(f"{where}: must be a JSON object, got {shown(content)}")
     missing = sorted(required - content.keys())
     if missing:
         raise CheckpointError(f"{where}: lacks {', '.join(missing)}")
     unknown = sorted(content.keys() - required - optional)
     if unknown:
         raise CheckpointError(
-            f"{where}: unknown field {_show(unknown[0])}; written by a newer lowrank, or a slip of the hand"
+            f"{where}: unknown field {shown(unknown[0])}; written by a newer lowrank, or a slip of the hand"
         )

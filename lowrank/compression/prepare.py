@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,23 +13,27 @@ from lowrank.calibration.batches import Batch, Split, sample_count, split_batche
 from lowrank.calibration.evaluation import Evaluator
 from lowrank.calibration.gradients import DIRECTIONS, output_gradients
 from lowrank.calibration.inputs import collect_statistics
+from lowrank.calibration.metrics import SampledMetric
+from lowrank.calibration.observers import AnyObserver
 from lowrank.compression.candidates import LayerChoices
+from lowrank.compression.formats import REFERENCE, Measured, Request
 from lowrank.compression.latency import Speed
+from lowrank.compression.layer_data import LayerData
 from lowrank.compression.options import Options
-from lowrank.compression.overrides import forced_choices
-from lowrank.compression.probes import Sensitivity, exact_sensitivities, layer_choices, probe_layers
-from lowrank.compression.working_copy import Bench
-from lowrank.compression.workshop import Workshop
-from lowrank.compression.workshops import open_workshop
+from lowrank.compression.overrides import forced_specs
+from lowrank.compression.probes import computed_costs, layer_choices, probe_layers
+from lowrank.compression.working_copy import WorkingCopy
 from lowrank.errors import CheckpointError, NumericsError, UsageError
+from lowrank.layers.base import INTEGER_ACTIVATIONS
 from lowrank.numerics.linalg import check_finite
 from lowrank.numerics.moments import InputStatistics, TokenCounts
+from lowrank.targets import kind_of, layer_kinds
 from lowrank.targets.batchnorm import fold_sharing
-from lowrank.targets.packed import packed_kind
-from lowrank.targets.survey import Skipped, Survey, Target, module_matrix, refuse_adapters, survey
+from lowrank.targets.model import refuse_adapters
+from lowrank.targets.survey import Member, Skipped, Survey, Target, survey
 
 __all__ = [
-    "Job",
+    "Preparation",
     "find_work",
     "fold_and_find",
     "gather",
@@ -49,26 +53,26 @@ MAX_GRADIENT_OUTPUTS = 4096
 
 
 @dataclass
-class Job:
-    """What the choice is made from."""
+class Preparation:
+    """What the choice is made from: the targets, what is known of them, and every candidate with its predicted cost."""
 
-    bench: Bench
+    copy: WorkingCopy
     survey: Survey
     split: Split | None
-    layers: list[LayerChoices]
+    choices: list[LayerChoices]
     notes: list[str] = field(default_factory=list)
     speed: Speed | None = None
 
     @property
     def loss_aware(self) -> bool:
         """Whether the factors of any layer are fitted to what its errors cost the model."""
-        return any(shop.gradients is not None for shop in self.bench.workshops.values())
+        return any(data.gradients is not None for data in self.copy.layers.values())
 
     def metadata(self, options: Options) -> dict[str, Any]:
         """What applying a plan again needs to know."""
         return {
-            "data_aware": self.split is not None and options.metric != "weight",
-            "metric": options.metric if isinstance(options.metric, str) else "callable",
+            "data_aware": self.split is not None and not options.error_metric.weights_only,
+            "metric": options.error_metric.name,
             "seed": options.seed,
             "split": 0 if self.split is None else self.split.ways,
             **({"loss_aware": options.directions} if self.loss_aware else {}),
@@ -98,7 +102,7 @@ def planned(options: Options, metadata: Mapping[str, Any]) -> Options:
 
 
 def find_work(model: nn.Module, options: Options) -> Survey:
-    """The targets, with weights that are not finite refused or set aside.
+    """Find the targets, with weights that are not finite refused or set aside.
 
     Raises:
         UsageError: nothing to compress.
@@ -110,8 +114,8 @@ def find_work(model: nn.Module, options: Options) -> Survey:
     for target in found.targets:
         try:
             for member in target.members:
-                for kind, tensor in member.module.named_parameters():
-                    check_finite(tensor.detach(), f"layer {member.name}, {kind}")
+                for name, tensor in member.module.named_parameters():
+                    check_finite(tensor.detach(), f"layer {member.name}, {name}")
         except NumericsError as error:
             if options.on_nonfinite == "raise":
                 raise NumericsError(f'{error}; on_nonfinite="copy" leaves such a layer as it is') from error
@@ -122,8 +126,8 @@ def find_work(model: nn.Module, options: Options) -> Survey:
         reasons = sorted({f"{item.member.name} ({item.reason})" for item in skipped})[:MAX_ROWS_IN_NOTE]
         held = "; ".join(reasons) or "none at all"
         raise UsageError(
-            "model: has no layer that can be compressed (nn.Linear, transformers' Conv1D, nn.Conv1d, nn.Conv2d, nn.Embedding, recurrent "
-            f"layers, nn.MultiheadAttention); modules with weights: {held}"
+            f"model: has no layer that can be compressed ({', '.join(kind.described for kind in layer_kinds())}); "
+            f"modules with weights: {held}"
         )
     return Survey(tuple(sound), tuple(skipped), found.members)
 
@@ -152,10 +156,10 @@ def fold_and_find(model: nn.Module, options: Options) -> tuple[nn.Module, Survey
 def split_samples(
     batches: Sequence[Batch] | None, validation: Sequence[Batch] | None, options: Options
 ) -> Split | None:
-    """Statistics, search and verification parts; a callable metric needs no verification samples."""
+    """Split into statistics, search and verification parts; only what is measured on samples needs some to verify on."""
     if batches is None:
         return None
-    return split_batches(batches, validation, options.seed, verify=not callable(options.metric))
+    return split_batches(batches, validation, options.seed, verify=isinstance(options.error_metric, SampledMetric))
 
 
 def split_again(batches: Sequence[Batch], metadata: Mapping[str, Any]) -> Split:
@@ -168,8 +172,8 @@ def split_again(batches: Sequence[Batch], metadata: Mapping[str, Any]) -> Split:
 
 def gather(
     model: nn.Module, found: Survey, split: Split | None, options: Options, *, factored: bool
-) -> tuple[list[Workshop], list[str]]:
-    """A workshop for every target, with the statistics of what flows into it and what an error of it costs; and notes.
+) -> tuple[list[LayerData], list[str]]:
+    """Gather what flows into every target and what an error of it costs; and notes.
 
     Args:
         factored: low-rank formats may be built; else nothing needs the gradients.
@@ -178,29 +182,26 @@ def gather(
         UsageError: ``loss_aware=True``, or a plan made so, and the model cannot be differentiated.
     """
     statistics: Mapping[str, InputStatistics | TokenCounts] = {}
-    data_aware = split is not None and options.metric != "weight"
+    data_aware = split is not None and not options.error_metric.weights_only
     if split is not None and data_aware:
-        modules = {
-            member.name: member.module
-            for target in found.targets
-            for member in target.members
-            if packed_kind(member.module) is None
-        }
-        statistics = collect_statistics(model, split.statistics, modules, progress=options.progress, seed=options.seed)
+        modules, observers = _observed(member for target in found.targets for member in target.members)
+        statistics = collect_statistics(
+            model, split.statistics, modules, observers=observers, progress=options.progress, seed=options.seed
+        )
     gradients: Mapping[str, Tensor] = {}
     notes: list[str] = []
     if split is not None and data_aware and factored and options.directions is not None:
         gradients, notes = _gradients(model, found, split, options)
-    shops = []
+    layers = []
     for target in found.targets:
         costs = [gradients[member.name] for member in target.members if member.name in gradients]
         gathered = [statistics[member.name] for member in target.members if member.name in statistics]
         inputs = next((item for item in gathered if isinstance(item, InputStatistics)), None)
         lookups = next((item for item in gathered if isinstance(item, TokenCounts)), None)
-        shops.append(
-            open_workshop(target, inputs, lookups, data_aware=data_aware, gradients=costs[0] if costs else None)
+        layers.append(
+            LayerData(target, inputs, lookups, data_aware=data_aware, gradients=costs[0] if costs else None)
         )
-    return shops, notes
+    return layers, notes
 
 
 def _gradients(
@@ -208,14 +209,9 @@ def _gradients(
 ) -> tuple[Mapping[str, Tensor], list[str]]:
     """C of every linear layer and convolution, and what the report should say of it."""
     assert options.directions is not None
-    modules = {
-        member.name: member.module
-        for target in found.targets
-        for member in target.members
-        if target.kind in ("linear", "conv") and not isinstance(member.module, nn.Embedding)
-    }
-    wide = [name for name, module in modules.items() if _outputs(module) > MAX_GRADIENT_OUTPUTS]
-    modules = {name: module for name, module in modules.items() if name not in wide}
+    members = [member for target in found.targets if target.kind.differentiated for member in target.multiplying]
+    wide = [member.name for member in members if _outputs(member.module) > MAX_GRADIENT_OUTPUTS]
+    modules, observers = _observed(member for member in members if member.name not in wide)
     try:
         gradients = output_gradients(
             model,
@@ -223,6 +219,7 @@ def _gradients(
             modules,
             directions=options.directions,
             output_fn=options.output_fn,
+            observers=observers,
             seed=options.seed,
         )
     except RuntimeError as error:
@@ -247,42 +244,56 @@ def _gradients(
     return sound, notes
 
 
+def _observed(members: Iterable[Member]) -> tuple[dict[str, nn.Module], dict[str, AnyObserver]]:
+    """The modules of which something can be gathered, and what says which rows they work on; by name."""
+    modules: dict[str, nn.Module] = {}
+    observers: dict[str, AnyObserver] = {}
+    for member in members:
+        kind = kind_of(member.module)
+        observer = None if kind is None else kind.observer(member.module)
+        if observer is not None:
+            modules[member.name], observers[member.name] = member.module, observer
+    return modules, observers
+
+
 def _outputs(module: nn.Module) -> int:
     """Of a linear layer (transformers' ``Conv1D`` too, which stores its weight the other way) or a convolution."""
-    return int(module_matrix(module).shape[0])
+    kind = kind_of(module)
+    assert kind is not None
+    return kind.shape(module)[0]
 
 
-def weigh(bench: Bench, found: Survey, split: Split | None, options: Options) -> Job:
+def weigh(copy: WorkingCopy, found: Survey, split: Split | None, options: Options) -> Preparation:
     """Predict what every choice costs the model, by probes on the search samples or, for the weight metric, by arithmetic."""
-    shops = list(bench.workshops.values())
-    forced = forced_choices(options.overrides, bench.workshops)
-    if split is None or options.metric == "weight":
-        sensitivities = exact_sensitivities(shops)
-        activations = "int8" if options.activations == "auto" else options.activations
+    layers = list(copy.layers.values())
+    forced = forced_specs(options.overrides, copy.layers)
+    activations = options.activations
+    computed = split is None or options.error_metric.weights_only
+    if split is None or computed:
+        costs = computed_costs(layers)
+        activations = INTEGER_ACTIVATIONS if activations == "auto" else activations
     else:
-        metric = {"kl": "kl", "perplexity": "kl"}.get(str(options.metric), "output")
-        evaluator = Evaluator(bench.reference, _spread(split.search, PROBE_SAMPLES), metric, options.output_fn)
-        sensitivities = probe_layers(
-            bench,
-            shops,
+        samples = _spread(split.search, PROBE_SAMPLES)
+        evaluator = Evaluator(copy.reference, samples, options.error_metric.probe, options.output_fn)
+        costs = probe_layers(
+            copy,
             evaluator,
             options.formats,
-            options.activations,
+            Request(activations),
             allowed=options.contribution(options.error_budget),
             progress=options.progress,
         )
-        activations = options.activations
-    layers = [
-        layer_choices(shop, sensitivities[shop.name], options.formats, activations, forced=forced.get(shop.name))
-        for shop in shops
+    choices = [
+        layer_choices(data, costs[data.name], options.formats, activations, forced=forced.get(data.name))
+        for data in layers
     ]
     skipped = list(found.skipped)
-    for shop in shops:
-        refused = sensitivities[shop.name].refused
+    for data in layers:
+        refused = costs[data.name].refused
         if refused is not None:
-            skipped += [Skipped(member, refused) for member in shop.target.members]
-    notes = _notes(shops, sensitivities, split, exact=split is None or options.metric == "weight")
-    return Job(bench, Survey(found.targets, tuple(skipped), found.members), split, layers, notes)
+            skipped += [Skipped(member, refused) for member in data.target.members]
+    notes = _notes(layers, None if computed else costs, split)
+    return Preparation(copy, Survey(found.targets, tuple(skipped), found.members), split, choices, notes)
 
 
 def _spread(batches: Sequence[Batch], samples: int) -> list[Batch]:
@@ -298,38 +309,42 @@ def _spread(batches: Sequence[Batch], samples: int) -> list[Batch]:
     return [batch if batch.size <= share else batch.select(torch.arange(share)) for batch in picked]
 
 
-def _notes(
-    shops: Sequence[Workshop], sensitivities: Mapping[str, Sensitivity], split: Split | None, *, exact: bool
-) -> list[str]:
+def _notes(layers: Sequence[LayerData], costs: Mapping[str, Measured] | None, split: Split | None) -> list[str]:
+    """What the reader should know of the data.
+
+    Args:
+        costs: as they were measured; ``None`` where they were computed.
+    """
     notes: list[str] = []
+    observed = [(data, data.inputs) for data in layers if data.inputs is not None]
     if split is not None:
-        tokens = max((shop.inputs.count for shop in shops if shop.inputs is not None), default=0)
+        tokens = max((inputs.count for _, inputs in observed), default=0)
         notes.append(
             f"calibration: {sample_count(split.statistics)} samples for statistics ({tokens:,} tokens), "
             f"{sample_count(split.search)} for the search, {sample_count(split.verification)} for verification"
         )
-        drawn = [shop.inputs for shop in shops if shop.inputs is not None and shop.inputs.offered > shop.inputs.count]
+        drawn = [inputs for _, inputs in observed if inputs.offered > inputs.count]
         if drawn:
             notes.append(
                 f"statistics of {len(drawn)} convolutions from patches drawn at random: at most "
                 f"{max(inputs.count for inputs in drawn):,} of {max(inputs.offered for inputs in drawn):,} in one layer"
             )
-        few = [shop.name for shop in shops if shop.inputs is not None and shop.inputs.count < shop.columns]
+        few = [data.name for data, inputs in observed if inputs.count < data.columns]
         if few:
             notes.append(f"fewer tokens than input channels in {_named(few)}: their statistics are thin")
-    if exact:
+    if costs is None:
         return notes
-    silent = [shop.name for shop in shops if sensitivities[shop.name].silent and shop.reached]
+    floor = f"not taken below {REFERENCE.name}"
+    silent = [data.name for data in layers if costs[data.name].silent and data.reached]
     if silent:
-        notes.append(f"the metric does not depend on {_named(silent)}: not taken below int8")
-    unreached = [shop.name for shop in shops if not shop.reached]
+        notes.append(f"the metric does not depend on {_named(silent)}: {floor}")
+    unreached = [data.name for data in layers if not data.reached]
     if unreached:
-        notes.append(f"no calibration input reached {_named(unreached)}: rounded without data, not taken below int8")
-    for shop in shops:
-        if shop.unseen_rows:
+        notes.append(f"no calibration input reached {_named(unreached)}: rounded without data, {floor}")
+    for data in layers:
+        if data.unseen_rows:
             notes.append(
-                f"{shop.name}: {shop.unseen_rows:,} of {shop.rows:,} rows were never looked up on the calibration data: "
-                "not taken below int8"
+                f"{data.name}: {data.unseen_rows:,} of {data.rows:,} rows were never looked up on the calibration data: {floor}"
             )
     return notes
 

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lowrank.calibration.metrics import recorded_metric
 from lowrank.compression import page as report_page
 from lowrank.compression.rows import (
     COLUMNS,
@@ -25,8 +26,6 @@ from lowrank.errors import CheckpointError, LowRankError
 from lowrank.io import parse_json
 from lowrank.reporting.points import FrontierPoint, points_as_json, points_from_json
 from lowrank.reporting.text import (
-    METRIC_NAMES,
-    error_text,
     human_bytes,
     markdown_name,
     markdown_table,
@@ -144,8 +143,8 @@ class CompressionReport:
 
     def _error_phrases(self) -> list[str]:
         totals, metric = self.totals, one_line(str(self.totals.get("metric") or "error"))
-        name = METRIC_NAMES.get(metric, metric if metric == "error" else f"relative loss of {metric}")
-        show = error_text(metric)
+        known = recorded_metric(metric)
+        name, show = metric if metric == "error" else known.title, known.show
         phrases = []
         if totals.get("error_measured") is not None:
             phrases.append(f"{name} {show(totals['error_measured'])} measured")
@@ -256,4 +255,4 @@ class CompressionReport:
         )
 
     def _finalists(self) -> list[list[str]]:
-        return finalist_texts(self.totals, error_text(str(self.totals.get("metric"))))
+        return finalist_texts(self.totals, recorded_metric(str(self.totals.get("metric"))).show)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import NamedTuple
 
 from tqdm import tqdm
 
-from lowrank.compression.candidates import Plan
 from lowrank.compression.healed_plans import heal_plan, healed_plans
-from lowrank.compression.trial import Finalist, Gauge, Healer, Outcome, same_choices
-from lowrank.compression.working_copy import Bench
+from lowrank.compression.plan import Plan, same_specs
+from lowrank.compression.trial import ErrorMeasure, Healer, Outcome, Reading, Trial
+from lowrank.compression.working_copy import WorkingCopy
 from lowrank.errors import BudgetError
 
-__all__ = ["keep_error_budget", "least_error"]
+__all__ = ["Search", "Step", "corrected"]
 
 # Fractions of the calibrated budget at which plans are made. The small ones are there for the day when predictions are far off or
 # samples so few that the test's margin is wide; steps near 1 are about as fine as a few hundred samples can tell apart.
@@ -24,73 +26,185 @@ CALIBRATION_ROUNDS = 5
 CALIBRATION_TOLERANCE = 0.03
 # Doublings of the predicted error that is let through while everything is predicted to be over the budget.
 WIDENING_ROUNDS = 12
-# Gaps between finalists near the target that are filled, by measuring at most so many plans more.
+# Where a plan broke the model, or nothing was predicted to fit, predictions are off by more than measuring can tell.
+FAR_OFF = 4.0
+# Gaps between trials near the target that are filled, by measuring at most so many plans more.
 GAP_WIDTH = 1.06
 GAP_STEPS = 10
 # How far beyond the predicted end of the budget plans are tried where all turned out too timid.
 REACH_FACTOR = 1.3
 REACH_STEPS = 12
-# Finalists whose bound on the search part is below this share of the budget will pass; only the smallest of them is verified.
+# Trials whose bound on the search part is below this share of the budget will pass; only the smallest of them is verified.
 SURE_SHARE = 0.6
 
 
-def keep_error_budget(
-    bench: Bench,
-    plan_for: Callable[[float], Plan],
-    uniform: Sequence[tuple[str, Plan]],
-    budget: float,
-    search: Gauge,
-    verify: Gauge,
-    *,
-    verify_samples: int,
-    total: Callable[[float], float],
-    progress: bool,
-    heal: Healer | None = None,
-) -> Outcome:
-    """The smallest plan whose verification bound is within the budget.
+class Step(NamedTuple):
+    """One round of :meth:`Search.approach`: the plan, what was measured of it (``None`` where it changes nothing), and the scale before."""
 
-    The order of the finalists is fixed by the search part alone, from the smallest error to the smallest size, and verification stops
-    at the first that fails: so testing several plans leaves the 95 % of the test intact (fixed-sequence testing, Maurer, Hothorn and
-    Lehmacher 1995).
+    plan: Plan
+    reading: Reading | None
+    scale: float
 
-    Args:
-        plan_for: the smallest plan whose *predicted* contributions sum to at most this.
-        uniform: named plans that are always among the finalists.
+
+@dataclass
+class Search:
+    """Hold what a search for plans needs, and remember what was tried.
+
+    Attributes:
+        copy: into which plans are installed.
+        plan_for: the best plan whose *predicted* contributions sum to at most this.
+        measure: the error on the search part.
+        verify: the error on the verification part, from which no plan is made.
         total: from a value of the metric to the unit in which predicted contributions add up.
-        heal: trains the model of a plan; healed models are finalists too. It may see neither part that is measured on.
-
-    Raises:
-        BudgetError: not even the safest finalist passed, or nothing can be compressed.
+        verify_samples: how many samples ``verify`` measures on; 0 where that means nothing.
+        heal: trains the model of a plan; healed models are tried too. It may see neither part that is measured on.
+        progress: bars on standard error.
+        target: the error on the search part to aim at.
+        scale: measured over predicted contributions, as far as is known.
+        trials: every plan that was measured and is worth choosing from.
     """
 
-    target, scale, tried = _calibrate(bench, plan_for, budget, search, verify_samples, total)
-    candidates = [
-        (f"{fraction:.0%} of the budget", plan_for(total(target * fraction) / scale)) for fraction in FRACTIONS
-    ]
-    finalists = _measured(bench, _distinct([*uniform, *candidates]), search, progress)
-    if not finalists and tried is not None:
-        # So that the refusal can say what the mildest compression costs.
-        finalists = _measured(bench, [("the mildest plan tried", tried)], search, progress)
-    _reach(bench, plan_for, finalists, target, search)
-    _fill_gaps(bench, plan_for, finalists, target, search)
-    if heal is not None:
-        finalists += healed_plans(bench, plan_for, finalists, target, search, total, heal, progress)
-    if not finalists:
-        raise BudgetError(
-            f"error budget {budget:g}: nothing could be compressed within it; every layer stays dense",
-            plan=None,
-            error=0.0,
-        )
-    sequence = _safe_to_small(finalists)
-    sure = [item for item in sequence if item.searched.upper <= SURE_SHARE * budget]
-    sequence = sequence[max(len(sure) - 1, 0) :]
-    passed: Finalist | None = None
-    for finalist in tqdm(sequence, desc="verifying plans", delay=2, disable=not progress):
-        finalist.verified = verify(finalist.model(bench))
-        if not finalist.verified.upper <= budget:
-            break
-        passed = finalist
-    if passed is None:
+    copy: WorkingCopy
+    plan_for: Callable[[float], Plan]
+    measure: ErrorMeasure
+    verify: ErrorMeasure
+    total: Callable[[float], float]
+    verify_samples: int = 0
+    heal: Healer | None = None
+    progress: bool = False
+    target: float = math.inf
+    scale: float = 1.0
+    trials: list[Trial] = field(default_factory=list)
+
+    def attempt(self, label: str, plan: Plan) -> Trial:
+        """Install a plan and measure it on the search part."""
+        return Trial(label, plan, self.measure(self.copy.install_plan(plan)))
+
+    def attempt_all(self, plans: Iterable[tuple[str, Plan]], *, keep_dense: bool = False) -> list[Trial]:
+        """Measure each of the plans that differ, without those that change nothing unless they are to be kept."""
+        kept: list[tuple[str, Plan]] = []
+        for label, plan in plans:
+            if not any(same_specs(plan, other) for _, other in kept):
+                kept.append((label, plan))
+        return [
+            self.attempt(label, plan)
+            for label, plan in tqdm(kept, desc="measuring plans", delay=2, disable=not self.progress)
+            if keep_dense or any(entry.compressed for entry in plan.entries)
+        ]
+
+    def approach(self, rounds: int) -> Iterator[Step]:
+        """Make the plan that should reach :attr:`target`, measure it, correct :attr:`scale` by what came out, and go on.
+
+        Ends after so many measurements, or where the corrected plan is the one that was just measured.
+
+        Args:
+            rounds: measurements at most.
+        """
+        last: Plan | None = None
+        measured = 0
+        for _ in range(rounds + WIDENING_ROUNDS):
+            plan, before = self.plan_for(self.total(self.target) / self.scale), self.scale
+            if plan.error <= 0.0:
+                # Nothing is predicted to fit; the predictions may be too high.
+                self.scale /= FAR_OFF
+                yield Step(plan, None, before)
+                continue
+            if measured == rounds or (last is not None and same_specs(plan, last)):
+                return
+            last, measured = plan, measured + 1
+            reading = self.measure(self.copy.install_plan(plan))
+            if not math.isfinite(reading.value):
+                # A plan that breaks the model says nothing about the scale but that it is far too bold.
+                self.scale *= FAR_OFF
+            elif reading.value <= 0.0:
+                self.scale /= FAR_OFF
+            else:
+                self.scale = corrected(plan, reading, self.scale, self.total)
+            yield Step(plan, reading, before)
+
+    def keep_error_budget(self, budget: float, uniform: Sequence[tuple[str, Plan]]) -> Outcome:
+        """Find the smallest plan whose verification bound is within the budget.
+
+        The order of the trials is fixed by the search part alone, from the smallest error to the smallest size, and verification stops
+        at the first that fails: so testing several plans leaves the 95 % of the test intact (fixed-sequence testing, Maurer, Hothorn and
+        Lehmacher 1995).
+
+        Args:
+            budget: in the metric's unit.
+            uniform: named plans that are always among the trials.
+
+        Raises:
+            BudgetError: not even the safest trial passed, or nothing can be compressed.
+        """
+        tried = self._calibrate(budget)
+        candidates = [
+            (f"{fraction:.0%} of the budget", self.plan_for(self.total(self.target * fraction) / self.scale))
+            for fraction in FRACTIONS
+        ]
+        self.trials = self.attempt_all([*uniform, *candidates])
+        if not self.trials and tried is not None:
+            # So that the refusal can say what the mildest compression costs.
+            self.trials = self.attempt_all([("the mildest plan tried", tried)])
+        self._reach()
+        self._fill_gaps()
+        if self.heal is not None:
+            self.trials += healed_plans(self)
+        if not self.trials:
+            raise BudgetError(
+                f"error budget {budget:g}: nothing could be compressed within it; every layer stays dense",
+                plan=None,
+                error=0.0,
+            )
+        passed = self._verify(budget)
+        self.copy.install_plan(passed.plan)
+        return Outcome(passed, self.scale, self.trials)
+
+    def least_error(self, plans: Iterable[tuple[str, Plan]]) -> Outcome:
+        """Find the plan with the smallest error on the search part, and measure it on the verification part; the best is healed."""
+        def value(trial: Trial) -> tuple[float, int]:
+            return trial.searched.value, trial.plan.bytes
+
+        self.trials = self.attempt_all(plans, keep_dense=True)
+        if self.heal is not None:
+            healed = heal_plan(self.copy, min(self.trials, key=value).plan, self.measure, self.heal)
+            self.trials += [] if healed is None else [healed]
+        chosen = min(self.trials, key=value)
+        self.copy.install_plan(chosen.plan)
+        chosen.verified = self.verify(chosen.model(self.copy))
+        self.scale = self.total(chosen.searched.value) / chosen.plan.error if chosen.plan.error > 0.0 else 1.0
+        return Outcome(chosen, self.scale, self.trials)
+
+    def _calibrate(self, budget: float) -> Plan | None:
+        """Find the scale, and the error to aim at: where the verification bound is expected to touch the budget. Gives the last plan."""
+        self.target, last = budget, None
+        for step in self.approach(CALIBRATION_ROUNDS):
+            reading = step.reading
+            if reading is None:
+                continue
+            last = step.plan
+            if not 0.0 < reading.value < math.inf:
+                continue
+            margin = reading.upper / reading.value - 1.0 if math.isfinite(reading.upper) else 1.0
+            if self.verify_samples and reading.samples:
+                margin *= math.sqrt(reading.samples / self.verify_samples)
+            self.target = budget / (1.0 + margin)
+            if abs(math.log(self.scale / step.scale)) < CALIBRATION_TOLERANCE:
+                break
+        return last
+
+    def _verify(self, budget: float) -> Trial:
+        """Test the trials from the safest to the smallest, and give the last that passes before the first that fails."""
+        sequence = _safe_to_small(self.trials)
+        sure = [item for item in sequence if item.searched.upper <= SURE_SHARE * budget]
+        sequence = sequence[max(len(sure) - 1, 0) :]
+        passed: Trial | None = None
+        for trial in tqdm(sequence, desc="verifying plans", delay=2, disable=not self.progress):
+            trial.verified = self.verify(trial.model(self.copy))
+            if not trial.verified.upper <= budget:
+                break
+            passed = trial
+        if passed is not None:
+            return passed
         first = sequence[0]
         assert first.verified is not None
         raise BudgetError(
@@ -100,144 +214,61 @@ def keep_error_budget(
             plan=first.plan,
             error=first.verified.upper,
         )
-    bench.install_plan(passed.plan)
-    return Outcome(passed, scale, finalists)
 
-
-def least_error(
-    bench: Bench,
-    plans: Iterable[tuple[str, Plan]],
-    search: Gauge,
-    verify: Gauge,
-    *,
-    total: Callable[[float], float],
-    progress: bool,
-    heal: Healer | None = None,
-) -> Outcome:
-    """The plan with the smallest error on the search part, measured on the verification part.
-
-    Args:
-        heal: as for :func:`keep_error_budget`; the best plan is healed.
-    """
-
-    def value(finalist: Finalist) -> tuple[float, int]:
-        return finalist.searched.value, finalist.plan.bytes
-
-    finalists = _measured(bench, _distinct(plans), search, progress, keep_dense=True)
-    if heal is not None:
-        healed = heal_plan(bench, min(finalists, key=value).plan, search, heal)
-        finalists += [] if healed is None else [healed]
-    chosen = min(finalists, key=value)
-    bench.install_plan(chosen.plan)
-    chosen.verified = verify(chosen.model(bench))
-    scale = total(chosen.searched.value) / chosen.plan.error if chosen.plan.error > 0.0 else 1.0
-    return Outcome(chosen, scale, finalists)
-
-
-def _calibrate(
-    bench: Bench,
-    plan_for: Callable[[float], Plan],
-    budget: float,
-    search: Gauge,
-    verify_samples: int,
-    total: Callable[[float], float],
-) -> tuple[float, float, Plan | None]:
-    """The error to aim at (where the verification bound is expected to touch the budget), measured over predicted, the last plan."""
-    target, scale = budget, 1.0
-    previous: Plan | None = None
-    tries = 0
-    for _ in range(CALIBRATION_ROUNDS + WIDENING_ROUNDS):
-        plan = plan_for(total(target) / scale)
-        if plan.error <= 0.0:
-            # Nothing is predicted to fit; the predictions may be too high.
-            scale /= 4.0
-            continue
-        if tries == CALIBRATION_ROUNDS or (previous is not None and same_choices(plan, previous)):
-            break
-        tries += 1
-        previous = plan
-        reading = search(bench.install_plan(plan))
-        if not math.isfinite(reading.value):
-            # A plan that breaks the model says nothing about the scale but that it is far too bold.
-            scale *= 4.0
-            continue
-        if reading.value <= 0.0:
-            scale /= 4.0
-            continue
-        measured = total(reading.value) / plan.error
-        margin = reading.upper / reading.value - 1.0 if math.isfinite(reading.upper) else 1.0
-        if verify_samples and reading.samples:
-            margin *= math.sqrt(reading.samples / verify_samples)
-        target = budget / (1.0 + margin)
-        settled = abs(math.log(measured / scale)) < CALIBRATION_TOLERANCE
-        scale = measured
-        if settled:
-            break
-    return target, scale, previous
-
-
-def _reach(
-    bench: Bench, plan_for: Callable[[float], Plan], finalists: list[Finalist], target: float, search: Gauge
-) -> None:
-    """Bolder and bolder plans, where predictions were too high, until one lies beyond the target or nothing smaller is left."""
-    if not finalists:
-        return
-    boldest = max(finalists, key=lambda item: item.plan.error)
-    allowed = boldest.plan.error
-    for step in range(REACH_STEPS):
-        if not boldest.searched.value < target:
+    def _reach(self) -> None:
+        """Bolder and bolder plans, where predictions were too high, until one lies beyond the target or nothing smaller is left."""
+        if not self.trials:
             return
-        allowed *= REACH_FACTOR
-        plan = plan_for(allowed)
-        if plan.error > 0.0 and not same_choices(plan, boldest.plan):
-            boldest = Finalist(f"bolder, step {step + 1}", plan, search(bench.install_plan(plan)))
-            finalists.append(boldest)
+        boldest = max(self.trials, key=lambda item: item.plan.error)
+        allowed = boldest.plan.error
+        for step in range(REACH_STEPS):
+            if not boldest.searched.value < self.target:
+                return
+            allowed *= REACH_FACTOR
+            plan = self.plan_for(allowed)
+            if plan.error > 0.0 and not same_specs(plan, boldest.plan):
+                boldest = self.attempt(f"bolder, step {step + 1}", plan)
+                self.trials.append(boldest)
+
+    def _fill_gaps(self) -> None:
+        """Bisect the widest gaps between trials near the target: where predictions are off, their steps are uneven."""
+        closed: set[tuple[float, float]] = set()
+        for step in range(GAP_STEPS):
+            near = sorted(
+                (item for item in self.trials if 0.75 * self.target <= item.searched.value <= 1.1 * self.target),
+                key=lambda item: item.searched.value,
+            )
+            gaps = [
+                (above.searched.value / below.searched.value, below, above)
+                for below, above in pairwise(near)
+                if (below.searched.value, above.searched.value) not in closed
+            ]
+            width, below, above = max(gaps, key=lambda gap: gap[0], default=(0.0, None, None))
+            if below is None or above is None or width <= GAP_WIDTH:
+                return
+            plan = self.plan_for(math.sqrt(below.plan.error * above.plan.error))
+            if any(same_specs(plan, item.plan) for item in self.trials):
+                closed.add((below.searched.value, above.searched.value))
+            else:
+                self.trials.append(self.attempt(f"between, step {step + 1}", plan))
 
 
-def _fill_gaps(
-    bench: Bench, plan_for: Callable[[float], Plan], finalists: list[Finalist], target: float, search: Gauge
-) -> None:
-    """Bisect the widest gaps between finalists near the target: where predictions are off, their steps are uneven."""
-    closed: set[tuple[float, float]] = set()
-    for step in range(GAP_STEPS):
-        near = sorted(
-            (item for item in finalists if 0.75 * target <= item.searched.value <= 1.1 * target),
-            key=lambda item: item.searched.value,
-        )
-        gaps = [
-            (above.searched.value / below.searched.value, below, above)
-            for below, above in pairwise(near)
-            if (below.searched.value, above.searched.value) not in closed
-        ]
-        width, below, above = max(gaps, key=lambda gap: gap[0], default=(0.0, None, None))
-        if below is None or above is None or width <= GAP_WIDTH:
-            return
-        plan = plan_for(math.sqrt(below.plan.error * above.plan.error))
-        if any(same_choices(plan, item.plan) for item in finalists):
-            closed.add((below.searched.value, above.searched.value))
-        else:
-            finalists.append(Finalist(f"between, step {step + 1}", plan, search(bench.install_plan(plan))))
+def corrected(plan: Plan, reading: Reading, scale: float, total: Callable[[float], float]) -> float:
+    """Give measured over predicted contributions; the old scale where one of them says nothing."""
+    measured = total(reading.value) if math.isfinite(reading.value) else math.inf
+    ratio = measured / plan.error if plan.error > 0.0 else 0.0
+    return ratio if 0.0 < ratio < math.inf else scale
 
 
-def _measured(
-    bench: Bench, plans: Iterable[tuple[str, Plan]], search: Gauge, progress: bool, *, keep_dense: bool = False
-) -> list[Finalist]:
-    found = []
-    for label, plan in tqdm(list(plans), desc="measuring plans", delay=2, disable=not progress):
-        if keep_dense or any(entry.format != "dense" for entry in plan.entries):
-            found.append(Finalist(label, plan, search(bench.install_plan(plan))))
-    return found
-
-
-def _safe_to_small(finalists: Iterable[Finalist]) -> list[Finalist]:
+def _safe_to_small(trials: Iterable[Trial]) -> list[Trial]:
     """By growing error on the search part, without plans that are no smaller than a safer one.
 
     Of two plans of one size the one with fewer weight-only bytes counts as the smaller: it runs faster.
     """
-    sequence: list[Finalist] = []
-    for finalist in sorted(finalists, key=lambda item: (item.searched.value, _size(item.plan))):
-        if math.isfinite(finalist.searched.value) and (not sequence or _size(finalist.plan) < _size(sequence[-1].plan)):
-            sequence.append(finalist)
+    sequence: list[Trial] = []
+    for trial in sorted(trials, key=lambda item: (item.searched.value, _size(item.plan))):
+        if math.isfinite(trial.searched.value) and (not sequence or _size(trial.plan) < _size(sequence[-1].plan)):
+            sequence.append(trial)
     return sequence
 
 
@@ -245,12 +276,4 @@ def _size(plan: Plan) -> tuple[float, ...]:
     """What the smaller of two plans has less of; for plans made for speed: bytes over their size budget, then seconds."""
     if plan.metadata.get("objective") == "latency" and plan.objective_value is not None:
         return max(plan.bytes - plan.metadata.get("target_bytes", math.inf), 0), plan.objective_value, plan.bytes
-    return plan.bytes, sum(entry.bytes for entry in plan.entries if entry.activations == "float")
-
-
-def _distinct(plans: Iterable[tuple[str, Plan]]) -> list[tuple[str, Plan]]:
-    kept: list[tuple[str, Plan]] = []
-    for label, plan in plans:
-        if not any(same_choices(plan, other) for _, other in kept):
-            kept.append((label, plan))
-    return kept
+    return plan.bytes, plan.weight_only_bytes

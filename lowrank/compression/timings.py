@@ -21,10 +21,13 @@ from typing import Any
 import numpy as np
 from scipy.optimize import nnls
 
-from lowrank.errors import CheckpointError, StorageError
+from lowrank.compression.formats import FORMATS, WeightFormat, format_named
+from lowrank.errors import CheckpointError, StorageError, is_whole
 from lowrank.io import parse_json, printable, read_bounded
+from lowrank.io.version import PACKAGE
 
 __all__ = [
+    "CONV_PREFIX",
     "SHIPPED",
     "Curve",
     "Point",
@@ -45,6 +48,8 @@ VARIABLE = "LOWRANK_TIMINGS"
 TIMINGS_VERSION = 1
 _MAX_BYTES = 1 << 20
 _MAX_ROWS = 2**40
+# Of the keys of convolutions, before the format's name.
+CONV_PREFIX = "conv-"
 
 
 def timing_key(format: str, activations: str | None, dtype: str) -> str:
@@ -193,7 +198,7 @@ class TimingTable:
         if not isinstance(content, dict) or set(content) != required:
             raise CheckpointError(f"{where}: a timing table has exactly the fields {', '.join(sorted(required))}")
         version = content["format_version"]
-        if isinstance(version, bool) or not isinstance(version, int) or version < 1:
+        if not is_whole(version, 1):
             raise CheckpointError(f"{where}: format_version must be {TIMINGS_VERSION}, got {printable(version)}")
         if version > TIMINGS_VERSION:
             raise CheckpointError(f"{where}: format_version {version} was written by a newer lowrank; measure again")
@@ -207,7 +212,7 @@ class TimingTable:
             if not _is_number(value):
                 raise CheckpointError(f"{where}: accuracy: {printable(name)} must be a number from 0")
         curves = {
-            key: _read_curve(value, 5 if "lowrank" in key else 4, f"{where}: curve {printable(key)}")
+            key: _read_curve(value, _terms(key), f"{where}: curve {printable(key)}")
             for key, value in content["curves"].items()
         }
         if not curves:
@@ -223,7 +228,7 @@ def _read_curve(value: Any, length: int, where: str) -> Curve:
     if not isinstance(value, dict) or set(value) != {"rows", "coefficients"}:
         raise CheckpointError(f"{where}: must have exactly the fields coefficients, rows")
     rows, coefficients = value["rows"], value["coefficients"]
-    whole = isinstance(rows, list) and all(isinstance(n, int) and not isinstance(n, bool) for n in rows)
+    whole = isinstance(rows, list) and all(map(is_whole, rows))
     if not whole or not rows or rows != sorted(set(rows)) or not 1 <= rows[0] <= rows[-1] <= _MAX_ROWS:
         raise CheckpointError(f"{where}: rows must be ascending whole numbers from 1, got {printable(rows)}")
     if not isinstance(coefficients, list) or len(coefficients) != len(rows):
@@ -275,7 +280,7 @@ def cross_validate(points: Sequence[Point]) -> dict[str, float]:
     for shape in shapes if len(shapes) > 1 else ():
         table = fit_table([point for point in points if (point.outputs, point.inputs) != shape], {})
         held = [point for point in points if (point.outputs, point.inputs) == shape]
-        dense = {(*_family(p.key), p.rows): p for p in held if p.key.split("/")[0] in ("dense", "conv-dense")}
+        dense = {(*_family(p.key), p.rows): p for p in held if _format(p.key).dense}
         for point in held:
             curve = table.curves.get(point.key)
             if curve is None:
@@ -293,9 +298,20 @@ def cross_validate(points: Sequence[Point]) -> dict[str, float]:
     }
 
 
+def _format(key: str) -> WeightFormat:
+    """The format that a curve is of."""
+    return format_named(key.split("/")[0].removeprefix(CONV_PREFIX))
+
+
+def _terms(key: str) -> int:
+    """How many coefficients a curve has; of a format that is not known here, by what a matrix needs."""
+    known = FORMATS.get(key.split("/")[0].removeprefix(CONV_PREFIX))
+    return len(_features(1, 1, 1 if known is not None and known.factored else None))
+
+
 def _family(key: str) -> tuple[bool, str]:
     """What a layer is compared within: convolutions or matrices, and the dtype."""
-    return key.startswith("conv-"), key.rsplit("/", 1)[1]
+    return key.startswith(CONV_PREFIX), key.rsplit("/", 1)[1]
 
 
 def _round(value: Any) -> float:
@@ -319,7 +335,7 @@ def user_path(environment: Mapping[str, str] | None = None) -> Path:
         folder = Path(known.get("APPDATA") or home / "AppData" / "Roaming")
     else:
         folder = Path(known.get("XDG_CONFIG_HOME") or home / ".config")
-    return folder / "lowrank" / "timings.json"
+    return folder / PACKAGE / "timings.json"
 
 
 def load_timings(environment: Mapping[str, str] | None = None, *, route: str = "native") -> TimingTable:

@@ -9,11 +9,11 @@ from typing import Protocol
 from torch import nn
 
 from lowrank.calibration.evaluation import Evaluator
-from lowrank.compression.candidates import Plan
-from lowrank.compression.working_copy import Bench
+from lowrank.compression.plan import Plan
+from lowrank.compression.working_copy import WorkingCopy
 from lowrank.training.healing import HealResult
 
-__all__ = ["Finalist", "Gauge", "Healer", "Outcome", "Reading", "SampledGauge", "ValueGauge", "same_choices"]
+__all__ = ["ComputedError", "ErrorMeasure", "Healer", "Outcome", "Reading", "SampledError", "Trial"]
 
 
 @dataclass(frozen=True)
@@ -25,15 +25,15 @@ class Reading:
     samples: int = 0
 
 
-class Gauge(Protocol):
-    """Measures the error of a model."""
+class ErrorMeasure(Protocol):
+    """Measure the error of a model."""
 
     def __call__(self, model: nn.Module) -> Reading: ...
 
 
 @dataclass
-class SampledGauge:
-    """The error on samples, bounded with 95 % confidence."""
+class SampledError:
+    """Measure the error on samples, bounded with 95 % confidence."""
 
     evaluator: Evaluator
     desc: str | None = None
@@ -44,8 +44,8 @@ class SampledGauge:
 
 
 @dataclass
-class ValueGauge:
-    """An error that needs no statistics: computed from the weights, or a callable's value as it is."""
+class ComputedError:
+    """Take an error that needs no statistics: computed from the weights, or a callable's value as it is."""
 
     function: Callable[[nn.Module], float]
 
@@ -58,7 +58,7 @@ Healer = Callable[[nn.Module], HealResult]
 
 
 @dataclass
-class Finalist:
+class Trial:
     """A plan with what was measured on the search part and, where its turn came, on the verification part.
 
     Attributes:
@@ -71,28 +71,16 @@ class Finalist:
     verified: Reading | None = None
     healed: HealResult | None = None
 
-    def model(self, bench: Bench) -> nn.Module:
-        """The model that is measured."""
-        return self.healed.model if self.healed is not None else bench.install_plan(self.plan)
+    def model(self, copy: WorkingCopy) -> nn.Module:
+        """Give the model that is measured."""
+        return self.healed.model if self.healed is not None else copy.install_plan(self.plan)
 
 
 @dataclass
 class Outcome:
     """The plan chosen, measured over predicted contributions, everything that was tried, and plans for other error budgets."""
 
-    chosen: Finalist
+    chosen: Trial
     calibration: float
-    finalists: list[Finalist] = field(default_factory=list)
+    trials: list[Trial] = field(default_factory=list)
     predicted: list[tuple[float, Plan]] = field(default_factory=list)
-
-
-def same_choices(one: Plan, other: Plan) -> bool:
-    """Whether two plans make every layer the same."""
-
-    def key(plan: Plan) -> list[tuple[object, ...]]:
-        return [
-            (entry.name, entry.format, entry.rank, entry.bits, entry.activations, entry.scheme)
-            for entry in plan.entries
-        ]
-
-    return key(one) == key(other)

@@ -1,82 +1,85 @@
-"""A working copy of the model on which plans are put up and taken down while they are measured."""
+"""A working copy of the model, into which plans are installed while they are measured."""
 
 from __future__ import annotations
 
-import copy
+import copy as copying
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 
 from torch import Tensor, nn
 
-from lowrank.compression.candidates import Candidate, Plan, PlanEntry
-from lowrank.compression.workshop import Choice, Workshop
+from lowrank.compression.formats import DENSE, FORMATS, format_of
+from lowrank.compression.layer_data import LayerData
+from lowrank.compression.plan import Plan
 from lowrank.errors import CheckpointError, UsageError
 from lowrank.layers import CompressedLayer, call_every_layer
-from lowrank.numerics.factors import check_rank
-from lowrank.targets.survey import replace_module
+from lowrank.layers.spec import LayerSpec
+from lowrank.targets.model import replace_module
 
-__all__ = ["Bench", "choice_of", "weight_error_of"]
-
-
-def choice_of(entry: PlanEntry | Candidate) -> Choice:
-    """The choice that a plan's entry, or a candidate for one, names."""
-    return Choice(entry.format, entry.rank, entry.bits, entry.activations, entry.scheme)
+__all__ = ["WorkingCopy", "check_plan", "weight_error_of"]
 
 
-class Bench:
-    """The model with layers swapped in; the one that was passed in stays as it is.
+class WorkingCopy:
+    """Swap layers into a copy of a model; the one that was passed in stays as it is.
 
     Args:
         model: the original. The copy shares its parameters until :meth:`release` gives it its own.
-        workshops: the targets, found in ``model``.
+        layers: the targets, found in ``model``.
         reference: what errors are measured against and ``inplace`` changes; not ``model`` where its BatchNorm was folded.
     """
 
-    def __init__(self, model: nn.Module, workshops: Sequence[Workshop], reference: nn.Module | None = None) -> None:
+    def __init__(self, model: nn.Module, layers: Sequence[LayerData], reference: nn.Module | None = None) -> None:
         self.original = model
         self.reference = model if reference is None else reference
-        self.workshops: Mapping[str, Workshop] = {shop.name: shop for shop in workshops}
+        self.layers: Mapping[str, LayerData] = {data.name: data for data in layers}
+        self._built: dict[str, dict[LayerSpec, dict[str, nn.Module]]] = {name: {} for name in self.layers}
         memo: dict[int, object] = {id(tensor): tensor for tensor in _tensors(model)}
         try:
-            self.model: nn.Module = copy.deepcopy(model, memo)
+            self.model: nn.Module = copying.deepcopy(model, memo)
         except (RuntimeError, TypeError, NotImplementedError) as error:
             raise UsageError(
                 f"model: cannot be copied ({error}); pass inplace=False models that copy.deepcopy takes"
             ) from error
         self._originals = {
-            member.name: self.model.get_submodule(member.name) for shop in workshops for member in shop.target.members
+            member.name: self.model.get_submodule(member.name) for data in layers for member in data.target.members
         }
-        self._installed: dict[str, Choice] = {shop.name: Choice("dense") for shop in workshops}
+        self._installed: dict[str, LayerSpec] = dict.fromkeys(self.layers, DENSE)
 
-    def install(self, name: str, choice: Choice) -> None:
+    def build(self, name: str, spec: LayerSpec) -> dict[str, nn.Module]:
+        """Make the new module of each member of a target, by the member's first name; once for every spec."""
+        built = self._built[name]
+        if spec not in built:
+            built[spec] = format_of(spec).build(self.layers[name], spec)
+        return built[spec]
+
+    def install(self, name: str, spec: LayerSpec) -> None:
         """Put one target's layers in place."""
-        if self._installed[name] == choice:
+        if self._installed[name] == spec:
             return
-        shop = self.workshops[name]
-        built = shop.build(choice)
-        for member in shop.target.members:
-            module = self._originals[member.name] if choice.format == "dense" else built[member.name]
-            replace_module(self.model, member.names, module)
+        dense = format_of(spec).dense
+        built = self._originals if dense else self.build(name, spec)
+        for member in self.layers[name].target.members:
+            replace_module(self.model, member.names, built[member.name])
         call_every_layer(self.model)
-        self._installed[name] = choice
+        self._installed[name] = spec
 
     def install_plan(self, plan: Plan) -> nn.Module:
-        """Put a whole plan in place; targets that it does not name become dense.
+        """Put a whole plan in place and give the model; targets that it does not name become dense.
 
         Raises:
             LowRankError: the plan names a layer that is not a target of this model, or with another shape.
             CheckpointError: a layer would take no fewer bytes than the dense one.
         """
-        check_plan(plan, self.workshops)
-        chosen = {entry.name: choice_of(entry) for entry in plan.entries}
-        for name in self.workshops:
-            self.install(name, chosen.get(name, Choice("dense")))
+        check_plan(plan, self.layers)
+        chosen = {entry.name: entry.spec for entry in plan.entries}
+        for name in self.layers:
+            self.install(name, chosen.get(name, DENSE))
         return self.model
 
     def release(self) -> nn.Module:
-        """The copy with parameters of its own, so that the caller's model and this one no longer share memory."""
-        for shop in self.workshops.values():
-            shop.keep_only(self._installed[shop.name])
+        """Give the copy parameters of its own, so that the caller's model and this one no longer share memory."""
+        for name, built in self._built.items():
+            self._built[name] = {spec: modules for spec, modules in built.items() if spec == self._installed[name]}
         shared = {id(tensor) for tensor in _tensors(self.original)}
         copies: dict[int, Tensor] = {}
         for module in self.model.modules():
@@ -85,7 +88,7 @@ class Bench:
                 for name, tensor in table.items():
                     if tensor is not None and id(tensor) in shared:
                         if id(tensor) not in copies:
-                            copies[id(tensor)] = copy.deepcopy(tensor)
+                            copies[id(tensor)] = copying.deepcopy(tensor)
                         table[name] = copies[id(tensor)]
         return self.model
 
@@ -105,64 +108,51 @@ class Bench:
                     module, "bias", None
                 ):
                     replace_module(self.reference, aliases[id(module)], folded)
-        for shop in self.workshops.values():
-            choice = self._installed[shop.name]
-            if choice.format != "dense":
-                for member in shop.target.members:
-                    replace_module(self.reference, member.names, shop.build(choice)[member.name])
+        for name, spec in self._installed.items():
+            if not format_of(spec).dense:
+                for member in self.layers[name].target.members:
+                    replace_module(self.reference, member.names, self.build(name, spec)[member.name])
         if trained is not None:
             self.reference.load_state_dict(trained.state_dict())
         call_every_layer(self.reference)
         return self.reference
 
 
-def check_plan(plan: Plan, workshops: Mapping[str, Workshop]) -> None:
-    """Refuse a plan that was made for another model, or that would make a layer larger."""
-    plan.check_model({name: shop.target.shape for name, shop in workshops.items()})
+def check_plan(plan: Plan, layers: Mapping[str, LayerData]) -> None:
+    """Refuse a plan that was made for another model, or that would make a layer larger.
+
+    Raises:
+        LowRankError: names the first entry that the model lacks or whose shape differs.
+        CheckpointError: a format, scheme or way of taking activations that the layer does not have.
+        RankError: a rank beyond what its blocks and kernel allow.
+    """
+    plan.check_model({name: data.target.shape for name, data in layers.items()})
     for entry in plan.entries:
-        shop = workshops[entry.name]
-        check_choice(shop, choice_of(entry))
-        if choice_of(entry).format != "dense" and shop.bytes(choice_of(entry)) >= shop.bytes(Choice("dense")):
+        data, spec, format = layers[entry.name], entry.spec, format_of(entry.spec)
+        if format.dense:
+            continue
+        if not format.fits(data):
+            fitting = ", ".join(name for name, each in FORMATS.items() if each.fits(data) and not each.dense)
             raise CheckpointError(
-                f"plan: layer {entry.name} as {entry.format} of rank {entry.rank} takes {shop.bytes(choice_of(entry)):,} bytes, "
-                f'not fewer than the {shop.bytes(Choice("dense")):,} of the dense layer; lower the rank or write "dense"'
+                f"plan: layer {data.name} can be dense or {fitting}, got {spec.format!r}; correct the plan"
+            )
+        format.check(data, spec)
+        dense_bytes = format_of(DENSE).stored_bytes(data, DENSE)
+        if format.stored_bytes(data, spec) >= dense_bytes:
+            raise CheckpointError(
+                f"plan: layer {entry.name} as {spec.format} of rank {spec.rank} takes {format.stored_bytes(data, spec):,} bytes, "
+                f'not fewer than the {dense_bytes:,} of the dense layer; lower the rank or write "{DENSE.format}"'
             )
 
 
-def check_choice(shop: Workshop, choice: Choice) -> None:
-    """Refuse a choice that the target cannot become.
-
-    Raises:
-        CheckpointError: a format or scheme that it does not have.
-        RankError: a rank beyond what its groups and kernel allow.
-    """
-    if choice.format != "dense" and choice.format not in shop.formats:
-        raise CheckpointError(
-            f"plan: layer {shop.name} can be dense or {', '.join(shop.formats)}, got {choice.format!r}; correct the plan"
-        )
-    if choice.rounded and choice.activations not in (None, *shop.modes("auto")):
-        raise CheckpointError(
-            f"plan: layer {shop.name} is weight-only or looked up: activations cannot be {choice.activations!r}; "
-            "correct the plan"
-        )
-    if not choice.factored:
-        return
-    if choice.scheme not in shop.schemes:
-        possible = " or ".join(str(scheme) for scheme in shop.schemes)
-        raise CheckpointError(
-            f"plan: layer {shop.name} of shape {list(shop.target.shape)}: scheme must be {possible}, got {choice.scheme!r}"
-        )
-    check_rank(choice.rank, shop.max_rank(choice.scheme), f"plan: layer {shop.name}, rank")
-
-
-def weight_error_of(bench: Bench) -> float:
-    """√(Σ‖ΔW‖²/Σ‖W‖²) over the targets, of the layers that are installed."""
+def weight_error_of(copy: WorkingCopy) -> float:
+    """Compute √(Σ‖ΔW‖²/Σ‖W‖²) over the targets, of the layers that are installed."""
     lost = whole = 0.0
-    for shop in bench.workshops.values():
-        module = bench.model.get_submodule(shop.name)
-        whole += shop.square_sum
+    for data in copy.layers.values():
+        module = copy.model.get_submodule(data.name)
+        whole += data.square_sum
         if isinstance(module, CompressedLayer):
-            lost += shop.errors_of(module)[0] ** 2 * shop.square_sum
+            lost += data.errors_of(module)[0] ** 2 * data.square_sum
     return (lost / whole) ** 0.5 if whole > 0.0 else 0.0
 
 

@@ -11,6 +11,7 @@ from io import BytesIO
 from typing import Any, Protocol
 
 from lowrank.errors import UsageError
+from lowrank.io.version import PACKAGE
 
 __all__ = ["FORMATS", "Line", "draw_history", "draw_spectra", "page_chart"]
 
@@ -83,7 +84,7 @@ def draw_spectra(rows: Sequence[SpectrumRow], kind: str = "png") -> bytes:
     if drawn:
         left.legend(title="shape", fontsize="small")
     picture = BytesIO()
-    with rc_context({"svg.hashsalt": "lowrank"}):
+    with rc_context({"svg.hashsalt": PACKAGE}):
         figure.savefig(picture, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
     return picture.getvalue()
 
@@ -139,7 +140,7 @@ def draw_history(
         each.xaxis.set_major_locator(MaxNLocator(integer=True))
         each.grid(alpha=0.3)
     picture = BytesIO()
-    with rc_context({"svg.hashsalt": "lowrank"}):
+    with rc_context({"svg.hashsalt": PACKAGE}):
         figure.savefig(picture, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
     return picture.getvalue()
 

@@ -19,6 +19,7 @@ from torch import nn
 from lowrank.errors import CheckpointError, UsageError
 from lowrank.integrations.text import read_text_samples, token_limit, tokenize
 from lowrank.io import open_tensors, printable, read_json
+from lowrank.io.version import PACKAGE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -259,8 +260,8 @@ def _refuse_quantized(config: Mapping[str, Any], directory: Path) -> None:
     if found is None:
         return
     method = found.get("quant_method") if isinstance(found, Mapping) else None
-    how = "compressed by lowrank" if method == "lowrank" else f"quantised ({printable(str(method))})"
-    remedy = "; lowrank.load_model reads it" if method == "lowrank" else ""
+    how = "compressed by lowrank" if method == PACKAGE else f"quantised ({printable(str(method))})"
+    remedy = "; lowrank.load_model reads it" if method == PACKAGE else ""
     raise CheckpointError(f"{printable(directory)}: is already {how}, and the original model is needed here{remedy}")
 
 

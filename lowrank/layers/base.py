@@ -12,6 +12,8 @@ from lowrank.errors import CheckpointError, RankError, UsageError
 
 __all__ = [
     "ACTIVATIONS",
+    "FLOAT_ACTIVATIONS",
+    "INTEGER_ACTIVATIONS",
     "CompressedLayer",
     "check_activations",
     "check_scales",
@@ -21,7 +23,10 @@ __all__ = [
     "graph_is_made",
 ]
 
-ACTIVATIONS = ("int8", "float")
+# How products are made where weights are codes: activations rounded to integers too, or left as they are (weight-only).
+INTEGER_ACTIVATIONS = "int8"
+FLOAT_ACTIVATIONS = "float"
+ACTIVATIONS = (INTEGER_ACTIVATIONS, FLOAT_ACTIVATIONS)
 _Layer = TypeVar("_Layer", bound="CompressedLayer")
 
 

@@ -42,7 +42,7 @@ from lowrank.lora.config import LoRAConfig
 from lowrank.lora.model import delete_adapter, install
 from lowrank.lora.target_modules import ALL_LINEAR, find_targets
 from lowrank.lora.tensors import adapter_tensors, by_layer, fill, fill_saved, rank_of_parts
-from lowrank.targets.survey import unwrapped
+from lowrank.targets.model import unwrapped
 
 __all__ = ["CONFIG_NAME", "TENSORS_NAME", "load_adapter", "reread_adapter", "save_adapter"]
 

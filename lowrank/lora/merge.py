@@ -18,7 +18,7 @@ from lowrank.lora.adapters import activate, lora_layers, require_adapter
 from lowrank.lora.base_update import MergeOptions, merged_base
 from lowrank.lora.saved_module import SavedModule
 from lowrank.lora.target_modules import outer_modules
-from lowrank.targets.survey import replace_module
+from lowrank.targets.model import replace_module
 
 __all__ = ["MergeReport", "merge_lora", "merge_report", "unload_lora", "unmerge_lora"]
 

@@ -30,7 +30,7 @@ from lowrank.lora.initialise import Residual, drawn_from, start_from_residual, s
 from lowrank.lora.saved_module import SavedModule
 from lowrank.lora.target_modules import Targets, find_targets, outer_modules
 from lowrank.numerics.moments import InputStatistics, TokenCounts
-from lowrank.targets.survey import replace_module, unwrapped
+from lowrank.targets.model import replace_module, unwrapped
 
 __all__ = [
     "add_lora",

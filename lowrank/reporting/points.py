@@ -9,7 +9,7 @@ from typing import Any
 
 from lowrank.errors import CheckpointError
 from lowrank.reporting import charts as report_charts
-from lowrank.reporting.text import Column, error_text, one_line, percent
+from lowrank.reporting.text import Column, one_line, percent
 
 __all__ = [
     "FRONTIER_COLUMNS",
@@ -136,17 +136,25 @@ def points_texts(points: Sequence[FrontierPoint], show: Callable[[float], str]) 
     ]
 
 
-def frontier_chart(points: Sequence[FrontierPoint], metric: str, *, budget: float | None = None) -> str:
+def frontier_chart(
+    points: Sequence[FrontierPoint],
+    show: Callable[[float], str],
+    *,
+    factor: float = 100.0,
+    axis: str = "error, %",
+    suffix: str = " %",
+    budget: float | None = None,
+) -> str:
     """An inline SVG of error over size: measured points filled and joined along the lowest, predicted ones hollow.
 
     Args:
         points: at least one; those of error 0 stand on the axis.
-        metric: "kl" is written in nats, all others in per cent.
+        show: an error as text.
+        factor: from an error to the number on the axis.
+        axis: what it is named.
+        suffix: behind a number of that axis.
         budget: drawn as a line across.
     """
-    show = error_text(metric)
-    unit = "" if metric == "kl" else " %"
-    factor = 1.0 if metric == "kl" else 100.0
     named: list[report_charts.Series] = []
     for measured, title, colour in ((False, "predicted", "3"), (True, "measured", "1")):
         alike = [point for point in points if point.measured is measured]
@@ -171,6 +179,6 @@ def frontier_chart(points: Sequence[FrontierPoint], metric: str, *, budget: floa
         "Size against error",
         named,
         x_label="stored bytes, % of the original",
-        y_label="nats a token" if metric == "kl" else "error, %",
-        level=None if budget is None else (factor * budget, f"budget {factor * budget:g}{unit}"),
+        y_label=axis,
+        level=None if budget is None else (factor * budget, f"budget {factor * budget:g}{suffix}"),
     )

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,12 @@ from typing import Any
 from tabulate import SEPARATING_LINE, tabulate
 
 from lowrank.errors import StorageError
+from lowrank.io.numbers import MISSING, percent
 
 __all__ = [
-    "METRIC_NAMES",
+    "MISSING",
     "Column",
     "count_text",
-    "error_text",
     "human_bytes",
     "markdown_name",
     "markdown_table",
@@ -32,14 +32,6 @@ __all__ = [
     "wrap",
     "write_files",
 ]
-
-MISSING = "-"
-METRIC_NAMES = {
-    "output": "output error",
-    "weight": "weight error",
-    "perplexity": "increase of the perplexity",
-    "kl": "KL divergence",
-}
 
 
 @dataclass(frozen=True)
@@ -88,24 +80,6 @@ def one_line(text: str) -> str:
         'a\\\\x1b[31mb'
     """
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
-
-
-def percent(fraction: float | None, digits: int = 2) -> str:
-    """A fraction in per cent, with at least ``digits`` significant digits.
-
-    Example:
-        >>> percent(0.0934), percent(0.251, 3), percent(0.1), percent(0.0), percent(None), percent(1.5)
-        ('9.3 %', '25.1 %', '10 %', '0 %', '-', '150 %')
-    """
-    if fraction is None or math.isnan(fraction):
-        return MISSING
-    if math.isinf(fraction):
-        return "inf %"
-    value = 100.0 * fraction
-    if value == 0.0:
-        return "0 %"
-    decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
-    return f"{value:.{min(decimals, 12)}f} %"
 
 
 def count_text(number: int | float | None) -> str:
@@ -198,11 +172,6 @@ def terminal_table(
         colalign=[("right" if columns[i].numeric else "left") for i in kept] if body else None,
     )
     return "\n".join(line.rstrip() for line in table.splitlines())
-
-
-def error_text(metric: str) -> Callable[[float], str]:
-    """How errors of this metric are written: nats for the KL divergence, else per cent."""
-    return (lambda value: f"{value:.3g} nats a token") if metric == "kl" else percent
 
 
 def markdown_name(name: str) -> str:

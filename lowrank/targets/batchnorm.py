@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from lowrank.errors import CheckpointError, UsageError
-from lowrank.targets.survey import replace_module
+from lowrank.targets.model import replace_module
 
 __all__ = ["FoldedBatchNorm", "fold_batchnorm", "fold_sharing", "fold_skeleton"]
 

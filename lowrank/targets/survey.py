@@ -1,38 +1,24 @@
-"""Which modules are targets and why the others are not; ties; swapping one module for another."""
+"""Every module of a model that holds weights: which are targets, and why the others are not."""
 
 from __future__ import annotations
 
-import difflib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
 
 from lowrank.errors import UsageError
-from lowrank.layers import RECURRENT, CompressedLayer
-from lowrank.layers.source import is_conv1d
-from lowrank.targets.packed import packed_kind, unfit_packed, weight_matrices
+from lowrank.layers import CompressedLayer
+from lowrank.targets import LayerKind, kind_of, resemblance, target_names
+from lowrank.targets.model import matching
 
-__all__ = [
-    "Member",
-    "Skipped",
-    "Survey",
-    "Target",
-    "is_conv1d",
-    "matching",
-    "module_matrix",
-    "refuse_adapters",
-    "replace_module",
-    "survey",
-    "unwrapped",
-]
+__all__ = ["MAX_ELEMENTS", "Member", "Skipped", "Survey", "Target", "survey"]
 
-TARGET_KINDS = ("linear", "conv", "embedding")
 # A tensor's element count beyond which torch's integer kernels take 64-bit paths that this package has not tested.
 MAX_ELEMENTS = 2**31
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 PART_OF_ATTENTION = "nn.MultiheadAttention reads this weight without calling the layer"
 
 
@@ -54,11 +40,11 @@ class Target:
     """Modules that hold one weight: usually a single one, several where the weight is tied.
 
     Attributes:
-        kind: "linear", "conv" or "embedding" (of the first member); "recurrent" or "attention" for modules of several weights.
+        kind: of the first member.
         members: the first one owns the weight's bytes in the report.
     """
 
-    kind: str
+    kind: LayerKind
     members: tuple[Member, ...]
 
     @property
@@ -74,22 +60,24 @@ class Target:
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the weight: (out, in), (out, in / groups, *kernel) or (num_embeddings, embedding_dim); of the first of several."""
-        if packed_kind(self.owner) is not None:
-            return tuple(next(iter(weight_matrices(self.owner).values())).shape)
-        if self.kind == "conv":
-            assert isinstance(self.owner.weight, Tensor)
-            return tuple(self.owner.weight.shape)
-        return tuple(module_matrix(self.owner).shape)
+        return self.kind.shape(self.owner)
 
     @property
-    def has_embedding(self) -> bool:
+    def kinds(self) -> tuple[LayerKind, ...]:
+        """The members' kinds, each once."""
+        return tuple(dict.fromkeys(kind for member in self.members if (kind := kind_of(member.module)) is not None))
+
+    @property
+    def looked_up(self) -> bool:
         """Whether the weight is looked up row by row somewhere."""
-        return any(isinstance(member.module, nn.Embedding) for member in self.members)
+        return not all(kind.multiplies for kind in self.kinds)
 
     @property
-    def linears(self) -> tuple[Member, ...]:
+    def multiplying(self) -> tuple[Member, ...]:
         """The members that multiply."""
-        return tuple(member for member in self.members if not isinstance(member.module, nn.Embedding))
+        return tuple(
+            member for member in self.members if (kind := kind_of(member.module)) is not None and kind.multiplies
+        )
 
 
 @dataclass(frozen=True)
@@ -109,92 +97,19 @@ class Survey:
     members: tuple[Member, ...]
 
 
-def module_matrix(module: nn.Module) -> Tensor:
-    """The weight as (out, in), (out, in / groups · kernel) or (num_embeddings, embedding_dim); a view where memory allows one.
-
-    Example:
-        >>> module_matrix(nn.Linear(3, 2)).shape, module_matrix(nn.Conv2d(3, 2, 5)).shape
-        (torch.Size([2, 3]), torch.Size([2, 75]))
-    """
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return weight.detach().T if is_conv1d(module) else weight.detach().flatten(1)
-
-
-def refuse_adapters(model: nn.Module, who: str) -> None:
-    """Refuse a model with LoRA adapters.
-
-    Args:
-        who: the end of "which has adapters, which …", for the message.
-
-    Raises:
-        UsageError: names the first adapted layer.
-    """
-    for name, module in model.named_modules():
-        # By what they hold: adapters live on a higher floor.
-        if hasattr(module, "lora_A") or hasattr(module, "modules_to_save"):
-            raise UsageError(
-                f"model: layer {name} has adapters, which {who}; save_adapter writes them, or "
-                "unload_lora(merge_lora(model)) puts them into the weights"
-            )
-
-
-def unwrapped(model: object) -> nn.Module:
-    """The model, refused where it is wrapped in something that replaces its forward.
-
-    Raises:
-        UsageError: not a module, a bare layer, or wrapped by torch.compile, DataParallel, DDP or FSDP.
-    """
-    if not isinstance(model, nn.Module):
-        raise UsageError(f"model: must be a torch.nn.Module, got {type(model).__name__}")
-    kind = type(model).__name__
-    if hasattr(model, "_orig_mod"):
-        raise UsageError("model: is wrapped by torch.compile; pass model._orig_mod and compile the result")
-    if kind in {"DataParallel", "DistributedDataParallel", "FullyShardedDataParallel"}:
-        raise UsageError(f"model: is wrapped by {kind}; pass model.module and wrap the result")
-    if not any(True for _ in model.children()):
-        raise UsageError(f"model: is a single layer ({kind}); pass nn.Sequential(layer), so that it can be replaced")
-    return model
-
-
-def matching(patterns: Sequence[str], names: Iterable[str], argument: str) -> dict[str, set[str]]:
-    """For each glob the names it covers: a name covers everything below it.
-
-    Raises:
-        UsageError: a pattern matches nothing; lists near misses.
-
-    Example:
-        >>> sorted(matching(["encoder.*"], ["encoder.a", "encoder.b", "head"], "ignore")["encoder.*"])
-        ['encoder.a', 'encoder.b']
-    """
-    if isinstance(patterns, str):
-        raise UsageError(f"{argument}: must be a list of patterns, got the string {patterns!r}; write [{patterns!r}]")
-    known = list(names)
-    found: dict[str, set[str]] = {}
-    for pattern in patterns:
-        hits = {name for name in known if fnmatchcase(name, pattern)}
-        if not hits:
-            near = difflib.get_close_matches(pattern.strip("*."), known, n=3, cutoff=0.4)
-            hint = f"; did you mean {', '.join(near)}?" if near else ""
-            raise UsageError(f"{argument}: pattern {pattern!r} matches no module of the model{hint}")
-        found[pattern] = {name for name in known if any(name == hit or name.startswith(f"{hit}.") for hit in hits)}
-    return found
-
-
-def survey(model: nn.Module, *, targets: Sequence[str] = TARGET_KINDS, ignore: Sequence[str] = ()) -> Survey:
+def survey(model: nn.Module, *, targets: Sequence[str] | None = None, ignore: Sequence[str] = ()) -> Survey:
     """Find every module that holds weights and say whether it can be compressed.
 
     Args:
         model: any module with children.
-        targets: kinds to compress: "linear" (recurrent layers and attention included), "conv", "embedding".
+        targets: what to compress, out of :func:`lowrank.targets.target_names` ("linear" takes recurrent layers and attention too);
+            all of them unless given.
         ignore: globs over full module names; one that covers a container covers what is inside.
 
     Raises:
-        UsageError: an unknown kind, a pattern that matches nothing.
+        UsageError: an unknown target, a pattern that matches nothing.
     """
-    unknown = [kind for kind in targets if kind not in TARGET_KINDS]
-    if isinstance(targets, str) or unknown or not targets:
-        raise UsageError(f"targets: must be a list out of {', '.join(TARGET_KINDS)}, got {targets!r}")
+    wanted = _checked_targets(target_names() if targets is None else targets)
     names: dict[int, list[str]] = {}
     modules: dict[int, nn.Module] = {}
     parents: dict[int, nn.Module] = {}
@@ -206,28 +121,20 @@ def survey(model: nn.Module, *, targets: Sequence[str] = TARGET_KINDS, ignore: S
         for child in module.children():
             parents.setdefault(id(child), module)
     ignored = set().union(*matching(ignore, [name for name in every_name if name], "ignore").values())
-    members = [
-        Member(module, tuple(names[key]))
-        for key, module in modules.items()
-        if next(module.parameters(recurse=False), None) is not None
-        or any(
-            name not in module._non_persistent_buffers_set and value is not None
-            for name, value in module._buffers.items()
-        )
-    ]
+    members = [Member(module, tuple(names[key])) for key, module in modules.items() if _holds_tensors(module)]
     skipped: list[Skipped] = []
     groups: dict[tuple[int, ...], list[Member]] = {}
     refused: dict[tuple[int, ...], str] = {}
     holders = Counter(id(weight) for member in members for weight in member.module.parameters(recurse=False))
     for member in members:
-        reason = _refusal(member, parents.get(id(member.module)), targets, ignored)
-        key = _weight_key(member.module)
-        if packed_kind(member.module) is not None:
-            matrices = weight_matrices(member.module).values()
-            if reason is None and any(holders[id(weight)] > 1 for weight in matrices):
+        reason = _refusal(member, parents.get(id(member.module)), wanted, ignored)
+        kind, key = kind_of(member.module), _identity(member.module)
+        if kind is not None and kind.composite:
+            weights = kind.identity(member.module)
+            if reason is None and any(holders[weight] > 1 for weight in weights):
                 reason = "shares a weight with another module"
             if reason is not None:
-                refused.update({(id(weight),): member.name for weight in matrices})
+                refused.update({(weight,): member.name for weight in weights})
         if reason is not None:
             skipped.append(Skipped(member, reason))
             if key is not None:
@@ -237,25 +144,42 @@ def survey(model: nn.Module, *, targets: Sequence[str] = TARGET_KINDS, ignore: S
             groups.setdefault(key, []).append(member)
     found: list[Target] = []
     for key, group in groups.items():
+        kind = kind_of(group[0].module)
+        assert kind is not None
+        tied = next((reason for member in group if (reason := _tie_refusal(member)) is not None), None)
         if key in refused:
             skipped += [Skipped(member, f"tied with {refused[key]}, which is not compressed") for member in group]
-        elif len(group) > 1 and any(is_conv1d(member.module) for member in group):
-            skipped += [Skipped(member, "a tied Conv1D, whose weight is transposed") for member in group]
-        elif len(group) > 1 and _kind(group[0].module) == "conv":
-            skipped += [Skipped(member, "a convolution whose weight is tied to another module's") for member in group]
+        elif len(group) > 1 and tied is not None:
+            skipped += [Skipped(member, tied) for member in group]
         else:
-            found.append(Target(_kind(group[0].module) or "linear", tuple(group)))
+            found.append(Target(kind, tuple(group)))
     return Survey(tuple(found), tuple(skipped), tuple(members))
 
 
-def _weight_key(module: nn.Module) -> tuple[int, ...] | None:
-    if packed_kind(module) is not None:
-        return tuple(id(weight) for weight in weight_matrices(module).values())
+def _checked_targets(targets: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(targets, str) or not targets or any(name not in target_names() for name in targets):
+        raise UsageError(f"targets: must be a list out of {', '.join(target_names())}, got {targets!r}")
+    return tuple(targets)
+
+
+def _holds_tensors(module: nn.Module) -> bool:
+    """Whether a module itself, not a child, has parameters or buffers that a file would hold."""
+    return next(module.parameters(recurse=False), None) is not None or any(
+        name not in module._non_persistent_buffers_set and value is not None for name, value in module._buffers.items()
+    )
+
+
+def _identity(module: nn.Module) -> tuple[int, ...] | None:
+    kind = kind_of(module)
+    if kind is not None and kind.composite:
+        return kind.identity(module)
     weight = getattr(module, "_parameters", {}).get("weight")
-    if weight is None:
-        return None
-    # The parameter itself rather than its memory: two empty or meta tensors share an address without being tied.
-    return (id(weight),)
+    return None if weight is None else (id(weight),)
+
+
+def _tie_refusal(member: Member) -> str | None:
+    kind = kind_of(member.module)
+    return None if kind is None else kind.tie_refusal(member.module)
 
 
 def _refusal(member: Member, parent: nn.Module | None, targets: Sequence[str], ignored: set[str]) -> str | None:
@@ -263,7 +187,8 @@ def _refusal(member: Member, parent: nn.Module | None, targets: Sequence[str], i
     module = member.module
     if isinstance(module, CompressedLayer):
         return "already compressed"
-    inside = [name for name, _ in module.named_children()] if packed_kind(module) is not None else []
+    kind = kind_of(module)
+    inside = [name for name, _ in module.named_children()] if kind is not None and kind.composite else []
     if any(name in ignored for name in (*member.names, *(f"{member.name}.{child}" for child in inside))):
         return "ignored"
     if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
@@ -274,46 +199,19 @@ def _refusal(member: Member, parent: nn.Module | None, targets: Sequence[str], i
         hasattr(module, name) for name in ("weight_g", "weight_orig", "weight_u")
     ):
         return "parametrized (weight_norm, spectral_norm, pruning …): remove the parametrization first"
-    kind = _kind(module)
     if kind is None:
-        return _unknown(module)
-    wanted = "linear" if packed_kind(module) is not None else kind
-    if wanted not in targets:
-        return f"{wanted} layers are not among targets"
-    return _unfit(module)
+        return resemblance(module) or "not a target"
+    if kind.target not in targets:
+        return f"{kind.target} layers are not among targets"
+    return _unfit(module, kind)
 
 
-def _kind(module: nn.Module) -> str | None:
-    """Which kind of target a module of exactly this type is."""
-    if type(module) in (nn.Conv1d, nn.Conv2d):
-        return "conv"
-    if type(module) is nn.Embedding:
-        return "embedding"
-    return "linear" if type(module) is nn.Linear or is_conv1d(module) else packed_kind(module)
-
-
-def _unknown(module: nn.Module) -> str:
-    """Why a module that is no kind of target is none."""
-    for parent in (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.MultiheadAttention, *RECURRENT):
-        if isinstance(module, parent):
-            return f"a subclass of nn.{parent.__name__} whose forward may differ"
-    if isinstance(module, nn.modules.conv._ConvTransposeNd):
-        return (
-            "a transposed convolution: its outputs overlap, so that no patch of its input determines one; left as it is"
-        )
-    if isinstance(module, nn.modules.conv._ConvNd):
-        return "a three-dimensional convolution: only nn.Conv1d and nn.Conv2d are handled"
-    return "not a target"
-
-
-def _unfit(module: nn.Module) -> str | None:
+def _unfit(module: nn.Module, kind: LayerKind) -> str | None:
     """Why this layer of a known kind cannot be factored or rounded."""
-    if packed_kind(module) is None:
-        dimensions = 2 + (len(module.kernel_size) if isinstance(module, (nn.Conv1d, nn.Conv2d)) else 0)
-        reason = _unfit_weight(module._parameters.get("weight"), dimensions)
-    else:
-        reasons = (_unfit_weight(weight, 2) for weight in weight_matrices(module).values())
-        reason = unfit_packed(module) or next((each for each in reasons if each is not None), None)
+    # A weight that is no plain matrix has nothing that the kind could look at; of several the names come first.
+    weights = (_unfit_weight(weight, kind.dimensions(module)) for weight in kind.parameters(module).values())
+    reason = kind.refusal(module) if kind.composite else None
+    reason = reason or next((each for each in weights if each is not None), None)
     if reason is not None:
         return reason
     hooks: list[Mapping[int, object]] = [
@@ -326,9 +224,7 @@ def _unfit(module: nn.Module) -> str | None:
         return "has forward or backward hooks, which a replacement would lose"
     if "forward" in vars(module):
         return "its forward was replaced on the instance"
-    if isinstance(module, nn.Embedding) and module.max_norm is not None:
-        return "nn.Embedding with max_norm changes its weight while it runs"
-    return None
+    return None if kind.composite else kind.refusal(module)
 
 
 def _unfit_weight(weight: Tensor | None, dimensions: int) -> str | None:
@@ -336,31 +232,10 @@ def _unfit_weight(weight: Tensor | None, dimensions: int) -> str | None:
         return f"weight is a {type(getattr(weight, 'data', weight)).__name__}, not a plain tensor (already quantised?)"
     if weight.is_meta:
         return "weight is on the meta device: it holds no numbers"
-    if not weight.is_floating_point() or weight.dtype not in (
-        torch.float16,
-        torch.bfloat16,
-        torch.float32,
-        torch.float64,
-    ):
+    if not weight.is_floating_point() or weight.dtype not in FLOATS:
         return f"weight of dtype {weight.dtype} is not a float16, bfloat16, float32 or float64 tensor"
     if weight.ndim != dimensions or weight.numel() == 0:
         return f"weight of shape {tuple(weight.shape)} has nothing to compress"
     if weight.numel() > MAX_ELEMENTS:
         return f"weight of {weight.numel():,} elements is over the limit of 2^31"
     return None
-
-
-def replace_module(model: nn.Module, names: Iterable[str], module: nn.Module) -> None:
-    """Put ``module`` in every place named.
-
-    Example:
-        >>> model = nn.Sequential(nn.Linear(2, 2))
-        >>> replace_module(model, ["0"], nn.Identity())
-        >>> model
-        Sequential(
-          (0): Identity()
-        )
-    """
-    for name in names:
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, module)

@@ -21,7 +21,7 @@ from lowrank.layers import (
 from lowrank.layers.quantized_lowrank import round_factors
 from lowrank.lora import LoRALayer
 from lowrank.numerics.rounding import largest_code, quantize_rows
-from lowrank.targets.survey import replace_module
+from lowrank.targets.model import replace_module
 
 __all__ = ["RoundedForm", "TrainableForm"]
 

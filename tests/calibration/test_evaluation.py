@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from lowrank.calibration.batches import Batch
 from lowrank.calibration.evaluation import Evaluator, Measurement, compare_models
+from lowrank.calibration.metrics import KL, OUTPUT
 from lowrank.errors import NumericsError, UsageError
 
 
@@ -105,7 +106,7 @@ def test_the_upper_bound_holds_in_about_95_of_100_draws() -> None:
     for _ in range(600):
         size = 50.0 + 10.0 * torch.rand(40, generator=generator, dtype=torch.float64)
         lost = 0.01 * size * -torch.log(torch.rand(40, generator=generator, dtype=torch.float64))  # exponential: skewed
-        held += Measurement("output", lost, size).upper() >= 0.1
+        held += Measurement(OUTPUT, lost, size).upper() >= 0.1
     # Skewed losses cost a t test a little of its level; 600 draws have a standard error of 0.9 %.
     assert 0.90 <= held / 600 <= 0.985
 
@@ -113,7 +114,7 @@ def test_the_upper_bound_holds_in_about_95_of_100_draws() -> None:
 def test_the_bound_is_the_smallest_budget_that_passes_the_test() -> None:
     lost = torch.tensor([1.0, 2.0, 1.5, 0.5, 1.2], dtype=torch.float64)
     size = torch.tensor([100.0, 140.0, 90.0, 80.0, 110.0], dtype=torch.float64)
-    bound = Measurement("kl", lost, size).upper()
+    bound = Measurement(KL, lost, size).upper()
     from scipy import stats
 
     def statistic(budget: float) -> float:
@@ -124,6 +125,6 @@ def test_the_bound_is_the_smallest_budget_that_passes_the_test() -> None:
 
 
 def test_too_few_samples_bound_nothing() -> None:
-    assert Measurement("output", torch.tensor([1.0]), torch.tensor([4.0])).upper() == math.inf
-    wild = Measurement("output", torch.tensor([1.0, 0.0]), torch.tensor([1e-6, 1e6]))
+    assert Measurement(OUTPUT, torch.tensor([1.0]), torch.tensor([4.0])).upper() == math.inf
+    wild = Measurement(OUTPUT, torch.tensor([1.0, 0.0]), torch.tensor([1e-6, 1e6]))
     assert wild.upper() == math.inf

@@ -77,7 +77,7 @@ def test_a_plan_of_such_factors_applies_again_to_the_same_bits(metric: str) -> N
         state = again.state_dict()
         assert all(torch.equal(tensor, state[name]) for name, tensor in result.model.state_dict().items())
     damaged = lowrank.Plan(plan.entries, metadata={**plan.metadata, "loss_aware": "everything"})
-    with pytest.raises(CheckpointError, match="loss_aware must be one of output, pooled, labels, got 'everything'"):
+    with pytest.raises(CheckpointError, match="loss_aware must be one of output, labels, got 'everything'"):
         lowrank.apply_plan(model, damaged, data())
 
 

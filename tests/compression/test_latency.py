@@ -15,13 +15,12 @@ from torch import Tensor, nn
 from lowrank.calibration.batches import Batch
 from lowrank.checkpoint import load_model
 from lowrank.cli.app import main
+from lowrank.compression import formats
 from lowrank.compression.compress import CompressionResult, compress_model, plan_model
 from lowrank.compression.latency import Speed, record_calls
+from lowrank.compression.layer_data import LayerData
 from lowrank.compression.plan import Plan
 from lowrank.compression.timings import Curve, TimingTable
-from lowrank.compression.working_copy import choice_of
-from lowrank.compression.workshop import Choice, Workshop
-from lowrank.compression.workshops import open_workshop
 from lowrank.errors import BudgetError, CheckpointError, UsageError
 from lowrank.layers import CompressedLayer
 from lowrank.targets.survey import survey
@@ -199,33 +198,33 @@ def test_convolutions_count_positions_and_are_priced_by_their_own_curves() -> No
     known = TimingTable(
         {}, {"conv-dense/-/float32": curve, "dense/-/float32": Curve((1,), ((1.0, 0.0, 0.0, 0.0),))}, {}
     )
-    plain, grouped = (open_workshop(target, None, None) for target in survey(net).targets)
+    plain, grouped = (LayerData(target) for target in survey(net).targets)
     speed = Speed(known, calls)
-    assert speed.seconds(plain, Choice("dense")) == pytest.approx(5 * 27 * 1e-9)
-    assert speed.seconds(plain, Choice("int8", None, 8, "int8")) is None
-    assert speed.seconds(grouped, Choice("dense")) is None
+    assert speed.seconds(plain, formats.DENSE) == pytest.approx(5 * 27 * 1e-9)
+    assert speed.seconds(plain, formats.INT8.spec("int8")) is None
+    assert speed.seconds(grouped, formats.DENSE) is None
 
 
 def test_seconds_add_up_over_calls_and_lookups_are_free() -> None:
     net = nn.Sequential(nn.Embedding(16, 12), nn.Linear(12, 16, bias=False))
     net[1].weight = net[0].weight
     (target,) = survey(net).targets
-    shop = Workshop(target, None, None)
+    data = LayerData(target)
     speed = Speed(table(), {"1": {1: 2.0}})
-    assert speed.seconds(shop, Choice("dense")) == pytest.approx(2 * 16 * 12 * 1e-9)
-    assert speed.seconds(shop, Choice("int8", None, 8, "int8")) == pytest.approx(2 * (2e-6 + 16 * 12 * 1e-10))
+    assert speed.seconds(data, formats.DENSE) == pytest.approx(2 * 16 * 12 * 1e-9)
+    assert speed.seconds(data, formats.INT8.spec("int8")) == pytest.approx(2 * (2e-6 + 16 * 12 * 1e-10))
     # Factors make the look-up a product.
-    assert speed.seconds(shop, Choice("lowrank-int8", 2, 8, "int8")) is None
+    assert speed.seconds(data, formats.LOWRANK_INT8.spec(2, None, "int8")) is None
 
 
 def test_no_planned_layer_is_slower_than_dense_by_the_table() -> None:
     result = compress(budget=0.4)
-    found = {target.name: Workshop(target, None, None) for target in survey(model()).targets}
+    found = {target.name: LayerData(target) for target in survey(model()).targets}
     speed = Speed(table(), {name: {256: 1.0} for name in found})
     for entry in result.plan.entries:
         planned, dense = (
-            speed.seconds(found[entry.name], choice_of(entry)),
-            speed.seconds(found[entry.name], Choice("dense")),
+            speed.seconds(found[entry.name], entry.spec),
+            speed.seconds(found[entry.name], formats.DENSE),
         )
         assert planned is not None and dense is not None and planned <= dense
 

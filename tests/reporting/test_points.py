@@ -15,6 +15,7 @@ from lowrank.compression.report import sum_rows
 from lowrank.errors import CheckpointError
 from lowrank.reporting.charts import Dot, Series, layer_bars, nice_ticks, scatter
 from lowrank.reporting.points import FrontierPoint, frontier_chart
+from lowrank.reporting.text import percent
 
 
 @pytest.fixture(scope="module")
@@ -83,18 +84,18 @@ def test_many_layers_are_summed_beyond_the_largest() -> None:
 
 def test_names_in_charts_are_escaped() -> None:
     bars = layer_bars([("<b>x", 2.0, 1.0, None, '"><script>')], "a", "b")
-    chart = frontier_chart([FrontierPoint(0.5, 0.1, True, label="<script>\x1b")], "output", budget=0.2)
+    chart = frontier_chart([FrontierPoint(0.5, 0.1, True, label="<script>\x1b")], percent, budget=0.2)
     for text in (bars, chart):
         assert "<script>" not in text
         assert "<b>x" not in text
         assert "\x1b" not in text
 
 
-@pytest.mark.parametrize("metric", ["output", "kl", "my metric"])
+@pytest.mark.parametrize("factor", [1.0, 100.0])
 @pytest.mark.parametrize("errors", [[0.0], [0.0, 0.1], [1e-6, 0.5], [0.1, 0.1], [0.02, 0.03]])
-def test_charts_of_any_errors_stay_in_their_frame(metric: str, errors: list[float]) -> None:
+def test_charts_of_any_errors_stay_in_their_frame(factor: float, errors: list[float]) -> None:
     points = [FrontierPoint(0.2 + 0.1 * index, error, True) for index, error in enumerate(errors)]
-    chart = frontier_chart(points, metric)
+    chart = frontier_chart(points, str, factor=factor, axis="nats a token", suffix="")
     spots = [float(part.split('"')[1]) for part in chart.split(" cy=")[1:] for part in [f" cy={part}"]]
     assert len(spots) == len(errors)
     assert all(0.0 <= spot <= 320.0 for spot in spots)

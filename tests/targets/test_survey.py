@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from lowrank.errors import UsageError
 from lowrank.layers import SVDCompressedLinear
-from lowrank.targets.survey import matching, module_matrix, replace_module, survey, unwrapped
+from lowrank.targets import LINEAR
+from lowrank.targets.model import matching, replace_module, unwrapped
+from lowrank.targets.survey import survey
 
 
 class Conv1D(nn.Module):
@@ -71,7 +73,7 @@ def test_several_weights_in_one_module_are_a_target_or_refused_by_name() -> None
     model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16), nn.Linear(8, 2))
     assert _targets(model) == ["0.self_attn", "0.linear1", "0.linear2", "1"]
     assert _targets(model, ignore=["0.self_attn.out_proj"]) == ["0.linear1", "0.linear2", "1"]
-    found = {target.name: (target.kind, target.shape) for target in survey(model).targets}
+    found = {target.name: (target.kind.name, target.shape) for target in survey(model).targets}
     assert found["0.self_attn"] == ("attention", (24, 8))
 
     class Special(nn.LSTM):
@@ -173,7 +175,7 @@ def test_tied_weights_are_one_target_and_half_tied_ones_none() -> None:
     model["head"].weight = model["emb"].weight
     found = survey(model)
     assert [[member.name for member in target.members] for target in found.targets] == [["emb", "head"], ["other"]]
-    assert found.targets[0].has_embedding and [member.name for member in found.targets[0].linears] == ["head"]
+    assert found.targets[0].looked_up and [member.name for member in found.targets[0].multiplying] == ["head"]
     assert _targets(model, targets=["linear"]) == ["other"]
     assert "tied with emb" in _reasons(model, targets=["linear"])["head"]
 
@@ -224,7 +226,7 @@ def test_compressed_layers_are_not_compressed_again() -> None:
 
 def test_the_matrix_of_a_conv1d_is_transposed() -> None:
     layer = Conv1D(5, 4)
-    assert torch.equal(module_matrix(layer), layer.weight.detach().T)
+    assert torch.equal(LINEAR.matrix(layer), layer.weight.detach().T)
 
 
 def test_convolutions_are_targets_with_their_full_shape() -> None:
@@ -235,7 +237,7 @@ def test_convolutions_are_targets_with_their_full_shape() -> None:
         }
     )
     found = survey(model).targets
-    assert [(target.name, target.kind, target.shape) for target in found] == [
+    assert [(target.name, target.kind.name, target.shape) for target in found] == [
         ("one", "conv", (4, 3, 3)),
         ("two", "conv", (4, 3, 3, 5)),
     ]

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from lowrank.compression.candidates import Candidate, LayerChoices, Plan, plan_formats
 from lowrank.errors import BudgetError
+from lowrank.layers.spec import LayerSpec
 from lowrank.numerics import knapsack
 
 # Errors over many magnitudes, with ties and zeros; steps of 0.1 so that sums meet budgets or miss them by one rounding.
@@ -31,10 +32,13 @@ BUDGETS = st.one_of(st.integers(0, 30).map(lambda n: n / 10), st.floats(0.0, 30.
 def problems(draw, costs=None, errors=ERRORS):
     layers = []
     for index in range(draw(st.integers(1, 5))):
-        dense = Candidate("dense", None, None, None, draw(SIZES), draw(st.sampled_from([0.0, 0.0, 0.1])))
+        dense = Candidate(LayerSpec("dense"), draw(SIZES), draw(st.sampled_from([0.0, 0.0, 0.1])))
         others = [
             Candidate(
-                "lowrank", rank + 1, None, None, draw(SIZES), draw(errors), draw(costs) if costs is not None else None
+                LayerSpec("lowrank", rank=rank + 1),
+                draw(SIZES),
+                draw(errors),
+                draw(costs) if costs is not None else None,
             )
             for rank in range(draw(st.integers(0, 4)))
         ]
@@ -65,11 +69,7 @@ def error_of(candidate: Candidate) -> float:
 def check(layers, plan: Plan, optimum: float, objective) -> None:
     chosen = []
     for layer, entry in zip(layers, plan.entries, strict=True):
-        same = [
-            c
-            for c in layer.candidates
-            if (c.format, c.rank, c.bytes, c.error) == (entry.format, entry.rank, entry.bytes, entry.error)
-        ]
+        same = [c for c in layer.candidates if (c.spec, c.bytes, c.error) == (entry.spec, entry.bytes, entry.error)]
         assert same
         chosen.append(min(same, key=price))
     value = math.fsum(objective(candidate) for candidate in chosen)

@@ -10,13 +10,13 @@ from torch import Tensor
 from lowrank.errors import NumericsError
 from lowrank.numerics.linalg import safe_eigh
 
-__all__ = ["GRADIENT_RIDGE", "GradientMetric"]
+__all__ = ["GRADIENT_RIDGE", "GradientWeighting"]
 
 # Of a gradient metric, relative to the mean of its eigenvalues: it is inverted. As small as the inputs' ridge, for the same reason.
 GRADIENT_RIDGE = 1e-3
 
 
-class GradientMetric:
+class GradientWeighting:
     """The metric of a layer's outputs: ``ΔWᵀ C ΔW`` in place of ``ΔWᵀ ΔW``, by the roots of C.
 
     Attributes:
@@ -31,8 +31,8 @@ class GradientMetric:
         NumericsError: C is not finite, or all zeros.
 
     Example:
-        >>> metric = GradientMetric(torch.diag(torch.tensor([4.0, 1.0])).double(), ridge=0.0)
-        >>> metric.root.diagonal().tolist(), metric.inverse.diagonal().tolist()
+        >>> weighting = GradientWeighting(torch.diag(torch.tensor([4.0, 1.0])).double(), ridge=0.0)
+        >>> weighting.root.diagonal().tolist(), weighting.inverse.diagonal().tolist()
         ([2.0, 1.0], [0.5, 1.0])
     """
 
@@ -53,11 +53,11 @@ class GradientMetric:
         self.root, self.inverse = torch.block_diag(*roots), torch.block_diag(*inverses)
 
     def of(self, matrix: Tensor) -> Tensor:
-        """``C^½ matrix``; the first dimension of a tensor with more is the outputs'."""
+        """Return ``C^½ matrix``; the first dimension of a tensor with more is the outputs'."""
         product: Tensor = self.root.to(matrix.device) @ matrix.to(torch.float64).flatten(1)
         return product.view(matrix.shape)
 
     def back(self, matrix: Tensor) -> Tensor:
-        """``C^-½ matrix``: what :meth:`of` undoes."""
+        """Return ``C^-½ matrix``: what :meth:`of` undoes."""
         product: Tensor = self.inverse.to(matrix.device) @ matrix.flatten(1)
         return product.view(matrix.shape)

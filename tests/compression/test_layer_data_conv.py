@@ -1,8 +1,7 @@
-"""What the workshop of a convolution predicts is what it builds: bytes to the byte, errors in the metric of the patches."""
+"""What is predicted of a convolution is what is built: bytes to the byte, errors in the norm of the patches."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,15 +12,22 @@ from torch import nn
 from torch.nn import functional as F
 
 from lowrank.calibration.inputs import collect_statistics
-from lowrank.compression.workshop import Choice
-from lowrank.compression.workshop_conv import ConvWorkshop
+from lowrank.compression.formats import DENSE, INT8, LOWRANK, LOWRANK_INT8, Request, format_of
+from lowrank.compression.layer_data import LayerData
+from lowrank.compression.probes import smaller_specs, stored_bytes
 from lowrank.layers import CompressedLayer
+from lowrank.layers.spec import LayerSpec
 from lowrank.targets.survey import survey
 
 FORMATS = ("int8", "lowrank", "lowrank-int8")
 
 
-def shop_of(conv: nn.Module, *, data: bool = True) -> ConvWorkshop:
+def build(data: LayerData, spec: LayerSpec) -> dict[str, nn.Module]:
+    """The layers that the spec makes of a target."""
+    return format_of(spec).build(data, spec)
+
+
+def data_of(conv: nn.Module, *, data: bool = True) -> LayerData:
     """The convolution with smooth inputs of mean 0.3 in front of it."""
     model = with_falling_spectra(nn.Sequential(conv))
     target = survey(model).targets[0]
@@ -31,7 +37,7 @@ def shop_of(conv: nn.Module, *, data: bool = True) -> ConvWorkshop:
     dtype = next(model.parameters()).dtype
     batches = [(2.0 * smooth + 0.3).to(dtype)]
     statistics = collect_statistics(model, batches, {"0": model[0]})["0"] if data else None  # type: ignore[index]
-    return ConvWorkshop(target, statistics, None)  # type: ignore[arg-type]
+    return LayerData(target, statistics, None)  # type: ignore[arg-type]
 
 
 def convolutions() -> list[tuple[str, dict[str, Any], type[nn.Module]]]:
@@ -53,16 +59,16 @@ def convolutions() -> list[tuple[str, dict[str, Any], type[nn.Module]]]:
 def test_predicted_bytes_are_built_bytes(case: tuple[str, dict[str, Any], Any], bias: bool, dtype: torch.dtype) -> None:
     _, options, kind = case
     torch.manual_seed(0)
-    shop = shop_of(kind(16, 32, bias=bias, dtype=dtype, **options))
-    choices = shop.choices(FORMATS, "auto")
-    assert {"int8"} <= {choice.format for choice in choices}
-    for choice in choices:
-        layer = shop.build(choice)["0"]
+    layer_data = data_of(kind(16, 32, bias=bias, dtype=dtype, **options))
+    specs = smaller_specs(layer_data, FORMATS, Request("auto"))
+    assert {"int8"} <= {spec.format for spec in specs}
+    for spec in specs:
+        layer = build(layer_data, spec)["0"]
         assert isinstance(layer, CompressedLayer)
-        assert layer.stored_bytes == shop.bytes(choice) < shop.bytes(Choice("dense")), choice
-        assert (layer.format, layer.rank) == (choice.format, choice.rank)
-        assert getattr(layer, "scheme", None) == choice.scheme
-        assert tuple(layer.shape) == shop.target.shape == tuple(layer.dense_weight().shape)
+        assert layer.stored_bytes == stored_bytes(layer_data, spec) < stored_bytes(layer_data, DENSE), spec
+        assert (layer.format, layer.rank) == (spec.format, spec.rank)
+        assert getattr(layer, "scheme", None) == spec.scheme
+        assert tuple(layer.shape) == layer_data.target.shape == tuple(layer.dense_weight().shape)
 
 
 @pytest.mark.parametrize("data", [True, False])
@@ -70,14 +76,14 @@ def test_predicted_bytes_are_built_bytes(case: tuple[str, dict[str, Any], Any], 
 def test_the_curve_is_the_error_of_the_built_layer(case: tuple[str, dict[str, Any], Any], data: bool) -> None:
     _, options, kind = case
     torch.manual_seed(0)
-    shop = shop_of(kind(16, 32, **options), data=data)
+    layer_data = data_of(kind(16, 32, **options), data=data)
     seen = 0
-    for choice in shop.by_size("lowrank")[::4]:
-        layer = shop.build(choice)["0"]
+    for spec in LOWRANK.by_size(layer_data)[::4]:
+        layer = build(layer_data, spec)["0"]
         assert isinstance(layer, CompressedLayer)
-        measured = shop.error_of(layer.dense_weight())[1 if data else 0]
+        measured = layer_data.error_of(layer.dense_weight())[1 if data else 0]
         # The ridge moves the curve a little from the error without it.
-        assert abs(measured - shop.truncation(choice) ** 0.5) <= 0.02, choice
+        assert abs(measured - LOWRANK.local_error(layer_data, spec) ** 0.5) <= 0.02, spec
         seen += 1
     assert seen or case[0] == "depthwise"
 
@@ -87,19 +93,19 @@ def test_the_curve_is_the_error_of_the_built_layer(case: tuple[str, dict[str, An
 def test_predicted_rounding_is_that_of_the_built_layer(case: tuple[str, dict[str, Any], Any], data: bool) -> None:
     _, options, kind = case
     torch.manual_seed(0)
-    shop = shop_of(kind(16, 32, **options), data=data)
-    whole = shop.build(Choice("int8", None, 8, "float"))["0"]
+    layer_data = data_of(kind(16, 32, **options), data=data)
+    whole = build(layer_data, INT8.spec("float"))["0"]
     assert isinstance(whole, CompressedLayer)
-    measured = shop.error_of(whole.dense_weight())[1 if data else 0] ** 2
-    assert shop.rounding == pytest.approx(measured, rel=1e-3)
-    for scheme in shop.schemes:
-        for rank in shop.ranks("lowrank-int8", scheme)[2::6]:
-            thin = shop.build(Choice("lowrank", rank, scheme=scheme))["0"]
-            rounded = shop.build(Choice("lowrank-int8", rank, 8, "float", scheme))["0"]
+    measured = layer_data.error_of(whole.dense_weight())[1 if data else 0] ** 2
+    assert INT8.local_error(layer_data, INT8.reference_spec(layer_data)) == pytest.approx(measured, rel=1e-3)
+    for scheme in layer_data.schemes:
+        for rank in LOWRANK_INT8.ranks(layer_data, scheme)[2::6]:
+            thin = build(layer_data, LOWRANK.spec(rank, scheme))["0"]
+            rounded = build(layer_data, LOWRANK_INT8.spec(rank, scheme, "float"))["0"]
             assert isinstance(thin, CompressedLayer) and isinstance(rounded, CompressedLayer)
             difference = (thin.dense_weight().detach().double() - rounded.dense_weight().double()).flatten(1)
-            measured = shop._norm(difference) / shop.energy
-            predicted = shop.rounding_of_factors(Choice("lowrank-int8", rank, 8, "float", scheme))
+            measured = layer_data.squared_norm(difference) / layer_data.energy
+            predicted = LOWRANK_INT8.rounding(layer_data, LOWRANK_INT8.spec(rank, scheme, "float"))
             assert 0.5 * measured <= predicted <= 2.0 * measured, (scheme, rank)
 
 
@@ -109,13 +115,13 @@ def test_the_error_in_the_metric_of_the_patches_is_that_of_the_outputs() -> None
     model = with_falling_spectra(nn.Sequential(conv)).double()
     x = torch.randn(6, 8, 10, 10, generator=seeded(), dtype=torch.float64)
     statistics = collect_statistics(model, [x], {"0": conv})["0"]
-    shop = ConvWorkshop(survey(model).targets[0], statistics, None)  # type: ignore[arg-type]
+    layer_data = LayerData(survey(model).targets[0], statistics, None)  # type: ignore[arg-type]
     other = conv.weight.detach() + 0.01 * torch.randn(conv.weight.shape, generator=seeded(2), dtype=torch.float64)
     with torch.no_grad():
         expected = conv(x)
         found = F.conv2d(x, other, padding=1, groups=2)
     measured = float((found - expected).norm() / expected.norm())
-    assert shop.error_of(other)[1] == pytest.approx(measured, rel=1e-9)
+    assert layer_data.error_of(other)[1] == pytest.approx(measured, rel=1e-9)
 
 
 def test_both_schemes_are_offered_where_each_is_the_better_one() -> None:
@@ -131,19 +137,19 @@ def test_both_schemes_are_offered_where_each_is_the_better_one() -> None:
     for kernel, wanted in ((separable, "spatial"), (few, "channel")):
         conv = nn.Conv2d(16, 32, 3)
         conv.weight = nn.Parameter(kernel + 1e-3 * torch.randn(kernel.shape, generator=generator))
-        shop = ConvWorkshop(survey(nn.Sequential(conv)).targets[0], None, None)
-        good = [choice for choice in shop.by_size("lowrank") if shop.truncation(choice) <= 1e-4]
+        layer_data = LayerData(survey(nn.Sequential(conv)).targets[0], None, None)
+        good = [spec for spec in LOWRANK.by_size(layer_data) if LOWRANK.local_error(layer_data, spec) <= 1e-4]
         assert good[0].scheme == wanted and good[0].rank == 3
-        sizes = [shop.bytes(choice) for choice in shop.by_size("lowrank")]
-        errors = [shop.truncation(choice) for choice in shop.by_size("lowrank")]
+        sizes = [stored_bytes(layer_data, spec) for spec in LOWRANK.by_size(layer_data)]
+        errors = [LOWRANK.local_error(layer_data, spec) for spec in LOWRANK.by_size(layer_data)]
         assert sizes == sorted(sizes) and errors == sorted(errors, reverse=True)
 
 
 def test_kernels_without_two_sides_have_one_scheme() -> None:
-    assert shop_of(nn.Conv2d(4, 4, 1)).schemes == ("channel",)
-    assert shop_of(nn.Conv2d(4, 4, (3, 1))).schemes == ("channel",)
-    assert shop_of(nn.Conv1d(4, 4, 3)).schemes == ("channel",)
-    assert shop_of(nn.Conv2d(4, 4, 3)).schemes == ("channel", "spatial")
+    assert data_of(nn.Conv2d(4, 4, 1)).schemes == ("channel",)
+    assert data_of(nn.Conv2d(4, 4, (3, 1))).schemes == ("channel",)
+    assert data_of(nn.Conv1d(4, 4, 3)).schemes == ("channel",)
+    assert data_of(nn.Conv2d(4, 4, 3)).schemes == ("channel", "spatial")
 
 
 @pytest.mark.parametrize("case", convolutions(), ids=lambda case: case[0])
@@ -152,29 +158,32 @@ def test_with_gradients_the_curve_is_what_the_built_layer_costs_the_output(
 ) -> None:
     _, options, kind = case
     torch.manual_seed(0)
-    plain = shop_of(kind(16, 32, **options))
+    plain = data_of(kind(16, 32, **options))
     root = torch.randn(32, 32, generator=seeded(7), dtype=torch.float64)
     gradients = root @ torch.diag(torch.logspace(0, -3, 32, dtype=torch.float64)) @ root.T
-    shop = ConvWorkshop(plain.target, plain.inputs, None, gradients=gradients)
+    layer_data = LayerData(plain.target, plain.inputs, None, gradients=gradients)
     blocks = torch.block_diag(
-        *(gradients[at : at + 32 // shop.groups, at : at + 32 // shop.groups] for at in range(0, 32, 32 // shop.groups))
+        *(
+            gradients[at : at + 32 // layer_data.blocks, at : at + 32 // layer_data.blocks]
+            for at in range(0, 32, 32 // layer_data.blocks)
+        )
     )
     values, vectors = torch.linalg.eigh(blocks)
     half = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
-    kernel = shop.kernel.double().flatten(1)
+    kernel = layer_data.weight.double().flatten(1)
 
     def cost(matrix: torch.Tensor) -> float:
-        return plain._norm(half @ matrix)
+        return plain.squared_norm(half @ matrix)
 
     seen = 0
-    for choice in shop.by_size("lowrank")[1::5]:
-        layer = shop.build(choice)["0"]
+    for spec in LOWRANK.by_size(layer_data)[1::5]:
+        layer = build(layer_data, spec)["0"]
         measured = cost(kernel - layer.dense_weight().detach().double().flatten(1)) / cost(kernel)
-        assert measured == pytest.approx(shop.truncation(choice), rel=0.15, abs=3e-3), choice
-        rounded = shop.build(replace(choice, format="lowrank-int8", bits=8, activations="float"))["0"]
+        assert measured == pytest.approx(LOWRANK.local_error(layer_data, spec), rel=0.15, abs=3e-3), spec
+        rounded = build(layer_data, LOWRANK_INT8.spec(spec.rank, spec.scheme, "float"))["0"]
         lost = cost((layer.dense_weight().detach().double() - rounded.dense_weight().double()).flatten(1)) / cost(
             kernel
         )
-        assert 0.4 * lost <= shop.rounding_of_factors(choice) <= 2.5 * lost, choice
+        assert 0.4 * lost <= LOWRANK_INT8.rounding(layer_data, spec) <= 2.5 * lost, spec
         seen += 1
     assert seen or case[0] == "depthwise"

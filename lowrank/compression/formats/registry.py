@@ -1,0 +1,74 @@
+"""The registry of formats."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from lowrank.compression.formats.base import WeightFormat
+from lowrank.errors import UsageError
+from lowrank.layers.spec import LayerSpec
+
+__all__ = ["FORMATS", "check_format", "compressing_formats", "format_named", "format_of", "register_format"]
+
+FORMATS: dict[str, WeightFormat] = {}
+# Names that a later version will know.
+LATER_FORMATS = ("int4", "int4+lowrank", "lowrank-int4")
+_Format = TypeVar("_Format", bound=WeightFormat)
+
+
+def register_format(format: _Format) -> _Format:
+    """Add a format.
+
+    Raises:
+        UsageError: the name is taken.
+    """
+    if format.name in FORMATS:
+        raise UsageError(f"format {format.name!r}: is registered already, by {type(FORMATS[format.name]).__name__}")
+    FORMATS[format.name] = format
+    return format
+
+
+def compressing_formats() -> tuple[str, ...]:
+    """List the names of all formats but the one that leaves layers as they are, in order.
+
+    Example:
+        >>> compressing_formats()
+        ('int8', 'lowrank', 'lowrank-int8')
+    """
+    return tuple(name for name, format in FORMATS.items() if not format.dense)
+
+
+def format_named(name: str) -> WeightFormat:
+    """Find a format.
+
+    Raises:
+        UsageError: none is registered under this name.
+    """
+    found = FORMATS.get(name)
+    if found is None:
+        raise UsageError(f"format: must be one of {', '.join(FORMATS)}, got {name!r}")
+    return found
+
+
+def format_of(spec: LayerSpec) -> WeightFormat:
+    """Find the format of a spec; see :func:`format_named`."""
+    return format_named(spec.format)
+
+
+def check_format(name: object, argument: str) -> None:
+    """Refuse a format that this version does not know.
+
+    Raises:
+        NotImplementedError: one that a later version brings.
+        UsageError: any other.
+
+    Example:
+        >>> check_format("int8", "formats")
+    """
+    if name in FORMATS:
+        return
+    if name in LATER_FORMATS:
+        raise NotImplementedError(
+            f"{argument}: format {name!r} is not in this version of lowrank; it knows {', '.join(FORMATS)}"
+        )
+    raise UsageError(f"{argument}: must be out of {', '.join(FORMATS)}, got {name!r}")

@@ -1,0 +1,252 @@
+"""What is known of one target: its weights, what flows into it, what an error of it costs, and what was decomposed so far."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from functools import cached_property
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from lowrank.layers import CompressedLayer
+from lowrank.layers.base import ACTIVATIONS, FLOAT_ACTIVATIONS
+from lowrank.numerics.conv_factors import ConvCurve, ConvFactors
+from lowrank.numerics.factors import Factors, RankCurve
+from lowrank.numerics.gradient_weighting import GradientWeighting
+from lowrank.numerics.moments import InputStatistics, TokenCounts
+from lowrank.targets import LayerKind
+from lowrank.targets.survey import Target
+
+__all__ = ["RIDGE", "LayerData"]
+
+# Relative to the mean diagonal of the input moment. A heuristic: small enough to leave the data in charge, large enough that
+# directions which few calibration tokens reached are not dropped for free.
+RIDGE = 1e-3
+_T = TypeVar("_T")
+
+
+class LayerData:
+    """Hold a target with its statistics; measure approximations of its weight in the norm of its inputs; decompose it once.
+
+    One class for every kind of layer: what differs is the kind's to say (:mod:`lowrank.targets`). What the target can become, and
+    at which size and error, is the formats' (:mod:`lowrank.compression.formats`).
+
+    Args:
+        target: modules that share one weight.
+        inputs: moments of what flows into the (first) member that multiplies, if any was reached.
+        lookups: counts of the rows looked up in the embedding member, if any was reached.
+        data_aware: use them; off for the "weight" metric, whose optimum is the plain SVD.
+        gradients: C of the (first) member that multiplies, from :func:`lowrank.calibration.gradients.output_gradients`. Factors are
+            then those whose error costs the model's output least, and truncation and rounding are weighed so.
+
+    Attributes:
+        weight: as a matrix (out, in · kernel); of a module of several matrices one row with all of them.
+        rows, columns: of the (first) weight as a matrix.
+        blocks: of the weight, which never meet: a convolution's groups.
+        centred: whether a bias takes the correction of the mean of the inputs.
+
+    Example:
+        >>> from torch import nn
+        >>> from lowrank.targets.survey import survey
+        >>> data = LayerData(survey(nn.Sequential(nn.Linear(8, 4))).targets[0])
+        >>> data.rows, data.columns, data.reached, data.error_of(torch.zeros(4, 8))
+        (4, 8, False, (1.0, 1.0))
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        inputs: InputStatistics | None = None,
+        lookups: TokenCounts | None = None,
+        *,
+        data_aware: bool = True,
+        gradients: Tensor | None = None,
+    ) -> None:
+        self.target = target
+        known = data_aware and not target.kind.composite
+        self.inputs = inputs if known else None
+        self.lookups = lookups if known else None
+        self.gradients = gradients if self.inputs is not None else None
+        self.stacks = target.kind.weights(target.owner)
+        self.weight = target.kind.matrix(target.owner)
+        first = next(iter(self.stacks.values()))
+        self.blocks, rows, self.columns = first.shape
+        self.rows = self.blocks * rows
+        # A bias can take the correction of the mean only where the layer has one and no embedding shares the weight.
+        self.centred = (
+            not target.kind.composite
+            and len(target.members) == 1
+            and not target.looked_up
+            and getattr(target.owner, "bias", None) is not None
+        )
+        self._known: dict[Hashable, Any] = {}
+
+    @property
+    def name(self) -> str:
+        """The target's name."""
+        return self.target.name
+
+    @property
+    def kind(self) -> LayerKind:
+        """The kind of the first member."""
+        return self.target.kind
+
+    @property
+    def reached(self) -> bool:
+        """Whether any calibration token came by; of modules that are not observed a lack of effect shows it."""
+        return self.kind.composite or self.inputs is not None or self.lookups is not None
+
+    @property
+    def unseen_rows(self) -> int:
+        """Rows of an embedding that the calibration data never looked up."""
+        return self.lookups.unseen if self.lookups is not None else 0
+
+    def remembered(self, key: Hashable, make: Callable[[], _T]) -> _T:
+        """Make something once, for the formats that ask again and again."""
+        if key not in self._known:
+            self._known[key] = make()
+        found: _T = self._known[key]
+        return found
+
+    def curve(self, scheme: str | None) -> RankCurve | ConvCurve:
+        """Decompose once for every rank, ``C^½ W`` where there are gradients: see :meth:`factors`."""
+        return self.remembered(("curve", scheme), lambda: self._decomposed(scheme))
+
+    def _decomposed(self, scheme: str | None) -> RankCurve | ConvCurve:
+        weight = self.kind.factored_weight(self.target.owner)
+        return self.kind.factorize(
+            self.weighed(weight),
+            self.inputs,
+            self.lookups,
+            scheme=scheme,
+            blocks=self.blocks,
+            ridge=RIDGE,
+            shift_bias=self.centred,
+            name=f"layer {self.name}",
+        )
+
+    def factors(self, scheme: str | None, rank: int) -> Factors | ConvFactors:
+        """Give the best factors of the weight of this rank that are known.
+
+        Raises:
+            RankError: the rank is not an integer in [1, max_rank].
+        """
+        found = self.curve(scheme).factors(rank)
+        weighting = self.weighting
+        if weighting is None:
+            return found
+        shift = None if found.bias_shift is None else weighting.back(found.bias_shift[:, None])[:, 0]
+        if isinstance(found, ConvFactors):
+            return ConvFactors(found.first, weighting.back(found.second), shift)
+        return Factors(weighting.back(found.left), found.right, shift)
+
+    @property
+    def schemes(self) -> tuple[str | None, ...]:
+        """The ways to cut the weight in two."""
+        return self.kind.schemes(self.target.shape)
+
+    def max_rank(self, scheme: str | None) -> int:
+        """Give the largest rank that means anything."""
+        return self.kind.rank_limit(self.target.shape, scheme, self.blocks)
+
+    def truncation(self, scheme: str | None, rank: int) -> float:
+        """Give the squared relative error of the factors of a rank, in the norm of the inputs (and of the gradients)."""
+        return float(self.curve(scheme).errors[rank]) ** 2
+
+    @cached_property
+    def weighting(self) -> GradientWeighting | None:
+        """What an error at the layer's outputs costs the model, where gradients tell; block by block."""
+        if self.gradients is None:
+            return None
+        return GradientWeighting(self.gradients, groups=self.blocks, name=f"layer {self.name}")
+
+    def weighed(self, matrix: Tensor) -> Tensor:
+        """Give ``C^½ matrix``, or the matrix where there are no gradients."""
+        return matrix if self.weighting is None else self.weighting.of(matrix)
+
+    @cached_property
+    def moments(self) -> Tensor | None:
+        """Σ of what flows in, (in, in) or (blocks, in, in) as the kind has it; ``None`` where nothing is known."""
+        if self.inputs is None:
+            return None
+        return self.kind.moments(self.inputs, blocks=self.blocks, centred=self.centred, device=self.weight.device)
+
+    @cached_property
+    def row_weights(self) -> Tensor | None:
+        """How often each row is looked up, as a share; ``None`` where rows are multiplied or nothing is known."""
+        if self.inputs is not None or self.lookups is None:
+            return None
+        return self.lookups.counts.to(self.weight.device, torch.float64) / self.lookups.count
+
+    def squared_norm(self, matrix: Tensor) -> float:
+        """Compute ‖matrix‖² in the norm of the inputs (or of the look-ups)."""
+        return self.kind.squared_norm(matrix, self.moments, self.row_weights, self.blocks)
+
+    @cached_property
+    def energy(self) -> float:
+        """What activation errors are relative to, squared."""
+        return self.squared_norm(self.weight)
+
+    @cached_property
+    def weighed_energy(self) -> float:
+        """What predicted local errors are relative to, squared: the energy, weighed by C."""
+        return self.energy if self.weighting is None else self.squared_norm(self.weighed(self.weight))
+
+    @cached_property
+    def square_sum(self) -> float:
+        """‖W‖²_F."""
+        return float(self.weight.to(torch.float64).square().sum())
+
+    def local_error(self, approximations: dict[str, Tensor]) -> float:
+        """Compute the squared relative error of other matrices in the weights' place, in the norm of the inputs (and gradients).
+
+        Args:
+            approximations: (out, in · kernel) by the names of :attr:`stacks`, any floating dtype.
+        """
+        if not self.weighed_energy > 0.0:
+            return 0.0
+        lost = 0.0
+        for name, stack in self.stacks.items():
+            weight = self.weight if len(self.stacks) == 1 else stack.reshape(-1, stack.shape[2])
+            difference = weight.to(torch.float64) - approximations[name].to(torch.float64)
+            lost += self.squared_norm(self.weighed(difference))
+        return max(lost, 0.0) / self.weighed_energy
+
+    def error_of(self, approximation: Tensor) -> tuple[float, float]:
+        """Compute (weight_error, activation_error) of a weight in the weight's place."""
+        approximation = approximation.detach().flatten(1)
+        difference = self.weight.to(torch.float64) - approximation.to(self.weight.device, torch.float64)
+        weight_error = (float(difference.square().sum()) / self.square_sum) ** 0.5 if self.square_sum else 0.0
+        return weight_error, (max(self.squared_norm(difference), 0.0) / self.energy) ** 0.5 if self.energy > 0 else 0.0
+
+    def errors_of(self, layer: CompressedLayer) -> tuple[float, float | None]:
+        """Compute (weight_error, activation_error) of a layer's weights alone; ``None`` between several matrices."""
+        weight_error, activation_error = self.error_of(layer.dense_weight())
+        return weight_error, None if self.kind.composite else activation_error
+
+    @cached_property
+    def parameter_bytes(self) -> int:
+        """Bytes of the members' parameters as they are, the shared weight once."""
+        return self.weight_bytes + self.other_bytes
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights alone, which other formats replace."""
+        return sum(stack.numel() * stack.element_size() for stack in self.stacks.values())
+
+    @cached_property
+    def other_bytes(self) -> int:
+        """Bytes that stay in any format: the biases of the members that multiply."""
+        if self.kind.composite:
+            return sum(tensor.nbytes for tensor in self.target.owner.parameters()) - self.weight_bytes
+        biases = [getattr(member.module, "bias", None) for member in self.target.multiplying]
+        return sum(bias.nbytes for bias in biases if isinstance(bias, Tensor))
+
+    def modes(self, activations: str) -> tuple[str | None, ...]:
+        """Give the ways in which a rounded layer may take its activations where ``activations`` is asked for ("auto": both)."""
+        if not self.target.multiplying:
+            return (None,)
+        if self.kind.weight_only:
+            return (FLOAT_ACTIVATIONS,)
+        return ACTIVATIONS if activations == "auto" else (activations,)

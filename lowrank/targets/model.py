@@ -1,0 +1,89 @@
+"""Whole models: what they may not be wrapped in, which of their modules a pattern names, and swapping one for another."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from lowrank.errors import UsageError
+
+__all__ = ["matching", "refuse_adapters", "replace_module", "unwrapped"]
+
+
+def refuse_adapters(model: nn.Module, who: str) -> None:
+    """Refuse a model with LoRA adapters.
+
+    Args:
+        who: the end of "which has adapters, which …", for the message.
+
+    Raises:
+        UsageError: names the first adapted layer.
+    """
+    for name, module in model.named_modules():
+        # By what they hold: adapters live on a higher floor.
+        if hasattr(module, "lora_A") or hasattr(module, "modules_to_save"):
+            raise UsageError(
+                f"model: layer {name} has adapters, which {who}; save_adapter writes them, or "
+                "unload_lora(merge_lora(model)) puts them into the weights"
+            )
+
+
+def unwrapped(model: object) -> nn.Module:
+    """The model, refused where it is wrapped in something that replaces its forward.
+
+    Raises:
+        UsageError: not a module, a bare layer, or wrapped by torch.compile, DataParallel, DDP or FSDP.
+    """
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"model: must be a torch.nn.Module, got {type(model).__name__}")
+    kind = type(model).__name__
+    if hasattr(model, "_orig_mod"):
+        raise UsageError("model: is wrapped by torch.compile; pass model._orig_mod and compile the result")
+    if kind in {"DataParallel", "DistributedDataParallel", "FullyShardedDataParallel"}:
+        raise UsageError(f"model: is wrapped by {kind}; pass model.module and wrap the result")
+    if not any(True for _ in model.children()):
+        raise UsageError(f"model: is a single layer ({kind}); pass nn.Sequential(layer), so that it can be replaced")
+    return model
+
+
+def matching(patterns: Sequence[str], names: Iterable[str], argument: str) -> dict[str, set[str]]:
+    """For each glob the names it covers: a name covers everything below it.
+
+    Raises:
+        UsageError: a pattern matches nothing; lists near misses.
+
+    Example:
+        >>> sorted(matching(["encoder.*"], ["encoder.a", "encoder.b", "head"], "ignore")["encoder.*"])
+        ['encoder.a', 'encoder.b']
+    """
+    if isinstance(patterns, str):
+        raise UsageError(f"{argument}: must be a list of patterns, got the string {patterns!r}; write [{patterns!r}]")
+    known = list(names)
+    found: dict[str, set[str]] = {}
+    for pattern in patterns:
+        hits = {name for name in known if fnmatchcase(name, pattern)}
+        if not hits:
+            near = difflib.get_close_matches(pattern.strip("*."), known, n=3, cutoff=0.4)
+            hint = f"; did you mean {', '.join(near)}?" if near else ""
+            raise UsageError(f"{argument}: pattern {pattern!r} matches no module of the model{hint}")
+        found[pattern] = {name for name in known if any(name == hit or name.startswith(f"{hit}.") for hit in hits)}
+    return found
+
+
+def replace_module(model: nn.Module, names: Iterable[str], module: nn.Module) -> None:
+    """Put ``module`` in every place named.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 2))
+        >>> replace_module(model, ["0"], nn.Identity())
+        >>> model
+        Sequential(
+          (0): Identity()
+        )
+    """
+    for name in names:
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, module)
