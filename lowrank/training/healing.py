@@ -64,11 +64,11 @@ class HealReport:
     run: dict[str, float] = field(default_factory=dict, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """All but how long it took, which differs between equal runs."""
+        """Give all but how long it took, which differs between equal runs."""
         return {key: value for key, value in asdict(self).items() if key != "run"}
 
     def to_json(self) -> str:
-        """:meth:`to_dict` as JSON."""
+        """Write :meth:`to_dict` as JSON."""
         return json.dumps(self.to_dict(), indent=1)
 
 
@@ -161,7 +161,7 @@ def heal_batches(
     seed: int = 0,
     progress: bool = True,
 ) -> HealResult:
-    """:func:`heal` on batches that are prepared, and set aside, already.
+    """Heal as :func:`heal` does, on batches that are prepared, and set aside, already.
 
     Args:
         train: to learn from.
