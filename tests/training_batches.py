@@ -44,6 +44,12 @@ def batches(count: int = 6, size: int = 8, seed: int = 0) -> list[tuple[torch.Te
     return found
 
 
+def loader(size: int) -> torch.utils.data.DataLoader[object]:
+    """So many samples of the task, shuffled into batches of 8."""
+    pairs = batches(1, size=size)[0]
+    return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*pairs), batch_size=8, shuffle=True)
+
+
 def normed() -> nn.Sequential:
     """A norm between two linear layers, "0" and "2"."""
     torch.manual_seed(2)

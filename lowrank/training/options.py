@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from lowrank.errors import UsageError
+from lowrank.errors import UsageError, is_whole
 
 __all__ = ["SCHEDULES", "HealOptions", "TrainingOptions", "learning_rate_factor"]
 
@@ -171,9 +171,7 @@ def check_seed(seed: object) -> None:
 
 
 def _whole(value: object, name: str, low: int) -> None:
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+    if value is not None and not is_whole(value, low):
         raise UsageError(f"{name}: must be an integer of at least {low}, got {value!r}")
 
 

@@ -11,7 +11,7 @@ import torch
 from helpers import seeded
 from torch import nn
 from torch.nn import functional as F
-from training_batches import batches, classifier, normed
+from training_batches import batches, classifier, loader, normed
 
 from lowrank.errors import CalibrationError, NumericsError, UsageError
 from lowrank.layers import QuantizedLinear, SVDCompressedLinear
@@ -275,14 +275,9 @@ def test_labels_that_are_no_classes_are_bad_data_but_the_errors_of_a_callers_los
         finetune(classifier(), data, loss_fn=broken, steps=1, progress=False)
 
 
-def loader() -> torch.utils.data.DataLoader[object]:
-    pairs = batches(1, size=24)[0]
-    return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*pairs), batch_size=8, shuffle=True)
-
-
 def test_loaders_draw_nothing_from_the_callers_random_numbers() -> None:
     model = normed()
     torch.manual_seed(7)
     before = torch.get_rng_state()
-    finetune(model, loader(), loader(), steps=3, progress=False)
+    finetune(model, loader(24), loader(24), steps=3, progress=False)
     assert torch.equal(torch.get_rng_state(), before)

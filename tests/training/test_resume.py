@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
-from training_batches import BOTH_LAYERS, Stoppable, Stopped, batches, normed
+from training_batches import BOTH_LAYERS, Stoppable, Stopped, batches, loader, normed
 
 from lowrank.errors import CheckpointError, StorageError, UsageError
 from lowrank.lora import add_lora
@@ -24,15 +24,10 @@ class Net(Stoppable):
         self.body = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.Dropout(0.3), nn.Linear(16, 3))
 
 
-def loader() -> torch.utils.data.DataLoader[object]:
-    pairs = batches(1, size=44)[0]
-    return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*pairs), batch_size=8, shuffle=True)
-
-
 @pytest.mark.parametrize("data", ["list", "loader"])
 @pytest.mark.parametrize("stop_at", [2, 6, 11, 19])
 def test_continuation_is_identical(tmp_path: Path, data: str, stop_at: int) -> None:
-    train = batches() if data == "list" else loader()
+    train = batches() if data == "list" else loader(44)
     whole = Net()
     expected = finetune(whole, train, batches(2, seed=1), output_dir=tmp_path / "whole", **SETTINGS)
     stopped = Net()
