@@ -15,13 +15,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from files_of_0_3_0.models import ADAPTERS, CASES, FOLDER, Adapted, Case, adapter_base, machine, plain_adapter_input
+from lowrank.timings import Point, fit_table
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import lowrank
-from files_of_0_3_0.models import ADAPTERS, CASES, FOLDER, Adapted, Case, adapter_base, machine, plain_adapter_input
 from lowrank.lora.model import lora_layers
-from lowrank.timings import Point, fit_table
 
 UNREAD = ("report.html", "report.md", "README.md", "run.json", "frontier.html", "frontier.md")
 
