@@ -37,7 +37,7 @@ _SIDE_BYTES = 16 << 20
 
 
 def stored_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The tensors that a file of the model holds: its ``state_dict``, a tied tensor once, under its first name.
+    """Give the tensors that a file of the model holds: its ``state_dict``, a tied tensor once, under its first name.
 
     Args:
         model: any module.
@@ -235,7 +235,7 @@ def _write_tensors(directory: Path, tensors: Mapping[str, torch.Tensor], max_sha
 
 
 def hugging_face_config(model: nn.Module) -> dict[str, Any] | None:
-    """``config.json`` of a Hugging Face model as it is now, embeddings tied or not; ``None`` for any other module."""
+    """Give ``config.json`` of a Hugging Face model as it is now, embeddings tied or not; ``None`` for any other module."""
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "to_json_string"):
         return None
@@ -251,7 +251,7 @@ def hugging_face_config(model: nn.Module) -> dict[str, Any] | None:
 
 
 def says_tied_wrongly(model: nn.Module) -> bool:
-    """Whether the configuration calls two embedding tables tied that are not, and may be told so.
+    """Tell whether the configuration calls two embedding tables tied that are not, and may be told so.
 
     Some models (Switch Transformers, UDOP) scale the inputs of their head where the configuration says tied: there the word
     is part of the computation and has to stay. transformers keeps differing tables apart as it loads them all the same.

@@ -57,7 +57,7 @@ class TargetBytes:
 
 
 def layer_rows(survey: Survey, compressed: nn.Module, layers: Mapping[str, LayerData]) -> list[LayerRow]:
-    """One row for every module that holds weights, sizes counted from the tensors of the two models.
+    """Make one row for every module that holds weights, sizes counted from the tensors of the two models.
 
     A tied tensor counts in the row of its first owner and not in the others.
 
@@ -153,7 +153,7 @@ def _main_tensor(module: nn.Module) -> Tensor:
 def compression_report(
     rows: list[LayerRow], outcome: Outcome, options: Options, notes: Sequence[str]
 ) -> CompressionReport:
-    """Rows, totals that they sum to, and what the reader should know."""
+    """Put together rows, the totals that they sum to, and what the reader should know."""
     chosen = outcome.chosen
     verified = chosen.verified or chosen.searched
     totals = sum_rows(rows) | {

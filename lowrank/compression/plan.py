@@ -194,7 +194,7 @@ class Plan:
         return self.duality_gap / self.objective_value if self.objective_value > 0 else 0.0
 
     def entry(self, name: str) -> PlanEntry:
-        """The entry of one layer.
+        """Find the entry of one layer.
 
         Raises:
             LowRankError: the plan has no such layer.
@@ -205,7 +205,7 @@ class Plan:
         raise LowRankError(f"plan: has no layer {name!r} among its {len(self.entries)}")
 
     def with_entry(self, name: str, **changes: Any) -> Plan:
-        """A copy with one entry changed, as by hand.
+        """Make a copy with one entry changed, as by hand.
 
         Fields that a new ``format`` does not take become ``None`` and bits it needs become 8, unless given. ``bytes``
         and ``error`` stay the old predictions unless given: what is built is measured anyway.

@@ -69,7 +69,7 @@ class Preparation:
         return any(data.gradients is not None for data in self.copy.layers.values())
 
     def metadata(self, options: Options) -> dict[str, Any]:
-        """What applying a plan again needs to know."""
+        """Say what applying a plan again needs to know."""
         return {
             "data_aware": self.split is not None and not options.error_metric.weights_only,
             "metric": options.error_metric.name,
@@ -83,7 +83,7 @@ class Preparation:
 
 
 def planned(options: Options, metadata: Mapping[str, Any]) -> Options:
-    """The options with what a plan says of how its factors were fitted.
+    """Give the options with what a plan says of how its factors were fitted.
 
     Raises:
         CheckpointError: the plan asks for gradients of an unknown kind.
@@ -137,7 +137,7 @@ def find_work(model: nn.Module, options: Options) -> Survey:
 
 
 def fold_and_find(model: nn.Module, options: Options) -> tuple[nn.Module, Survey, list[str]]:
-    """The model to work on (the original, or a copy with BatchNorm folded), its targets beside the original's modules, and a note.
+    """Give the model to work on (the original, or a copy with BatchNorm folded), its targets beside the original's modules, and a note.
 
     Raises:
         UsageError: nothing to compress, or the model cannot be traced.
@@ -167,7 +167,7 @@ def split_samples(
 
 
 def split_again(batches: Sequence[Batch], metadata: Mapping[str, Any]) -> Split:
-    """The split that a plan's factors were fitted on; all samples where the plan does not say."""
+    """Split as the samples were that a plan's factors were fitted on; all are statistics where the plan does not say."""
     ways = metadata.get("split")
     if ways not in (2, 3):
         return Split(list(batches), [], [])
