@@ -16,7 +16,7 @@ from lowrank.compression.formats.base import shown
 from lowrank.errors import CheckpointError, LowRankError, is_whole
 from lowrank.io import parse_json
 from lowrank.layers.base import FLOAT_ACTIVATIONS
-from lowrank.layers.spec import SPEC_FIELDS, LayerSpec
+from lowrank.layers.spec import SPEC_FIELDS, HoldsSpec, LayerSpec
 
 __all__ = ["Plan", "PlanEntry", "same_specs"]
 
@@ -28,7 +28,7 @@ _Text: TypeAlias = "str | bytes"
 
 
 @dataclass(frozen=True)
-class PlanEntry:
+class PlanEntry(HoldsSpec):
     """The choice for one layer; checked when it is made, also from JSON.
 
     Attributes:
@@ -75,31 +75,6 @@ class PlanEntry:
         if isinstance(self.error, bool) or not isinstance(self.error, (int, float)) or not 0 <= self.error < math.inf:
             raise LowRankError(f"{where}: error must be a finite number from 0, got {shown(self.error)}")
         object.__setattr__(self, "error", float(self.error))
-
-    @property
-    def format(self) -> str:
-        """The spec's."""
-        return self.spec.format
-
-    @property
-    def rank(self) -> int | None:
-        """The spec's; of a convolution with groups, of each."""
-        return self.spec.rank
-
-    @property
-    def bits(self) -> int | None:
-        """The spec's."""
-        return self.spec.bits
-
-    @property
-    def activations(self) -> str | None:
-        """The spec's."""
-        return self.spec.activations
-
-    @property
-    def scheme(self) -> str | None:
-        """The spec's; "channel" or "spatial" for factored convolutions."""
-        return self.spec.scheme
 
     @property
     def compressed(self) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 
 from lowrank.compression.formats import DENSE, is_dense
 from lowrank.errors import CheckpointError
-from lowrank.layers.spec import SPEC_FIELDS, LayerSpec
+from lowrank.layers.spec import SPEC_FIELDS, HoldsSpec, LayerSpec
 from lowrank.reporting.text import Column, count_text, human_bytes, one_line, percent
 
 __all__ = [
@@ -74,7 +74,7 @@ FINALIST_COLUMNS = (
 
 
 @dataclass(frozen=True)
-class LayerRow:
+class LayerRow(HoldsSpec):
     """State what one module that holds weights was and became.
 
     Attributes:
@@ -114,31 +114,6 @@ class LayerRow:
     def compressed(self) -> bool:
         """Tell whether the layer is stored otherwise than it was."""
         return not is_dense(self.spec.format)
-
-    @property
-    def format(self) -> str:
-        """Name the format that the layer is stored in."""
-        return self.spec.format
-
-    @property
-    def rank(self) -> int | None:
-        """Give the number of rank components; ``None`` where the format has none."""
-        return self.spec.rank
-
-    @property
-    def bits(self) -> int | None:
-        """Give the bits that a code uses; ``None`` where the format has no codes."""
-        return self.spec.bits
-
-    @property
-    def activations(self) -> str | None:
-        """Give ``"int8"`` (integer products), ``"float"`` (weight-only) or ``None`` (neither)."""
-        return self.spec.activations
-
-    @property
-    def scheme(self) -> str | None:
-        """Give ``"channel"`` or ``"spatial"`` for a factored convolution, ``None`` for all else."""
-        return self.spec.scheme
 
     @property
     def arithmetic(self) -> Arithmetic:
