@@ -191,7 +191,7 @@ def test_a_frontier_is_taken_up_without_measuring(tmp_path: Path, monkeypatch: p
     def measured(*arguments: object) -> None:
         raise AssertionError("every point is there, but one was measured again")
 
-    monkeypatch.setattr(frontier, "_measure", measured)
+    monkeypatch.setattr(frontier._Run, "measure", measured)
     report = lowrank.measure_frontier(
         dense("integers"),
         calibration=in_order(group("integers", "calibration")),

@@ -80,24 +80,3 @@ LAYER_KINDS: dict[str, type[CompressedLayer]] = {
         QuantizedMultiheadAttention,
     )
 }
-
-# TEMPORARY, until the formats of lowrank.compression.formats declare their classes where they are registered.
-for _name, _classes in {
-    "lowrank": (SVDCompressedLinear, LowRankEmbedding, SVDCompressedConv1d, SVDCompressedConv2d),
-    "lowrank-int8": (
-        QuantizedLowRankLayer,
-        QuantizedLowRankEmbedding,
-        QuantizedLowRankConv1d,
-        QuantizedLowRankConv2d,
-    ),
-    "int8": (
-        QuantizedLinear,
-        QuantizedEmbedding,
-        QuantizedConv1d,
-        QuantizedConv2d,
-        *RECURRENT.values(),
-        QuantizedMultiheadAttention,
-    ),
-}.items():
-    for _class in _classes:
-        declare_format(_class, _name)

@@ -24,7 +24,7 @@ from lowrank.numerics.factors import Factors, check_rank
 from lowrank.targets import LINEAR, kind_named
 from lowrank.targets.survey import Target
 
-__all__ = ["Measured", "Measurements", "Request", "WeightFormat", "share_weight", "shown"]
+__all__ = ["Measured", "Measurements", "Request", "WeightFormat", "shown"]
 
 
 @dataclass(frozen=True)
@@ -123,6 +123,10 @@ class WeightFormat(ABC):
         """Tell whether every member of the target can become this."""
         return self.builds(data.target)
 
+    def holds(self, layer: CompressedLayer) -> bool:
+        """Tell whether a layer of one of the classes is of this format, where several share a class; all are unless overridden."""
+        return True
+
     # Candidates --------------------------------------------------------------------------------------------------------------
 
     @abstractmethod
@@ -166,7 +170,8 @@ class WeightFormat(ABC):
         for member in data.target.members:
             layer = self.build_layer(member.module, spec, factors)
             for first in list(built.values())[:1]:
-                share_weight(first, layer)
+                assert isinstance(first, CompressedLayer) and isinstance(layer, CompressedLayer)
+                layer.share_tensors(first)
             built[member.name] = layer
         return built
 
@@ -265,10 +270,3 @@ def shown(value: object) -> str:
         return f"an integer of {value.bit_length()} bits"
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def share_weight(owner: nn.Module, alias: nn.Module) -> None:
-    """Make a tied layer hold the owner's tensors themselves."""
-    for name in ("codes", "left_codes", "right_codes", "scale", "left", "right"):
-        if hasattr(alias, name) and hasattr(owner, name):
-            setattr(alias, name, getattr(owner, name))

@@ -6,6 +6,7 @@ from typing import TypeVar
 
 from lowrank.compression.formats.base import WeightFormat
 from lowrank.errors import UsageError
+from lowrank.layers import LAYER_KINDS, declare_format
 from lowrank.layers.spec import LayerSpec
 
 __all__ = [
@@ -27,7 +28,7 @@ _Format = TypeVar("_Format", bound=WeightFormat)
 
 
 def register_format(format: _Format) -> _Format:
-    """Add a format.
+    """Add a format: its layers take its name, and files that hold them can be loaded.
 
     Raises:
         UsageError: the name is taken.
@@ -35,6 +36,10 @@ def register_format(format: _Format) -> _Format:
     if format.name in FORMATS:
         raise UsageError(f"format {format.name!r}: is registered already, by {type(FORMATS[format.name]).__name__}")
     FORMATS[format.name] = format
+    for layers in format.layers.values():
+        for layer in layers:
+            LAYER_KINDS.setdefault(layer.__name__, layer)
+            declare_format(layer, format.name, format.holds)
     return format
 
 
