@@ -1,0 +1,392 @@
+"""What all adapted layers share: several adapters on one frozen base, switched by name."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lowrank.errors import AdapterError, UsageError
+from lowrank.lora.bases import adapter_dtype, base_bias, base_weight, facts_of, require_rank, row_norms
+from lowrank.lora.config import LoRAConfig
+
+__all__ = ["FORMS", "Change", "LoRALayer", "Magnitude", "MergeRow"]
+
+FORMS = ("separate", "merged")
+
+
+class Change(NamedTuple):
+    """What adapters make of a weight: ``diag(rows) W + left @ right``.
+
+    Attributes:
+        left: (out, r) float64, scalings included.
+        right: (r, in · kernel) float64.
+        rows: (out,) float64, or ``None`` for ones (no DoRA).
+    """
+
+    left: Tensor
+    right: Tensor
+    rows: Tensor | None
+
+
+class MergeRow(NamedTuple):
+    """One merged layer in a report; see :class:`lowrank.lora.merge.MergeReport`."""
+
+    name: str
+    kind: str
+    adapters: tuple[str, ...]
+    rank_before: int | None
+    rank_after: int | None
+    bytes_before: int
+    bytes_after: int
+    error: float
+    note: str
+
+
+class Magnitude(nn.Module):
+    """DoRA's learned norm of every output, under PEFT's name (``lora_magnitude_vector.<adapter>.weight``)."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+
+class LoRALayer(nn.Module):
+    """Base of the adapted layers: ``y = base(x) + scaling · lora_B(lora_A(dropout(x)))``, summed over active adapters.
+
+    With DoRA, ``y = d · (base(x) − b) + d · scaling · lora_B(lora_A(x)) + b`` where ``d = magnitude / ‖W + scaling·BA‖``
+    by rows, the norm taken as a constant (PEFT does the same).
+
+    Args:
+        base_layer: the layer that is adapted; its parameters are frozen, its codes never change.
+
+    Attributes:
+        active_adapters: names of the adapters that count, in order.
+        disabled: run the base alone.
+        form: ``"separate"`` (two thin products beside the base) or ``"merged"`` (one product with ``W + scaling·BA``).
+        merged_adapters: names of those that are merged into ``base_layer`` at the moment.
+    """
+
+    family: ClassVar[str] = ""
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.base_layer.requires_grad_(False)
+        facts = facts_of(base_layer)
+        self.in_features, self.out_features = facts.in_features, facts.out_features
+        # Any: torch types the entries of these as Tensor | Module.
+        self.lora_A: Any = nn.ModuleDict()
+        self.lora_B: Any = nn.ModuleDict()
+        self.lora_dropout: Any = nn.ModuleDict()
+        self.lora_magnitude_vector: Any = nn.ModuleDict()
+        self.lora_scale: Any = nn.ParameterDict()
+        self.configs: dict[str, LoRAConfig] = {}
+        self.scaling: dict[str, float] = {}
+        self.active_adapters: tuple[str, ...] = ()
+        self.form = "separate"
+        self.disabled = False
+        self.merged_adapters: tuple[str, ...] = ()
+        self.merge_row: MergeRow | None = None
+        self.train(base_layer.training)
+
+    # Adding and removing
+
+    def add_adapter(self, adapter: str, config: LoRAConfig, name: str) -> None:
+        """Make the parameters of one more adapter; initialised by ``config`` where that needs no data.
+
+        Args:
+            adapter: its name.
+            config: rank, alpha, dropout …
+            name: of this layer in the model, for patterns and messages.
+
+        Raises:
+            AdapterError: the layer cannot carry this adapter.
+            RankError: a rank that would take all memory.
+        """
+        facts = facts_of(self.base_layer)
+        require_rank(self.base_layer, config.rank_of(name), name)
+        self._make(adapter, config, name, config.rank_of(name))
+        self._start(adapter, config.init_lora_weights)
+        dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
+        self.lora_dropout[adapter] = dropout.train(self.training)
+        self.configs[adapter] = config
+        self.scaling[adapter] = config.scaling_of(name)
+        if config.learnable_scale:
+            self.lora_scale[adapter] = nn.Parameter(torch.ones((), dtype=torch.float64))
+        self._move(adapter, facts.device, adapter_dtype(self.base_layer))
+
+    def start_magnitude(self, adapter: str) -> None:
+        """Start DoRA from the norms as they are, so that nothing changes; called once A and B have their values."""
+        if self.configs[adapter].use_dora:
+            self.lora_magnitude_vector[adapter] = Magnitude(self._as_magnitude(self.norms(adapter)))
+
+    def delete_adapter(self, adapter: str) -> None:
+        """Forget an adapter; a name this layer does not have is fine."""
+        for holder in self._holders():
+            if adapter in holder:
+                del holder[adapter]
+        self.configs.pop(adapter, None)
+        self.scaling.pop(adapter, None)
+        self.active_adapters = tuple(name for name in self.active_adapters if name != adapter)
+
+    def set_active(self, adapters: Sequence[str]) -> None:
+        """Let these adapters count and be trained, and no others."""
+        self.active_adapters = tuple(name for name in adapters if name in self.configs)
+        for adapter in self.configs:
+            for parameter in self.adapter_parameters(adapter):
+                parameter.requires_grad_(adapter in self.active_adapters)
+
+    def adapter_parameters(self, adapter: str) -> list[nn.Parameter]:
+        """List the parameters of one adapter."""
+        found: list[nn.Parameter] = []
+        for holder in self._holders():
+            if adapter in holder:
+                entry = holder[adapter]
+                found += [entry] if isinstance(entry, nn.Parameter) else list(entry.parameters())
+        return found
+
+    def _holders(self) -> Iterable[Any]:
+        return self.lora_A, self.lora_B, self.lora_dropout, self.lora_magnitude_vector, self.lora_scale
+
+    def _move(self, adapter: str, device: torch.device, dtype: torch.dtype) -> None:
+        for parameter in self.adapter_parameters(adapter):
+            parameter.data = parameter.data.to(device, dtype)
+
+    # What the kinds of layer differ in
+
+    def _make(self, adapter: str, config: LoRAConfig, name: str, rank: int) -> None:
+        """Put ``lora_A[adapter]`` and ``lora_B[adapter]`` in place."""
+        raise NotImplementedError
+
+    def _start(self, adapter: str, how: bool | str) -> None:
+        """Random ``lora_A`` and zero ``lora_B``, drawn in PEFT's order, so that the same seed gives the same numbers."""
+        if how is False:
+            return
+        down, up = self.lora_A[adapter].weight, self.lora_B[adapter].weight
+        assert isinstance(down, Tensor) and isinstance(up, Tensor)
+        if how == "gaussian":
+            nn.init.normal_(down, std=1.0 / down.shape[0])
+        else:
+            nn.init.kaiming_uniform_(down, a=math.sqrt(5))
+        nn.init.zeros_(up)
+
+    def pair(self, adapter: str) -> tuple[Tensor, Tensor]:
+        """Give B (out, r) and A (r, in · kernel) as matrices, with their gradients."""
+        raise NotImplementedError
+
+    def set_pair(self, adapter: str, left: Tensor, right: Tensor) -> None:
+        """Write B (out, r) and A (r, in · kernel), of the adapter's rank or another."""
+        raise NotImplementedError
+
+    def lora_product(self, adapter: str, x: Tensor, gain: float | Tensor) -> Tensor:
+        """Compute ``lora_B(gain · lora_A(x))``, scaled between the two, where there are only r numbers a token."""
+        raise NotImplementedError
+
+    def product_with(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Multiply the layer's inputs by another weight (out, in, *kernel)."""
+        raise NotImplementedError
+
+    def is_weight(self, adapter: str) -> bool:
+        """Say whether base and adapter together are one weight of the base's shape."""
+        return True
+
+    def is_zero_padded(self, adapter: str) -> bool:
+        """Say whether ``lora_A`` pads with zeros, as PEFT's does, where the base does not."""
+        return False
+
+    def differs_in_peft(self, adapter: str) -> bool:
+        """Say whether PEFT would compute another thing with these tensors, or refuse them."""
+        return False
+
+    def _as_magnitude(self, norms: Tensor) -> Tensor:
+        """(out,) in the shape that PEFT stores."""
+        return norms
+
+    def _over_outputs(self, values: Tensor) -> Tensor:
+        """(out,) in a shape that multiplies the layer's output."""
+        return values
+
+    # Forward
+
+    def gain(self, adapter: str) -> float | Tensor:
+        """Multiply the scaling by the learned factor where there is one."""
+        if adapter in self.lora_scale:
+            learned: Tensor = self.scaling[adapter] * self.lora_scale[adapter]
+            return learned
+        return self.scaling[adapter]
+
+    def norms(self, adapter: str) -> Tensor:
+        """Compute ‖W + scaling · BA‖ by rows, (out,), a constant for gradients."""
+        left, right = self.pair(adapter)
+        gain = self.gain(adapter)
+        gain = gain.detach() if isinstance(gain, Tensor) else gain
+        return row_norms(self.unmerged_base, left.detach() * gain, right.detach())
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Add the active adapters' contributions to the base's output, in the base's dtype."""
+        if self.disabled:
+            plain: Tensor = self.unmerged_base(x, *args, **kwargs)
+            return plain
+        running = () if self.merged_adapters else self.active_adapters
+        if running and self.form == "merged" and all(self.is_weight(adapter) for adapter in running):
+            return self._merged_forward(x)
+        base: Tensor = self.base_layer(x, *args, **kwargs)
+        result = base
+        for adapter in running:
+            result = result + self._contribution(adapter, x, base)
+        return result if result.dtype is base.dtype else result.to(base.dtype)
+
+    def _contribution(self, adapter: str, x: Tensor, base: Tensor) -> Tensor:
+        x = self._cast(x, adapter)
+        dropout = self.lora_dropout[adapter]
+        dropped = self._drop(dropout, x)
+        added = self.lora_product(adapter, dropped, self.gain(adapter))
+        if adapter not in self.lora_magnitude_vector:
+            return added
+        magnitude = self.lora_magnitude_vector[adapter].weight.flatten()
+        share = self._over_outputs(magnitude / _nonzero(self.norms(adapter), magnitude))
+        if dropped is not x:
+            # The adapter's dtype may be wider than the base's.
+            base = self.base_layer(dropped.to(base.dtype) if dropped.is_floating_point() else dropped)
+        bias = base_bias(self.unmerged_base)
+        plain = base if bias is None else base - self._over_outputs(bias)
+        return (share - 1) * plain + share * added
+
+    def _cast(self, x: Tensor, adapter: str) -> Tensor:
+        dtype = self.lora_A[adapter].weight.dtype
+        return x if x.dtype is dtype or torch.is_autocast_enabled(x.device.type) else x.to(dtype)
+
+    def _drop(self, dropout: nn.Module, x: Tensor) -> Tensor:
+        if isinstance(dropout, nn.Identity) or not dropout.training:
+            return x
+        dropped: Tensor = dropout(x)
+        return dropped
+
+    def _merged_forward(self, x: Tensor) -> Tensor:
+        """One product with the changed weight. Gradients reach A, B and the magnitudes as in the separate form."""
+        base = self.base_layer
+        if getattr(base, "_is_integer", False):
+            raise UsageError(
+                f'form: "merged" has no meaning on {type(base).__name__}, whose products are of integer codes; '
+                'use "separate"'
+            )
+        if self.training and any(self.configs[adapter].lora_dropout for adapter in self.active_adapters):
+            raise UsageError(
+                'form: "merged" cannot drop inputs of the adapter alone; set lora_dropout=0 or use "separate"'
+            )
+        weight, bias = self._changed_weight()
+        dtype = facts_of(base).dtype
+        x = x.to(weight.dtype) if x.is_floating_point() else x
+        return self.product_with(x, weight, None if bias is None else bias.to(weight.dtype)).to(dtype)
+
+    def _changed_weight(self) -> tuple[Tensor, Tensor | None]:
+        weight = base_weight(self.base_layer)
+        working = adapter_dtype(self.base_layer)
+        plain = weight.to(working)
+        total = plain
+        for adapter in self.active_adapters:
+            left, right = self.pair(adapter)
+            change = ((left * self.gain(adapter)) @ right).view(plain.shape)
+            if adapter in self.lora_magnitude_vector:
+                magnitude = self.lora_magnitude_vector[adapter].weight.flatten()
+                share = (magnitude / _nonzero(self.norms(adapter), magnitude)).view(-1, *[1] * (plain.ndim - 1))
+                change = (share - 1) * plain + share * change
+            total = total + change
+        return total, base_bias(self.base_layer)
+
+    # Merging
+
+    @property
+    def unmerged_base(self) -> nn.Module:
+        """The base without any adapter in it."""
+        kept = self.__dict__.get("_unmerged")
+        return self.base_layer if kept is None else kept
+
+    def change(self, adapters: Sequence[str] | None = None) -> Change:
+        """Compute what the adapters (default: the active ones) make of the weight, in float64, without gradients."""
+        names = self.active_adapters if adapters is None else adapters
+        lefts: list[Tensor] = []
+        rights: list[Tensor] = []
+        rows: Tensor | None = None
+        with torch.no_grad():
+            for adapter in names:
+                left, right = (side.detach().double() for side in self.pair(adapter))
+                gain = self.gain(adapter)
+                left = left * (gain.double() if isinstance(gain, Tensor) else gain)
+                if adapter in self.lora_magnitude_vector:
+                    magnitude = self.lora_magnitude_vector[adapter].weight.detach().double().flatten()
+                    share = magnitude / _nonzero(row_norms(self.unmerged_base, left, right), magnitude)
+                    rows = share if rows is None else rows + share - 1.0
+                    left = left * share[:, None]
+                lefts.append(left)
+                rights.append(right)
+        return Change(torch.cat(lefts, dim=1), torch.cat(rights), rows)
+
+    def take_merged(self, merged: nn.Module, adapters: Sequence[str], row: MergeRow) -> None:
+        """Run on a base that holds these adapters; the old one is kept for :meth:`unmerge`."""
+        self.__dict__["_unmerged"] = self.unmerged_base
+        self.base_layer = merged
+        self.merged_adapters, self.merge_row = tuple(adapters), row
+
+    def unmerge(self) -> None:
+        """Bring the base back as it was before merging, bit for bit; does nothing where nothing is merged."""
+        kept = self.__dict__.pop("_unmerged", None)
+        if kept is not None:
+            self.base_layer = kept
+        self.merged_adapters, self.merge_row = (), None
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        kept = self.__dict__.get("_unmerged")
+        if kept is not None and recurse:
+            kept._apply(fn, recurse)
+        return self
+
+    # What models read from the layer they hold
+
+    @property
+    def weight(self) -> Any:
+        """The base's, for models that look at it."""
+        if not hasattr(self.base_layer, "weight"):
+            raise AttributeError(f"{type(self.base_layer).__name__} has no weight")
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Any:
+        """The base's."""
+        return self.base_layer.bias
+
+    @property
+    def activations(self) -> Any:
+        """The base's, of a layer with integer codes."""
+        return self.base_layer.activations
+
+    @activations.setter
+    def activations(self, value: str) -> None:
+        base: Any
+        for base in (self.base_layer, self.unmerged_base):
+            base.activations = value
+
+    def extra_repr(self) -> str:
+        """Give what ``repr`` shows."""
+        ranks = ", ".join(f"{name}: r={self.rank_of(name)}" for name in self.configs)
+        return f"{ranks}, active={list(self.active_adapters)}, merged={list(self.merged_adapters)}"
+
+    def rank_of(self, adapter: str) -> int:
+        """Count the components of an adapter."""
+        return self.pair(adapter)[1].shape[0]
+
+    def require(self, adapter: str) -> None:
+        """Refuse an adapter that this layer does not have."""
+        if adapter not in self.configs:
+            raise AdapterError(f"adapter {adapter!r}: not on this layer, which has {', '.join(self.configs) or 'none'}")
+
+
+def _nonzero(norms: Tensor, magnitude: Tensor) -> Tensor:
+    """The norms, but for rows of zeros the magnitude itself: their ratio is 1, not NaN."""
+    fixed = magnitude.detach()
+    return torch.where(norms > 0, norms, torch.where(fixed > 0, fixed, torch.ones_like(fixed)))
