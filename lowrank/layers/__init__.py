@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from lowrank.layers import operators as _operators  # noqa: F401  (registers torch.ops.lowrank)
 from lowrank.layers.attention import QuantizedMultiheadAttention, call_every_layer
-from lowrank.layers.base import CompressedLayer, check_scales, compressed_layers
+from lowrank.layers.base import CompressedLayer, Role, declare_format
 from lowrank.layers.conv import SVDCompressedConv1d, SVDCompressedConv2d
 from lowrank.layers.embedding import LowRankEmbedding
 from lowrank.layers.linear import SVDCompressedLinear
+from lowrank.layers.model import check_scales, compressed_layers
 from lowrank.layers.quantized import QuantizedLinear
 from lowrank.layers.quantized_conv import QuantizedConv1d, QuantizedConv2d
 from lowrank.layers.quantized_conv_lowrank import QuantizedLowRankConv1d, QuantizedLowRankConv2d
@@ -28,8 +29,10 @@ __all__ = [
     # what all of them are
     "CompressedLayer",
     "LAYER_KINDS",
+    "Role",
     "check_scales",
     "compressed_layers",
+    "declare_format",
     # in place of nn.Linear
     "QuantizedLinear",
     "QuantizedLowRankLayer",
@@ -77,3 +80,24 @@ LAYER_KINDS: dict[str, type[CompressedLayer]] = {
         QuantizedMultiheadAttention,
     )
 }
+
+# TEMPORARY, until the formats of lowrank.compression.formats declare their classes where they are registered.
+for _name, _classes in {
+    "lowrank": (SVDCompressedLinear, LowRankEmbedding, SVDCompressedConv1d, SVDCompressedConv2d),
+    "lowrank-int8": (
+        QuantizedLowRankLayer,
+        QuantizedLowRankEmbedding,
+        QuantizedLowRankConv1d,
+        QuantizedLowRankConv2d,
+    ),
+    "int8": (
+        QuantizedLinear,
+        QuantizedEmbedding,
+        QuantizedConv1d,
+        QuantizedConv2d,
+        *RECURRENT.values(),
+        QuantizedMultiheadAttention,
+    ),
+}.items():
+    for _class in _classes:
+        declare_format(_class, _name)

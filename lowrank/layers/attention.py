@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank.errors import UsageError
-from lowrank.layers.base import CompressedLayer, check_activations, check_size, dtype_from_name
+from lowrank.layers.base import CompressedLayer
+from lowrank.layers.checks import INTEGER_ACTIVATIONS, check_activations, check_size
 from lowrank.layers.quantized import QuantizedLinear
+from lowrank.layers.weights import joined, split
 
 __all__ = ["QuantizedMultiheadAttention", "call_every_layer"]
 
@@ -48,8 +50,7 @@ class QuantizedMultiheadAttention(CompressedLayer):
         (torch.Size([3, 5, 8]), torch.Size([3, 5, 5]), torch.int8)
     """
 
-    _format: ClassVar[str] = "int8"
-    _is_integer: ClassVar[bool] = True
+    is_one_weight: ClassVar[bool] = False
     # Read by nn.TransformerEncoderLayer, whose fast path takes weights without calling this layer: it stands aside
     # where there is no packed bias.
     in_proj_bias: None = None
@@ -65,7 +66,7 @@ class QuantizedMultiheadAttention(CompressedLayer):
         vdim: int | None = None,
         batch_first: bool = False,
         n_bits: int = 8,
-        activations: str = "int8",
+        activations: str = INTEGER_ACTIVATIONS,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -93,7 +94,9 @@ class QuantizedMultiheadAttention(CompressedLayer):
     out_proj: QuantizedLinear
 
     @classmethod
-    def from_module(cls, module: nn.Module, *, bits: int = 8, activations: str = "int8") -> QuantizedMultiheadAttention:
+    def from_module(
+        cls, module: nn.Module, *, bits: int = 8, activations: str = INTEGER_ACTIVATIONS
+    ) -> QuantizedMultiheadAttention:
         """Round the projections of an ``nn.MultiheadAttention``; biases, dtype, device and mode are carried over.
 
         Raises:
@@ -142,9 +145,14 @@ class QuantizedMultiheadAttention(CompressedLayer):
         """See :meth:`CompressedLayer.original_key`."""
         return "in_proj_weight" if self._is_packed else "q_proj_weight"
 
-    def scale_lengths(self) -> dict[str, int]:
+    @property
+    def weight_names(self) -> tuple[str, ...]:
         """None of its own: the projections hold them."""
-        return {}
+        return ()
+
+    @property
+    def _projections(self) -> list[QuantizedLinear]:
+        return [getattr(self, name) for name in _PROJECTIONS]
 
     def dense_weights(self) -> dict[str, Tensor]:
         """Float32 weights by their names in the dense module."""
@@ -155,8 +163,20 @@ class QuantizedMultiheadAttention(CompressedLayer):
         return dict(zip(names, parts, strict=True))
 
     def dense_weight(self) -> Tensor:
-        """All weights, flattened and joined in the order of :meth:`dense_weights`, (1, elements) float32."""
-        return torch.cat([weight.flatten() for weight in self.dense_weights().values()])[None]
+        """Join all weights, flattened, in the order of :meth:`dense_weights`: (1, elements) float32."""
+        return joined(self.dense_weights().values())
+
+    def exact_weight(self) -> Tensor:
+        """See :meth:`CompressedLayer.exact_weight`."""
+        return joined(projection.exact_weight() for projection in self._projections)
+
+    def with_weight(self, weight: Tensor) -> QuantizedMultiheadAttention:
+        """Round other weights, joined as by :meth:`exact_weight`; see :meth:`CompressedLayer.with_weight`."""
+        parts = split(weight, [projection.shape for projection in self._projections], self.kind)
+        layer = self._like(None, weight.device)
+        for name, projection, part in zip(_PROJECTIONS, self._projections, parts, strict=True):
+            setattr(layer, name, projection.with_weight(part))
+        return layer
 
     def error_bound(self) -> float:
         """A bound of ‖W − W'‖_F over all four projections; see :meth:`IntegerLinear.error_bound`."""
@@ -185,17 +205,18 @@ class QuantizedMultiheadAttention(CompressedLayer):
         }
 
     @classmethod
-    def from_config(
-        cls, config: Mapping[str, Any], device: torch.device | str | None = None
-    ) -> QuantizedMultiheadAttention:
-        """See :meth:`CompressedLayer.from_config`."""
-        dtype = dtype_from_name(config["dtype"])
-        layer = cls(
-            **config["options"], n_bits=config["bits"], activations=config["activations"], device=device, dtype=dtype
-        )
-        for name, bound in zip(_PROJECTIONS, config["error_bounds"], strict=True):
-            getattr(layer, name).error_bound_value = bound
-        return layer
+    def _arguments(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        how = {"n_bits": config["bits"], "activations": config["activations"]}
+        return super()._arguments(config) | how | dict(config["options"])
+
+    def _restore(self, config: Mapping[str, Any]) -> None:
+        for projection, bound in zip(self._projections, config["error_bounds"], strict=True):
+            projection.error_bound_value = bound
+
+    def forget_source(self) -> None:
+        """See :meth:`CompressedLayer.forget_source`."""
+        for projection in self._projections:
+            projection.forget_source()
 
     def extra_repr(self) -> str:
         """What ``repr`` shows."""

@@ -2,68 +2,112 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from lowrank.errors import CheckpointError, RankError, UsageError
+from lowrank.errors import UsageError
+from lowrank.layers.checks import ACTIVATIONS, FLOAT_ACTIVATIONS, INTEGER_ACTIVATIONS, dtype_from_name
+from lowrank.layers.roles import CODES, FLOAT, SCALE, Role
+from lowrank.layers.spec import LayerSpec
 
 __all__ = [
     "ACTIVATIONS",
     "FLOAT_ACTIVATIONS",
     "INTEGER_ACTIVATIONS",
     "CompressedLayer",
-    "check_activations",
-    "check_scales",
-    "check_size",
-    "compressed_layers",
-    "dtype_from_name",
+    "Role",
+    "declare_format",
     "graph_is_made",
 ]
 
-# How products are made where weights are codes: activations rounded to integers too, or left as they are (weight-only).
-INTEGER_ACTIVATIONS = "int8"
-FLOAT_ACTIVATIONS = "float"
-ACTIVATIONS = (INTEGER_ACTIVATIONS, FLOAT_ACTIVATIONS)
 _Layer = TypeVar("_Layer", bound="CompressedLayer")
+_Holds = Callable[["CompressedLayer"], bool]
+_declared: dict[type[nn.Module], dict[str, _Holds | None]] = {}
+
+
+def declare_format(kind: type[CompressedLayer], name: str, holds: _Holds | None = None) -> None:
+    """Say which format the layers of a class are of; subclasses inherit it, and the format declared first wins.
+
+    Args:
+        kind: the class.
+        name: of the format.
+        holds: tells the layers that are of this format, where a class serves several; all of them if left out.
+    """
+    _declared.setdefault(kind, {})[name] = holds
 
 
 class CompressedLayer(nn.Module):
     """Base of the layers that stand in for a dense one.
 
+    A layer says for itself what it holds (:meth:`roles`, :attr:`spec`), which weight that makes (:meth:`dense_weight`,
+    :meth:`exact_weight`, :meth:`factors`), and how a layer like it holds another one (:meth:`with_weight`, :meth:`with_factors`,
+    :meth:`appended`).
+
     Attributes:
         kind: the class name; the key of ``LAYER_KINDS``.
         dtype: of the model around it: of the parameters, and of an embedding's output. Scales are float32 whatever it
             is.
+        activations: how products with codes are made, ``"int8"`` or ``"float"``; ``None`` where there are none.
+        scheme: how a convolution's kernel is cut in two; ``None`` where it is not.
+        looks_up: whether rows are looked up and not multiplied, so that the weight is held as (in, out).
+        is_one_weight: whether there is one matrix or kernel; not so for recurrent layers and attention.
+        trains_rounded: whether :meth:`rounded_forward` and what belongs to it are there.
 
     Example:
         >>> from lowrank.layers import QuantizedLinear
         >>> layer = QuantizedLinear(4, 2)
         >>> layer.kind, layer.format, layer.bits, layer.rank, layer.shape, layer.stored_bytes
         ('QuantizedLinear', 'int8', 8, None, (2, 4), 24)
+        >>> layer.roles()["codes"], layer.spec.activations
+        (Role(kind='codes', bits=8, packed=False), 'int8')
     """
 
     kind: ClassVar[str] = "CompressedLayer"
-    _format: ClassVar[str] = ""
-    _is_integer: ClassVar[bool] = False
+    looks_up: ClassVar[bool] = False
+    is_one_weight: ClassVar[bool] = True
+    trains_rounded: ClassVar[bool] = False
     dtype: torch.dtype
-    n_bits: int
+    n_bits: int | None = None
+    activations: str | None = None
+    scheme: str | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         cls.kind = cls.__name__
 
+    # What it is
+
     @property
     def format(self) -> str:
-        """``"lowrank"``, ``"lowrank-int8"`` or ``"int8"``."""
-        return self._format
+        """Name of the format that was declared for the layer; see :func:`declare_format`.
+
+        Raises:
+            UsageError: none was.
+        """
+        for kind in type(self).__mro__:
+            for name, holds in _declared.get(kind, {}).items():
+                if holds is None or holds(self):
+                    return name
+        raise UsageError(f"format: none is declared for {self.kind}; call declare_format for it")
+
+    @property
+    def spec(self) -> LayerSpec:
+        """Format, rank, bits, activations and scheme in one value."""
+        return LayerSpec(self.format, self.rank, self.bits, self.activations, self.scheme)
 
     @property
     def bits(self) -> int | None:
         """Bits a code uses (each is stored in a byte); ``None`` for float factors."""
-        return self.n_bits if self._is_integer else None
+        return self.n_bits
+
+    # TEMPORARY, until lora asks for ``bits``.
+    @property
+    def _is_integer(self) -> bool:
+        return self.bits is not None
 
     @property
     def rank(self) -> int | None:
@@ -76,6 +120,16 @@ class CompressedLayer(nn.Module):
         raise NotImplementedError
 
     @property
+    def groups(self) -> int:
+        """Into so many runs a convolution's channels are cut, each with rank components of its own; 1 for all else."""
+        return 1
+
+    @staticmethod
+    def rank_limit(shape: Sequence[int], scheme: str | None = None, groups: int = 1) -> int:
+        """Give the largest rank (of each group) that a weight of this shape can use."""
+        return min(shape[0] // groups, math.prod(shape[1:]))
+
+    @property
     def stored_bytes(self) -> int:
         """Bytes of the tensors that a file holds for this layer."""
         return sum(tensor.nbytes for tensor in self.state_dict().values())
@@ -85,16 +139,158 @@ class CompressedLayer(nn.Module):
         """A tensor that the dense layer has in a file and this one has not."""
         return "weight"
 
-    def scale_lengths(self) -> dict[str, int]:
-        """How many numbers each scale of this layer has, by its name; empty for float factors."""
-        return {"scale": self.shape[0] if self.rank is None else self.rank} if self._is_integer else {}
+    # What it holds
 
-    def dense_weight(self) -> Tensor:
-        """The weight that this layer stands for, (out, in) or (num, dim), in its dtype or float32 for integer codes."""
+    @property
+    def weight_names(self) -> tuple[str, ...]:
+        """Names of the layer's own tensors that make its weight: all but biases, and but those of layers inside."""
         raise NotImplementedError
 
+    def scale_lengths(self) -> dict[str, int]:
+        """Give how many numbers each scale of this layer has, by its name; empty for float factors."""
+        return {}
+
+    def roles(self) -> dict[str, Role]:
+        """Say what every tensor of the ``state_dict`` is, those of layers inside included."""
+        own: dict[str, dict[str, Role]] = {}
+        found: dict[str, Role] = {}
+        for name in self.state_dict():
+            path, _, leaf = name.rpartition(".")
+            if path not in own:
+                part = self.get_submodule(path)
+                own[path] = part._own_roles() if isinstance(part, CompressedLayer) else {}
+            found[name] = own[path].get(leaf, Role(FLOAT))
+        return found
+
+    def _own_roles(self) -> dict[str, Role]:
+        """Say what the layer's own tensors are that are no floats."""
+        if self.bits is None:
+            return {}
+        scales = self.scale_lengths()
+        return {name: Role(SCALE) if name in scales else Role(CODES, self.bits) for name in self.weight_names}
+
+    def share_tensors(self, owner: CompressedLayer) -> None:
+        """Hold the very tensors that make the weight of another layer, which is tied to this one.
+
+        Raises:
+            UsageError: that layer holds its weight in another way.
+        """
+        if owner.weight_names != self.weight_names or owner.shape != self.shape:
+            raise UsageError(
+                f"owner: a {self.kind} of shape {self.shape} cannot share the tensors of a {owner.kind} of shape {owner.shape}"
+            )
+        for name in self.weight_names:
+            setattr(self, name, getattr(owner, name))
+
+    # The weight that it stands for
+
+    def dense_weight(self) -> Tensor:
+        """Make the weight that this layer stands for, (out, in) or (num, dim), in its dtype or float32 for integer codes."""
+        raise NotImplementedError
+
+    def factors(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor] | None:
+        """Give ``left`` (out, rank) and ``right`` (rank, in · kernel), whose product the weight is, without a gradient.
+
+        An embedding counts as a linear layer on one-hot inputs: out is the embedding's dimension, in the number of its rows.
+
+        Returns:
+            ``None`` where the layer is no such product: codes of one matrix, convolutions in the spatial form or with groups.
+        """
+        return None
+
+    def exact_weight(self) -> Tensor:
+        """Make the weight in float64, products of factors, codes and scales not rounded on the way.
+
+        Returns:
+            (out, in, *kernel), an embedding's transposed; of layers with several weights as :meth:`dense_weight` joins them.
+        """
+        pair = self.factors()
+        if pair is not None:
+            product = pair[0] @ pair[1]
+            return product if self.looks_up else product.view(self.shape)
+        dense = self.dense_weight().detach().double()
+        return dense.T if self.looks_up else dense
+
+    # Layers like it
+
+    def with_weight(self, weight: Tensor) -> CompressedLayer:
+        """Make a layer of the same configuration and bias for another weight: codes rounded anew, factors the best of this rank.
+
+        Args:
+            weight: as :meth:`exact_weight` gives it; a kernel may be flattened to (out, in · kernel).
+
+        Raises:
+            RankError: another shape.
+            NumericsError: NaN or Inf in it.
+        """
+        raise UsageError(f"with_weight: a {self.kind} takes no other weight")
+
+    def with_factors(self, left: Tensor, right: Tensor) -> CompressedLayer:
+        """Make a layer of the same configuration and bias with other factors, of any rank: balanced, or rounded anew.
+
+        Args:
+            left: (out, r) float64, oriented as of :meth:`factors`.
+            right: (r, in · kernel) float64.
+
+        Raises:
+            UsageError: the layer is no product of two factors (:meth:`factors` gives ``None``).
+            RankError: more components than the weight can use.
+        """
+        raise UsageError(f"with_factors: a {self.kind} has no factors; give it a weight by with_weight")
+
+    def appended(self, left: Tensor, right: Tensor, rows: Tensor | None = None) -> CompressedLayer:
+        """Make a layer with components beside its own; codes that it has stay as they are.
+
+        Args:
+            left: (out, r) float64, oriented as of :meth:`factors`.
+            right: (r, in · kernel) float64.
+            rows: (out,), what the outputs of its own components are multiplied by; only without codes.
+
+        Raises:
+            UsageError: as :meth:`with_factors`; or rows are given, which codes with one scale a component cannot follow.
+            RankError: more components than the weight can use.
+        """
+        raise UsageError(f"appended: a {self.kind} has no factors to append to; give it a weight by with_weight")
+
+    def _like(self: _Layer, rank: int | None, device: torch.device) -> _Layer:
+        """A layer of the same configuration and bias, its other tensors still to be filled."""
+        layer = type(self).from_config(self.config() | {"rank": rank}, device=device)
+        layer.forget_source()
+        with torch.no_grad():
+            for name, bias in self.named_parameters(recurse=False):
+                if name not in self.weight_names:
+                    layer.get_parameter(name).copy_(bias).requires_grad_(bias.requires_grad)
+        return layer.train(self.training)
+
+    def forget_source(self) -> None:
+        """Drop what is known of the weight that the layer was made from, once its numbers have moved."""
+
+    # Training it
+
+    def trainable(self, dense: nn.Module | None = None) -> nn.Module:
+        """Make a module of floats that training moves: the layer's numbers, or those that they were rounded from.
+
+        Args:
+            dense: the layer that this one was made from, if that is still known; it counts where its rounding is this layer itself.
+        """
+        raise UsageError(f"trainable: a {self.kind} has no codes that training could round anew")
+
+    def rounded_forward(self, floats: nn.Module, x: Tensor) -> Tensor:
+        """Do what the layer of these numbers rounded would do to x, activations in float; gradients go straight through the rounding.
+
+        Args:
+            floats: what :meth:`trainable` gave.
+        """
+        raise UsageError(f"rounded_forward: a {self.kind} has no codes that training could round anew")
+
+    def with_floats(self, floats: nn.Module) -> CompressedLayer:
+        """Make a layer of the same kind, rank, bits and activations of numbers that were trained."""
+        raise UsageError(f"with_floats: a {self.kind} has no codes that training could round anew")
+
+    # On disk
+
     def config(self) -> dict[str, Any]:
-        """All that is needed to build a layer of the same tensors, as plain JSON."""
+        """Give all that is needed to build a layer of the same tensors, as plain JSON; :class:`LayerSpec` reads its spec out of it."""
         return {
             "kind": self.kind,
             "format": self.format,
@@ -106,13 +302,28 @@ class CompressedLayer(nn.Module):
 
     @classmethod
     def from_config(cls: type[_Layer], config: Mapping[str, Any], device: torch.device | str | None = None) -> _Layer:
-        """A layer with tensors of the configured shapes; loading fills in the values.
+        """Make a layer with tensors of the configured shapes; loading fills in the values.
 
         Args:
             config: what :meth:`config` gave.
             device: where to allocate, ``"meta"`` included.
         """
-        raise NotImplementedError
+        layer = cls._allocate(cls._arguments(config), device)
+        layer._restore(config)
+        return layer
+
+    @classmethod
+    def _arguments(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The constructor's arguments that a configuration holds."""
+        return {"dtype": dtype_from_name(config["dtype"])}
+
+    @classmethod
+    def _allocate(cls: type[_Layer], arguments: Mapping[str, Any], device: torch.device | str | None) -> _Layer:
+        """A layer whose values are about to be overwritten."""
+        return cls(**arguments, device=device)
+
+    def _restore(self, config: Mapping[str, Any]) -> None:
+        """Take over what a configuration holds beside the constructor's arguments."""
 
     def _apply(self: _Layer, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Layer:
         before = {name: buffer for name, buffer in self._buffers.items() if name in self.scale_lengths()}
@@ -146,91 +357,3 @@ def graph_is_made() -> bool:
     """
     # torch.jit.trace does not see what the native library writes: it would record memory that nobody filled.
     return torch.compiler.is_compiling() or torch._C._is_tracing()
-
-
-def compressed_layers(model: nn.Module) -> dict[str, CompressedLayer]:
-    """The compressed layers of a model by name, without those that are part of another one.
-
-    Example:
-        >>> from lowrank.layers import QuantizedLinear, QuantizedMultiheadAttention
-        >>> list(compressed_layers(nn.Sequential(QuantizedLinear(4, 2), QuantizedMultiheadAttention(4, 2))))
-        ['0', '1']
-    """
-    found: dict[str, CompressedLayer] = {}
-    parts: set[int] = set()
-    for name, module in model.named_modules():
-        if isinstance(module, CompressedLayer) and id(module) not in parts:
-            found[name] = module
-            parts.update(id(part) for part in module.modules())
-    return found
-
-
-def check_scales(layer: nn.Module, name: str) -> None:
-    """Refuse a loaded layer whose scale is missing, of the wrong shape or dtype, or not positive and finite.
-
-    Args:
-        layer: any compressed layer; one without integer codes has no scale and passes.
-        name: of the layer, for the message.
-
-    Raises:
-        CheckpointError: says which rule the scale breaks, and where.
-
-    Example:
-        >>> from lowrank.layers import QuantizedLinear
-        >>> check_scales(QuantizedLinear(4, 2), "head")
-    """
-    for prefix, module in layer.named_modules(prefix=name):
-        if isinstance(module, CompressedLayer):
-            for leaf, length in module.scale_lengths().items():
-                _check_scale(getattr(module, leaf, None), prefix, leaf, length)
-
-
-def _check_scale(scale: object, name: str, leaf: str, length: int) -> None:
-    if not isinstance(scale, Tensor):
-        raise CheckpointError(
-            f"layer {name}: has integer codes but no {leaf}; the file is damaged, compress the model again"
-        )
-    if scale.shape != (length,) or scale.dtype != torch.float32:
-        raise CheckpointError(
-            f"layer {name}: {leaf} must be float32 of shape ({length},), got {scale.dtype} of shape {tuple(scale.shape)}"
-        )
-    wrong = ~(torch.isfinite(scale) & (scale > 0))
-    if bool(wrong.any()):
-        index = int(torch.nonzero(wrong)[0])
-        raise CheckpointError(
-            f"layer {name}: {leaf}[{index}] is {float(scale[index])}; every scale must be positive and finite"
-        )
-
-
-def check_size(value: object, name: str, low: int = 1) -> int:
-    """A size as an int.
-
-    Raises:
-        RankError: not an integer of at least ``low``.
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise RankError(f"{name}: must be an integer of at least {low}, got {value!r}")
-    return value
-
-
-def check_activations(value: object) -> str:
-    """``"int8"`` or ``"float"``.
-
-    Raises:
-        UsageError: anything else.
-    """
-    if value not in ACTIVATIONS:
-        raise UsageError(f'activations: must be "int8" (integer products) or "float" (weight-only), got {value!r}')
-    return str(value)
-
-
-def dtype_from_name(name: object) -> torch.dtype:
-    """``torch.float32`` for ``"float32"``.
-
-    Raises:
-        UsageError: not the name of a floating dtype.
-    """
-    dtype = getattr(torch, name, None) if isinstance(name, str) else None
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise UsageError(f'dtype: must name a floating dtype such as "float32", got {name!r}')
-    return dtype

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lowrank.errors import RankError
-from lowrank.layers.base import dtype_from_name
+from lowrank.layers.base import CompressedLayer
 from lowrank.layers.conv_base import ConvLayer, Sizes, conv_parts, float_conv, kernel_error
-from lowrank.layers.linear import balanced
+from lowrank.layers.factors import balanced
 from lowrank.layers.source import carry_over, choose_rank
+from lowrank.layers.weights import FactoredWeight, FloatFactors, matrix_for
 from lowrank.numerics.conv_factors import ConvFactors, check_scheme, compose, factorize_conv
 from lowrank.numerics.convolutions import ConvGeometry
 from lowrank.numerics.factors import Factors, check_rank
@@ -29,9 +30,10 @@ __all__ = [
 ]
 
 _Layer = TypeVar("_Layer", bound="SVDCompressedConv")
+_Factored = TypeVar("_Factored", bound="FactoredConv")
 
 
-class FactoredConv(ConvLayer):
+class FactoredConv(FactoredWeight, ConvLayer):
     """Base of the layers that are two convolutions in a row, float or int8.
 
     Attributes:
@@ -51,34 +53,56 @@ class FactoredConv(ConvLayer):
             RankError: the rank is out of range.
         """
         self.scheme = check_scheme(scheme, self.dims)
-        geometry, outputs = self.geometry, self.out_channels // self.groups
+        geometry = self.geometry
         inputs = self.in_channels // self.groups
         if scheme == "spatial":
             self.first_geometry, self.second_geometry = geometry.along(0), geometry.along(1)
-            height, width = geometry.kernel_size
-            most = min(inputs * height, outputs * width)
         else:
             self.first_geometry, self.second_geometry = geometry, geometry.pointwise()
-            most = min(inputs * math.prod(geometry.kernel_size), outputs)
-        rank = check_rank(rank, most)
+        rank = check_rank(rank, self.rank_limit(self.shape, scheme, self.groups))
         return (
             (rank * self.groups, inputs, *self.first_geometry.kernel_size),
             (self.out_channels, rank, *self.second_geometry.kernel_size),
         )
 
+    @staticmethod
+    def rank_limit(shape: Sequence[int], scheme: str | None = None, groups: int = 1) -> int:
+        """See :meth:`CompressedLayer.rank_limit`."""
+        if scheme == "spatial" and len(shape) == 4:
+            outputs, inputs, height, width = shape
+            return min(inputs * height, outputs // groups * width)
+        return CompressedLayer.rank_limit(shape, scheme, groups)
+
+    @property
+    def is_product(self) -> bool:
+        """Whether the kernel, as a matrix, is the product of the two: in the channel form, without groups."""
+        return self.scheme == "channel" and self.groups == 1
+
+    def with_weight(self: _Factored, weight: Tensor) -> _Factored:
+        """Factor another kernel in the same form; see :meth:`CompressedLayer.with_weight`."""
+        kernel = matrix_for(self, weight).view(self.shape)
+        curve = factorize_conv(kernel, scheme=self.scheme, groups=self.groups, shift_bias=False)
+        return self._of_kernels(curve.factors(self._components))
+
+    def _of_kernels(self: _Factored, factors: ConvFactors) -> _Factored:
+        """A layer like this one of other kernels of the same rank."""
+        raise NotImplementedError
+
     def config(self) -> dict[str, Any]:
         """See :meth:`CompressedLayer.config`."""
         return super().config() | {"scheme": self.scheme}
+
+    @classmethod
+    def _arguments(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        return super()._arguments(config) | {"scheme": config["scheme"]}
 
     def extra_repr(self) -> str:
         """What ``repr`` shows."""
         return f"{super().extra_repr()}, scheme={self.scheme!r}"
 
 
-class SVDCompressedConv(FactoredConv):
+class SVDCompressedConv(FloatFactors, FactoredConv):
     """``y = conv(conv(x, right), left) + bias``; see :class:`SVDCompressedConv2d`."""
-
-    _format: ClassVar[str] = "lowrank"
 
     def __init__(
         self,
@@ -176,17 +200,6 @@ class SVDCompressedConv(FactoredConv):
         carry_over(conv, layer)
         return layer
 
-    @classmethod
-    def _allocate(cls: type[_Layer], arguments: Mapping[str, Any], device: torch.device | str | None) -> _Layer:
-        """A layer whose values are about to be overwritten: nothing is drawn from the caller's random numbers."""
-        layer = cls(**arguments, device="meta")
-        return layer if str(device) == "meta" else layer.to_empty(device=device or "cpu")
-
-    @property
-    def rank(self) -> int:
-        """Number of rank components of each group."""
-        return self.left.shape[1]
-
     def forward(self, x: Tensor) -> Tensor:
         """(B, in, *size) to (B, out, *output size), or both without B."""
         batched = self._batched(x)
@@ -211,13 +224,12 @@ class SVDCompressedConv(FactoredConv):
         """See :meth:`CompressedLayer.config`."""
         return super().config() | {"truncation_error": self.truncation_error}
 
-    @classmethod
-    def from_config(cls: type[_Layer], config: Mapping[str, Any], device: torch.device | str | None = None) -> _Layer:
-        """See :meth:`CompressedLayer.from_config`."""
-        arguments = cls._arguments(config) | {"rank": config["rank"], "scheme": config["scheme"]}
-        layer = cls._allocate(arguments | {"dtype": dtype_from_name(config["dtype"])}, device)
-        layer.truncation_error = config.get("truncation_error")
-        return layer
+    def _restore(self, config: Mapping[str, Any]) -> None:
+        self.truncation_error = config.get("truncation_error")
+
+    def _of_kernels(self: _Layer, factors: ConvFactors) -> _Layer:
+        right, left = balanced_kernels(factors, self.groups, self.left.dtype)
+        return self._of_matrices(left, right)
 
 
 class SVDCompressedConv1d(SVDCompressedConv):

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank.errors import RankError, UsageError
-from lowrank.layers.base import CompressedLayer, check_size
+from lowrank.layers.base import CompressedLayer
+from lowrank.layers.checks import check_size
 from lowrank.layers.source import error_in
 from lowrank.numerics.convolutions import ConvGeometry, pad_input
 from lowrank.numerics.moments import InputStatistics
@@ -136,7 +137,8 @@ class ConvLayer(CompressedLayer):
         outputs, in_group, *kernel = config["shape"]
         if tuple(kernel) != geometry.kernel_size or geometry.dims != cls.dims:
             raise UsageError(f"shape: {config['shape']} is not a {cls.kind} with a kernel of {geometry.kernel_size}")
-        return cls._as_arguments(geometry, in_group * geometry.groups, outputs) | {"bias": config["bias"]}
+        sizes = cls._as_arguments(geometry, in_group * geometry.groups, outputs)
+        return super()._arguments(config) | sizes | {"bias": config["bias"]}
 
     @staticmethod
     def _as_arguments(geometry: ConvGeometry, in_channels: int, out_channels: int) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from torch.nn.grad import conv1d_input, conv2d_input
 
 from lowrank.kernels import IntegerConv
 from lowrank.layers.base import graph_is_made
+from lowrank.layers.checks import INTEGER_ACTIVATIONS
 from lowrank.layers.conv_base import ConvLayer
 from lowrank.layers.integer_layer import IntegerLayer
 from lowrank.numerics.convolutions import ConvGeometry, pad_input
@@ -49,7 +50,7 @@ class IntegerConvLayer(ConvLayer, IntegerLayer):
         Gradients reach the input, as if its rounding were not there, and the bias.
         """
         batched = self._batched(x)
-        rounded = self.activations == "int8"
+        rounded = self.activations == INTEGER_ACTIVATIONS
         working = torch.float64 if x.dtype == torch.float64 and not rounded else torch.float32
         y = batched if batched.dtype == working else batched.to(working)
         bias = self.bias if self.bias is None or self.bias.dtype == working else self.bias.to(working)

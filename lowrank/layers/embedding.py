@@ -10,9 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank.errors import RankError, UsageError
-from lowrank.layers.base import CompressedLayer, check_size, dtype_from_name
-from lowrank.layers.linear import balanced
+from lowrank.layers.base import CompressedLayer
+from lowrank.layers.checks import check_size
+from lowrank.layers.factors import balanced
 from lowrank.layers.source import choose_rank, error_in, require_embedding
+from lowrank.layers.weights import FloatFactors
 from lowrank.numerics.factors import Factors, check_rank, factorize_embedding
 from lowrank.numerics.moments import TokenCounts
 
@@ -22,6 +24,7 @@ __all__ = ["CompressedEmbedding", "LowRankEmbedding", "check_fit", "table_error"
 class CompressedEmbedding(CompressedLayer):
     """Base of the embeddings: a table's shape, its padding row and its configuration."""
 
+    looks_up: ClassVar[bool] = True
     padding_idx: int | None
 
     def __init__(
@@ -44,6 +47,12 @@ class CompressedEmbedding(CompressedLayer):
         """See :meth:`CompressedLayer.config`."""
         return super().config() | {"padding_idx": self.padding_idx}
 
+    @classmethod
+    def _arguments(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        rows, columns = config["shape"]
+        sizes = {"num_embeddings": rows, "embedding_dim": columns, "padding_idx": config["padding_idx"]}
+        return super()._arguments(config) | sizes
+
     def extra_repr(self) -> str:
         """What ``repr`` shows."""
         parts = [str(self.num_embeddings), str(self.embedding_dim)]
@@ -53,7 +62,7 @@ class CompressedEmbedding(CompressedLayer):
         return ", ".join(parts)
 
 
-class LowRankEmbedding(CompressedEmbedding):
+class LowRankEmbedding(FloatFactors, CompressedEmbedding):
     """``left[ids] @ right``, trainable.
 
     Args:
@@ -73,8 +82,6 @@ class LowRankEmbedding(CompressedEmbedding):
         >>> layer(torch.tensor([[1, 9]])).shape
         torch.Size([1, 2, 4])
     """
-
-    _format: ClassVar[str] = "lowrank"
 
     def __init__(
         self,
@@ -138,11 +145,6 @@ class LowRankEmbedding(CompressedEmbedding):
             parameter.requires_grad_(source.weight.requires_grad)
         return layer.train(source.training)
 
-    @property
-    def rank(self) -> int:
-        """Number of rank components."""
-        return self.left.shape[1]
-
     def forward(self, ids: Tensor) -> Tensor:
         """(...) integers to (..., embedding_dim)."""
         return F.embedding(ids, self.left, self.padding_idx) @ self.right
@@ -150,14 +152,6 @@ class LowRankEmbedding(CompressedEmbedding):
     def dense_weight(self) -> Tensor:
         """``left @ right``, (num, dim), multiplied in float64 and rounded once."""
         return (self.left.double() @ self.right.double()).to(self.left.dtype)
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any], device: torch.device | str | None = None) -> LowRankEmbedding:
-        """See :meth:`CompressedLayer.from_config`."""
-        rows, columns = config["shape"]
-        dtype = dtype_from_name(config["dtype"])
-        layer = cls(rows, columns, config["rank"], config["padding_idx"], "meta", dtype)
-        return layer if str(device) == "meta" else layer.to_empty(device=device or "cpu")
 
 
 def check_fit(factors: Factors, embedding: nn.Embedding) -> None:

@@ -11,21 +11,15 @@ from lowrank.errors import UsageError
 from lowrank.kernels import IntegerWeight
 from lowrank.kernels.activations import pieces_for
 from lowrank.layers.base import graph_is_made
+from lowrank.layers.checks import FLOAT_ACTIVATIONS, INTEGER_ACTIVATIONS
 from lowrank.layers.integer_layer import IntegerLayer
+from lowrank.layers.linear import LinearLayer
 
 __all__ = ["IntegerLinear"]
 
 
-class IntegerLinear(IntegerLayer):
+class IntegerLinear(LinearLayer, IntegerLayer):
     """Base of the linear layers whose weight is held as int8 codes; ``activations="int8"`` rounds each token."""
-
-    in_features: int
-    out_features: int
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(out_features, in_features)."""
-        return self.out_features, self.in_features
 
     def codes_to_multiply(self) -> tuple[Tensor, ...]:
         """The codes in the order of the products."""
@@ -65,14 +59,16 @@ class IntegerLinear(IntegerLayer):
                 f"got {x.dtype} {tuple(x.shape)}"
             )
         dtype = x.dtype
-        if dtype is torch.float32 or (dtype is torch.float64 and self.activations == "float"):
+        if dtype is torch.float32 or (dtype is torch.float64 and self.activations == FLOAT_ACTIVATIONS):
             working = dtype
         else:
             working = torch.float32
             x = x.to(working)
         if bias is not None and bias.dtype is not working:
             bias = bias.to(working)
-        result: Tensor = self.prepared().product(x, bias, 0 if self.activations == "int8" else pieces_for(dtype))
+        result: Tensor = self.prepared().product(
+            x, bias, 0 if self.activations == INTEGER_ACTIVATIONS else pieces_for(dtype)
+        )
         return result if result.dtype is dtype else result.to(dtype)
 
     def extra_repr(self) -> str:

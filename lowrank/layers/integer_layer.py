@@ -2,46 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from operator import is_
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from lowrank.errors import UsageError
-from lowrank.layers.base import CompressedLayer, check_activations
+from lowrank.layers.checks import check_activations
+from lowrank.layers.weights import Codes
 
 __all__ = ["IntegerLayer"]
 
+_Layer = TypeVar("_Layer", bound="IntegerLayer")
 
-class IntegerLayer(CompressedLayer):
-    """Base of the layers whose weight is held as int8 codes, with a bias or without.
+
+class IntegerLayer(Codes):
+    """Base of the layers that multiply int8 codes, with a bias or without.
 
     Attributes:
         activations: ``"int8"`` rounds what comes in and multiplies integers; ``"float"`` leaves the activations as they are
             (weight-only). May be set at any time.
-        error_bound_value: bound of ‖W − W'‖_F, or ``None`` for a layer made from scratch.
     """
 
-    _is_integer: ClassVar[bool] = True
+    trains_rounded: ClassVar[bool] = True
+    activations: str
     bias: nn.Parameter | None
-    scale: Tensor
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "activations":
             value = check_activations(value)
         super().__setattr__(name, value)
 
-    def codes_and_scale(self) -> tuple[Tensor, ...]:
-        """The integer tensors and, last, the scale."""
-        raise NotImplementedError
-
     def derive(self) -> Any:
-        """What :meth:`prepared` keeps."""
+        """Make what :meth:`prepared` keeps."""
         raise NotImplementedError
 
     def prepared(self) -> Any:
-        """What is derived from the codes and the scale, made anew when one of them is replaced or written to.
+        """Give what is derived from the codes and the scale, made anew when one of them is replaced or written to.
 
         Tensors made in inference mode do not tell that they were written to: replace such a one instead.
         """
@@ -56,23 +54,47 @@ class IntegerLayer(CompressedLayer):
 
     def config(self) -> dict[str, Any]:
         """See :meth:`CompressedLayer.config`."""
-        return super().config() | {
-            "bias": self.bias is not None,
-            "activations": self.activations,
-            "error_bound": self.error_bound_value,
-        }
+        config = super().config()
+        # Last, where directories that are on disk already have it.
+        bound = config.pop("error_bound")
+        return config | {"bias": self.bias is not None, "activations": self.activations, "error_bound": bound}
 
-    def error_bound(self) -> float:
-        """A bound of ‖W − W'‖_F, W the weight that the layer was made from: truncation plus half a step of every scale.
+    @classmethod
+    def _arguments(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        return super()._arguments(config) | {"activations": config["activations"]}
 
-        Raises:
-            UsageError: the layer was made from scratch, so there is nothing to compare with.
-        """
-        if self.error_bound_value is None:
-            raise UsageError(
-                f"error_bound: this {self.kind} was not made from a weight; make it from the dense or the factored layer"
-            )
-        return self.error_bound_value
+    def trainable(self, dense: nn.Module | None = None) -> nn.Module:
+        """See :meth:`CompressedLayer.trainable`."""
+        floats = self.dequantize()
+        if dense is not None:
+            self._sharpen(floats, dense)
+        return floats
+
+    def dequantize(self) -> nn.Module:
+        """Make a float layer of the rounded numbers, in the dtype of the model."""
+        raise NotImplementedError
+
+    def _sharpen(self, floats: nn.Module, dense: nn.Module) -> None:
+        """Let the floats begin at the numbers of a dense layer, where this one is its rounding."""
+
+    def rounded_forward(self, floats: nn.Module, x: Tensor) -> Tensor:
+        """See :meth:`CompressedLayer.rounded_forward`."""
+        result: Tensor = torch.func.functional_call(floats, self._rounded_weights(floats), (x,))
+        return result
+
+    def _rounded_weights(self, floats: nn.Module) -> dict[str, Tensor]:
+        """The floats' weights by name, rounded, with gradients straight through."""
+        raise NotImplementedError
+
+    def with_floats(self: _Layer, floats: nn.Module) -> _Layer:
+        """See :meth:`CompressedLayer.with_floats`."""
+        layer = self._from_floats(floats)
+        if layer.bias is not None:
+            layer.bias.requires_grad_(self.bias is not None and self.bias.requires_grad)
+        return layer.train(self.training)
+
+    def _from_floats(self: _Layer, floats: Any) -> _Layer:
+        raise NotImplementedError
 
     def allocate_bias(self, bias: bool, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
         """Register ``bias`` and note the dtype of the model."""
@@ -86,6 +108,3 @@ class IntegerLayer(CompressedLayer):
         with torch.no_grad():
             self.bias.copy_(bias)
         self.bias.requires_grad_(bias.requires_grad)
-
-    activations: str
-    error_bound_value: float | None

@@ -4,22 +4,61 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank.errors import RankError
-from lowrank.layers.base import CompressedLayer, check_size, dtype_from_name
+from lowrank.layers.base import CompressedLayer
+from lowrank.layers.checks import check_size
+from lowrank.layers.factors import balanced
 from lowrank.layers.source import carry_over, choose_rank, error_in, linear_parts
+from lowrank.layers.weights import FloatFactors
 from lowrank.numerics.factors import Factors, check_rank, factorize
 from lowrank.numerics.moments import InputStatistics
 
-__all__ = ["SVDCompressedLinear", "balanced"]
+__all__ = ["LinearLayer", "SVDCompressedLinear", "balanced"]
 
 
-class SVDCompressedLinear(CompressedLayer):
+class LinearLayer(CompressedLayer):
+    """Base of the layers that take the place of ``nn.Linear``: features, a bias, and the way back to a dense layer."""
+
+    in_features: int
+    out_features: int
+    bias: nn.Parameter | None
+
+    def _set_features(self, in_features: int, out_features: int) -> None:
+        self.in_features = check_size(in_features, "in_features")
+        self.out_features = check_size(out_features, "out_features")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features)."""
+        return self.out_features, self.in_features
+
+    @classmethod
+    def _arguments(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        outputs, inputs = config["shape"]
+        sizes = {"in_features": inputs, "out_features": outputs, "bias": config["bias"]}
+        return super()._arguments(config) | sizes
+
+    def _dense(self, device: torch.device) -> nn.Linear:
+        """``nn.Linear`` of the same weight and bias, in the dtype of the model."""
+        # Not initialised: nothing is drawn from the caller's random numbers.
+        linear: nn.Linear = torch.nn.utils.skip_init(
+            nn.Linear, self.in_features, self.out_features, self.bias is not None, device=device, dtype=self.dtype
+        )
+        with torch.no_grad():
+            linear.weight.copy_(self.dense_weight())
+            if self.bias is not None:
+                linear.bias.copy_(self.bias)
+                linear.bias.requires_grad_(self.bias.requires_grad)
+        return linear.train(self.training)
+
+
+class SVDCompressedLinear(FloatFactors, LinearLayer):
     """``y = (x @ rightᵀ) @ leftᵀ + bias``: the weight is ``left @ right``.
 
     Args:
@@ -44,8 +83,6 @@ class SVDCompressedLinear(CompressedLayer):
         torch.Size([2, 4])
     """
 
-    _format: ClassVar[str] = "lowrank"
-
     def __init__(
         self,
         in_features: int,
@@ -56,8 +93,7 @@ class SVDCompressedLinear(CompressedLayer):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.in_features = check_size(in_features, "in_features")
-        self.out_features = check_size(out_features, "out_features")
+        self._set_features(in_features, out_features)
         rank = check_rank(rank, min(in_features, out_features))
         self.left = nn.Parameter(torch.empty(out_features, rank, device=device, dtype=dtype))
         self.right = nn.Parameter(torch.empty(rank, in_features, device=device, dtype=dtype))
@@ -93,7 +129,7 @@ class SVDCompressedLinear(CompressedLayer):
             linear: ``nn.Linear`` or transformers' ``Conv1D``.
             rank: 1 to min(out, in).
             max_error: largest ‖W − W'‖_F/‖W‖_F; with statistics, the same in the norm of the (centred) inputs.
-            statistics: of the layer's inputs; makes the factors those of the least output error (DESIGN §4).
+            statistics: of the layer's inputs; makes the factors those of the least output error.
             ridge: relative, see :func:`lowrank.numerics.factors.factorize`.
 
         Raises:
@@ -131,7 +167,8 @@ class SVDCompressedLinear(CompressedLayer):
         if factors.bias_shift is not None and bias is None:
             raise RankError("factors: carry a bias shift, but the layer has no bias; factorize with shift_bias=False")
         left, right = balanced(factors, weight.dtype)
-        layer = cls._allocate(in_features, out_features, factors.rank, bias is not None, weight.device, weight.dtype)
+        sizes = {"in_features": in_features, "out_features": out_features, "rank": factors.rank}
+        layer = cls._allocate(sizes | {"bias": bias is not None, "dtype": weight.dtype}, weight.device)
         with torch.no_grad():
             layer.left.copy_(left)
             layer.right.copy_(right)
@@ -144,24 +181,6 @@ class SVDCompressedLinear(CompressedLayer):
         carry_over(linear, layer)
         return layer
 
-    @classmethod
-    def _allocate(
-        cls, inputs: int, outputs: int, rank: int, bias: bool, device: torch.device | str | None, dtype: torch.dtype
-    ) -> SVDCompressedLinear:
-        """A layer whose values are about to be overwritten: nothing is drawn from the caller's random numbers."""
-        layer = cls(inputs, outputs, rank, bias, "meta", dtype)
-        return layer if str(device) == "meta" else layer.to_empty(device=device or "cpu")
-
-    @property
-    def rank(self) -> int:
-        """Number of rank components."""
-        return self.left.shape[1]
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(out_features, in_features)."""
-        return self.out_features, self.in_features
-
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features)."""
         return F.linear(F.linear(x, self.right), self.left, self.bias)
@@ -172,23 +191,9 @@ class SVDCompressedLinear(CompressedLayer):
 
     def to_linear(self) -> nn.Linear:
         """A dense layer with the same weight and bias."""
-        # Not initialised: nothing is drawn from the caller's random numbers.
-        linear: nn.Linear = torch.nn.utils.skip_init(
-            nn.Linear,
-            self.in_features,
-            self.out_features,
-            self.bias is not None,
-            device=self.left.device,
-            dtype=self.left.dtype,
-        )
-        with torch.no_grad():
-            linear.weight.copy_(self.dense_weight())
-            if self.bias is not None:
-                linear.bias.copy_(self.bias)
+        linear = self._dense(self.left.device)
         linear.weight.requires_grad_(self.left.requires_grad)
-        if self.bias is not None:
-            linear.bias.requires_grad_(self.bias.requires_grad)
-        return linear.train(self.training)
+        return linear
 
     def reconstruction_error(self, weight: Tensor) -> float:
         """‖W − left right‖_F / ‖W‖_F for a weight (out, in)."""
@@ -198,32 +203,10 @@ class SVDCompressedLinear(CompressedLayer):
         """See :meth:`CompressedLayer.config`."""
         return super().config() | {"bias": self.bias is not None, "truncation_error": self.truncation_error}
 
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any], device: torch.device | str | None = None) -> SVDCompressedLinear:
-        """See :meth:`CompressedLayer.from_config`."""
-        outputs, inputs = config["shape"]
-        layer = cls._allocate(inputs, outputs, config["rank"], config["bias"], device, dtype_from_name(config["dtype"]))
-        layer.truncation_error = config.get("truncation_error")
-        return layer
+    def _restore(self, config: Mapping[str, Any]) -> None:
+        self.truncation_error = config.get("truncation_error")
 
     def extra_repr(self) -> str:
         """What ``repr`` shows."""
         sizes = f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
         return f"{sizes}, bias={self.bias is not None}"
-
-
-def balanced(factors: Factors, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Left and right of one dtype, each rank component with equal norms on both sides.
-
-    One side would otherwise carry the whole scale, and half precision has little range.
-
-    Example:
-        >>> left, right = balanced(Factors(torch.ones(1, 1).double(), torch.full((1, 1), 4.0).double()), torch.float32)
-        >>> left.item(), right.item()
-        (2.0, 2.0)
-    """
-    left_norm = torch.linalg.vector_norm(factors.left, dim=0)
-    right_norm = torch.linalg.vector_norm(factors.right, dim=1)
-    ratio = torch.sqrt(right_norm / left_norm)
-    ratio = torch.where(torch.isfinite(ratio) & (ratio > 0), ratio, torch.ones_like(ratio))
-    return (factors.left * ratio).to(dtype), (factors.right / ratio[:, None]).to(dtype)

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
-
 import torch
 from torch import Tensor, nn
 
-from lowrank.layers.base import check_activations, check_size, dtype_from_name
+from lowrank.layers.checks import INTEGER_ACTIVATIONS, check_activations
 from lowrank.layers.integer import IntegerLinear
 from lowrank.layers.source import linear_parts
-from lowrank.numerics.rounding import check_bits, dequantize_rows, quantize_rows, rounding_bound
+from lowrank.layers.weights import RowCodes
+from lowrank.numerics.rounding import quantize_rows, rounding_bound
 
 __all__ = ["QuantizedLinear"]
 
 
-class QuantizedLinear(IntegerLinear):
+class QuantizedLinear(RowCodes, IntegerLinear):
     """``y = scale · (x @ codesᵀ) + bias``: the weight is ``codes · scale`` row by row.
 
     Args:
@@ -41,31 +39,26 @@ class QuantizedLinear(IntegerLinear):
         (torch.Size([2, 4]), torch.int8)
     """
 
-    _format: ClassVar[str] = "int8"
-    codes: Tensor
-
     def __init__(
         self,
         in_features: int,
         out_features: int,
         bias: bool = True,
         n_bits: int = 8,
-        activations: str = "int8",
+        activations: str = INTEGER_ACTIVATIONS,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.in_features = check_size(in_features, "in_features")
-        self.out_features = check_size(out_features, "out_features")
-        self.n_bits = check_bits(n_bits, "n_bits")
+        self._set_features(in_features, out_features)
         self.activations = check_activations(activations)
-        self.register_buffer("codes", torch.zeros(out_features, in_features, dtype=torch.int8, device=device))
-        self.register_buffer("scale", torch.ones(out_features, dtype=torch.float32, device=device))
+        self._allocate_codes({"codes": (out_features, in_features)}, out_features, n_bits, device)
         self.allocate_bias(bias, device, dtype)
-        self.error_bound_value = None
 
     @classmethod
-    def from_linear(cls, linear: nn.Module, *, bits: int = 8, activations: str = "int8") -> QuantizedLinear:
+    def from_linear(
+        cls, linear: nn.Module, *, bits: int = 8, activations: str = INTEGER_ACTIVATIONS
+    ) -> QuantizedLinear:
         """Round the weight of ``nn.Linear`` or transformers' ``Conv1D``; see
         :func:`lowrank.numerics.rounding.quantize_rows`.
 
@@ -90,7 +83,7 @@ class QuantizedLinear(IntegerLinear):
         bias: Tensor | None = None,
         *,
         bits: int = 8,
-        activations: str = "int8",
+        activations: str = INTEGER_ACTIVATIONS,
         dtype: torch.dtype | None = None,
     ) -> QuantizedLinear:
         """A layer that holds these very tensors (an embedding may share them); the bias is copied.
@@ -108,10 +101,6 @@ class QuantizedLinear(IntegerLinear):
         layer.take_bias(bias)
         return layer
 
-    def codes_and_scale(self) -> tuple[Tensor, ...]:
-        """Codes and scale."""
-        return self.codes, self.scale
-
     def codes_to_multiply(self) -> tuple[Tensor, ...]:
         """See :meth:`IntegerLinear.codes_to_multiply`."""
         return (self.codes,)
@@ -128,32 +117,9 @@ class QuantizedLinear(IntegerLinear):
         working = torch.float64 if gradient.dtype is torch.float64 else torch.float32
         return ((gradient.to(working) * scale) @ codes.to(working)).to(gradient.dtype)
 
-    def dense_weight(self) -> Tensor:
-        """``codes · scale``, (out, in) float32."""
-        return dequantize_rows(self.codes, self.scale)
-
     def dequantize(self) -> nn.Linear:
-        """A dense layer of the rounded weight, in the dtype of the model."""
-        linear: nn.Linear = torch.nn.utils.skip_init(
-            nn.Linear,
-            self.in_features,
-            self.out_features,
-            self.bias is not None,
-            device=self.codes.device,
-            dtype=self.dtype,
-        )
-        with torch.no_grad():
-            linear.weight.copy_(self.dense_weight())
-            if self.bias is not None:
-                linear.bias.copy_(self.bias)
-                linear.bias.requires_grad_(self.bias.requires_grad)
-        return linear.train(self.training)
+        """Make a dense layer of the rounded weight, in the dtype of the model."""
+        return self._dense(self.codes.device)
 
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any], device: torch.device | str | None = None) -> QuantizedLinear:
-        """See :meth:`CompressedLayer.from_config`."""
-        outputs, inputs = config["shape"]
-        dtype = dtype_from_name(config["dtype"])
-        layer = cls(inputs, outputs, config["bias"], config["bits"], config["activations"], device, dtype)
-        layer.error_bound_value = config["error_bound"]
-        return layer
+    def _from_floats(self, floats: nn.Module) -> QuantizedLinear:
+        return self.from_linear(floats, bits=self.n_bits, activations=self.activations)

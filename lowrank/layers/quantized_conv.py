@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar, TypeVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from lowrank.layers.base import check_activations, dtype_from_name
+from lowrank.layers.checks import INTEGER_ACTIVATIONS, check_activations
 from lowrank.layers.conv_base import Sizes, conv_parts, float_conv
 from lowrank.layers.conv_integer import ConvStage, IntegerConvLayer
-from lowrank.numerics.rounding import check_bits, dequantize_rows, quantize_rows, rounding_bound
+from lowrank.layers.weights import RowCodes
+from lowrank.numerics.rounding import quantize_rows, rounding_bound
 
 __all__ = ["QuantizedConv1d", "QuantizedConv2d"]
 
 _Layer = TypeVar("_Layer", bound="QuantizedConv")
 
 
-class QuantizedConv(IntegerConvLayer):
+class QuantizedConv(RowCodes, IntegerConvLayer):
     """``y = scale · conv(x, codes) + bias``; see :class:`QuantizedConv2d`."""
-
-    _format: ClassVar[str] = "int8"
-    codes: Tensor
 
     def __init__(
         self,
@@ -36,18 +33,15 @@ class QuantizedConv(IntegerConvLayer):
         bias: bool = True,
         padding_mode: str = "zeros",
         n_bits: int = 8,
-        activations: str = "int8",
+        activations: str = INTEGER_ACTIVATIONS,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self._set_geometry(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode)
-        self.n_bits = check_bits(n_bits, "n_bits")
         self.activations = check_activations(activations)
-        self.register_buffer("codes", torch.zeros(self.shape, dtype=torch.int8, device=device))
-        self.register_buffer("scale", torch.ones(out_channels, dtype=torch.float32, device=device))
+        self._allocate_codes({"codes": self.shape}, out_channels, n_bits, device)
         self.allocate_bias(bias, device, dtype)
-        self.error_bound_value = None
 
     @classmethod
     def _from_conv(cls: type[_Layer], conv: nn.Module, bits: int, activations: str) -> _Layer:
@@ -65,29 +59,16 @@ class QuantizedConv(IntegerConvLayer):
         layer.error_bound_value = rounding_bound(scale[used], rows.shape[1]) + lost
         return layer.train(conv.training)
 
-    def codes_and_scale(self) -> tuple[Tensor, ...]:
-        """Codes and scale."""
-        return self.codes, self.scale
-
     def stages(self) -> tuple[ConvStage, ...]:
         """See :meth:`IntegerConvLayer.stages`."""
         return (ConvStage(self.codes, self.scale, self.geometry),)
-
-    def dense_weight(self) -> Tensor:
-        """``codes · scale``, (out, in / groups, *kernel) float32."""
-        return dequantize_rows(self.codes.flatten(1), self.scale).view(self.codes.shape)
 
     def _weight_only(self, x: Tensor, bias: Tensor | None) -> Tensor:
         weight = self.codes.to(x.dtype).mul_(self.scale.to(x.dtype).view(-1, *(1 for _ in self.shape[1:])))
         return float_conv(x, weight, bias, self.geometry)
 
-    @classmethod
-    def from_config(cls: type[_Layer], config: Mapping[str, Any], device: torch.device | str | None = None) -> _Layer:
-        """See :meth:`CompressedLayer.from_config`."""
-        arguments = cls._arguments(config) | {"n_bits": config["bits"], "activations": config["activations"]}
-        layer = cls(**arguments, device=device, dtype=dtype_from_name(config["dtype"]))
-        layer.error_bound_value = config["error_bound"]
-        return layer
+    def _from_floats(self: _Layer, floats: nn.Module) -> _Layer:
+        return self._from_conv(floats, self.n_bits, self.activations)
 
 
 class QuantizedConv1d(QuantizedConv):
@@ -102,7 +83,7 @@ class QuantizedConv1d(QuantizedConv):
     dims: ClassVar[int] = 1
 
     @classmethod
-    def from_conv1d(cls, conv: nn.Module, *, bits: int = 8, activations: str = "int8") -> QuantizedConv1d:
+    def from_conv1d(cls, conv: nn.Module, *, bits: int = 8, activations: str = INTEGER_ACTIVATIONS) -> QuantizedConv1d:
         """As :meth:`QuantizedConv2d.from_conv2d`."""
         return cls._from_conv(conv, bits, activations)
 
@@ -141,7 +122,7 @@ class QuantizedConv2d(QuantizedConv):
     dims: ClassVar[int] = 2
 
     @classmethod
-    def from_conv2d(cls, conv: nn.Module, *, bits: int = 8, activations: str = "int8") -> QuantizedConv2d:
+    def from_conv2d(cls, conv: nn.Module, *, bits: int = 8, activations: str = INTEGER_ACTIVATIONS) -> QuantizedConv2d:
         """Round the kernel of ``nn.Conv2d``, one scale an output channel.
 
         Raises:

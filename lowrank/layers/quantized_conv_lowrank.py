@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lowrank.errors import UsageError
-from lowrank.layers.base import check_activations, dtype_from_name
+from lowrank.layers.checks import INTEGER_ACTIVATIONS, check_activations
 from lowrank.layers.conv import (
     FactoredConv,
     SVDCompressedConv,
@@ -21,9 +20,10 @@ from lowrank.layers.conv import (
 )
 from lowrank.layers.conv_base import Sizes, conv_parts, float_conv, kernel_error
 from lowrank.layers.conv_integer import ConvStage, IntegerConvLayer
-from lowrank.layers.quantized_lowrank import round_factors
+from lowrank.layers.factors import round_factors
 from lowrank.layers.source import choose_rank
-from lowrank.numerics.conv_factors import check_scheme, compose, factorize_conv
+from lowrank.layers.weights import FactorCodes
+from lowrank.numerics.conv_factors import ConvFactors, check_scheme, compose, factorize_conv
 from lowrank.numerics.moments import InputStatistics
 from lowrank.numerics.rounding import check_bits
 
@@ -48,7 +48,7 @@ class RoundedKernels(NamedTuple):
 
 def round_kernels(right: Tensor, left: Tensor, groups: int, bits: int = 8) -> RoundedKernels:
     """Round two kernels, every rank component to the full range of the codes; see
-    :func:`lowrank.layers.quantized_lowrank.round_factors`.
+    :func:`lowrank.layers.factors.round_factors`.
 
     Args:
         right: (rank · groups, in / groups, *kernel), of the first convolution.
@@ -71,13 +71,10 @@ def round_kernels(right: Tensor, left: Tensor, groups: int, bits: int = 8) -> Ro
     return RoundedKernels(second, first, torch.cat([part.scale for part in parts]), bound)
 
 
-class QuantizedLowRankConv(FactoredConv, IntegerConvLayer):
+class QuantizedLowRankConv(FactorCodes, FactoredConv, IntegerConvLayer):
     """Two convolutions of int8 codes; see :class:`QuantizedLowRankConv2d`."""
 
-    _format: ClassVar[str] = "lowrank-int8"
     _float_kind: ClassVar[type[SVDCompressedConv]]
-    left_codes: Tensor
-    right_codes: Tensor
 
     def __init__(
         self,
@@ -93,20 +90,16 @@ class QuantizedLowRankConv(FactoredConv, IntegerConvLayer):
         padding_mode: str = "zeros",
         scheme: str = "channel",
         n_bits: int = 8,
-        activations: str = "int8",
+        activations: str = INTEGER_ACTIVATIONS,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self._set_geometry(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode)
         right, left = self._set_scheme(scheme, rank)
-        self.n_bits = check_bits(n_bits, "n_bits")
         self.activations = check_activations(activations)
-        self.register_buffer("left_codes", torch.zeros(left, dtype=torch.int8, device=device))
-        self.register_buffer("right_codes", torch.zeros(right, dtype=torch.int8, device=device))
-        self.register_buffer("scale", torch.ones(rank * groups, dtype=torch.float32, device=device))
+        self._allocate_codes({"left_codes": left, "right_codes": right}, rank * groups, n_bits, device)
         self.allocate_bias(bias, device, dtype)
-        self.error_bound_value = None
 
     @classmethod
     def _from_conv(
@@ -137,7 +130,7 @@ class QuantizedLowRankConv(FactoredConv, IntegerConvLayer):
 
     @classmethod
     def from_factors(
-        cls: type[_Layer], layer: SVDCompressedConv, *, bits: int = 8, activations: str = "int8"
+        cls: type[_Layer], layer: SVDCompressedConv, *, bits: int = 8, activations: str = INTEGER_ACTIVATIONS
     ) -> _Layer:
         """Round the factors of a low-rank convolution; bias, mode and dtype are carried over.
 
@@ -155,19 +148,6 @@ class QuantizedLowRankConv(FactoredConv, IntegerConvLayer):
         quantized.take_bias(layer.bias)
         quantized.error_bound_value = rounded.bound + (layer.truncation_error or 0.0)
         return quantized.train(layer.training)
-
-    @property
-    def rank(self) -> int:
-        """Number of rank components of each group."""
-        return self.left_codes.shape[1]
-
-    def scale_lengths(self) -> dict[str, int]:
-        """See :meth:`CompressedLayer.scale_lengths`."""
-        return {"scale": self.rank * self.groups}
-
-    def codes_and_scale(self) -> tuple[Tensor, ...]:
-        """Left codes, right codes and scale."""
-        return self.left_codes, self.right_codes, self.scale
 
     def stages(self) -> tuple[ConvStage, ...]:
         """See :meth:`IntegerConvLayer.stages`."""
@@ -201,14 +181,11 @@ class QuantizedLowRankConv(FactoredConv, IntegerConvLayer):
                 layer.bias.requires_grad_(self.bias.requires_grad)
         return layer.train(self.training)
 
-    @classmethod
-    def from_config(cls: type[_Layer], config: Mapping[str, Any], device: torch.device | str | None = None) -> _Layer:
-        """See :meth:`CompressedLayer.from_config`."""
-        arguments = cls._arguments(config) | {"rank": config["rank"], "scheme": config["scheme"]}
-        arguments |= {"n_bits": config["bits"], "activations": config["activations"]}
-        layer = cls(**arguments, device=device, dtype=dtype_from_name(config["dtype"]))
-        layer.error_bound_value = config["error_bound"]
-        return layer
+    def _of_kernels(self: _Layer, factors: ConvFactors) -> _Layer:
+        return self._of_codes(*round_kernels(factors.first, factors.second, self.groups, self.n_bits)[:3])
+
+    def _from_floats(self: _Layer, floats: Any) -> _Layer:
+        return self.from_factors(floats, bits=self.n_bits, activations=self.activations)
 
 
 class QuantizedLowRankConv1d(QuantizedLowRankConv):
@@ -234,7 +211,7 @@ class QuantizedLowRankConv1d(QuantizedLowRankConv):
         statistics: InputStatistics | None = None,
         ridge: float = 0.0,
         bits: int = 8,
-        activations: str = "int8",
+        activations: str = INTEGER_ACTIVATIONS,
     ) -> QuantizedLowRankConv1d:
         """As :meth:`QuantizedLowRankConv2d.from_conv2d`."""
         return cls._from_conv(conv, rank, max_error, scheme, statistics, ridge, bits, activations)
@@ -288,7 +265,7 @@ class QuantizedLowRankConv2d(QuantizedLowRankConv):
         statistics: InputStatistics | None = None,
         ridge: float = 0.0,
         bits: int = 8,
-        activations: str = "int8",
+        activations: str = INTEGER_ACTIVATIONS,
     ) -> QuantizedLowRankConv2d:
         """Factor, then round; with ``max_error`` the smallest rank whose rounded kernel is within it.
 

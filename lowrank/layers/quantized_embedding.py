@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowrank.errors import UsageError
 from lowrank.kernels import wide_matmul
 from lowrank.kernels.activations import pieces_for
-from lowrank.layers.base import dtype_from_name, graph_is_made
+from lowrank.layers.base import graph_is_made
 from lowrank.layers.embedding import CompressedEmbedding, check_fit, table_error
-from lowrank.layers.quantized_lowrank import dense_product, round_factors
+from lowrank.layers.factors import dense_product, round_factors
 from lowrank.layers.source import choose_rank, require_embedding
+from lowrank.layers.weights import FactorCodes, RowCodes
 from lowrank.numerics.factors import Factors, check_rank, factorize_embedding
 from lowrank.numerics.moments import TokenCounts
-from lowrank.numerics.rounding import check_bits, dequantize_rows, quantize_rows, rounding_bound
+from lowrank.numerics.rounding import check_bits, quantize_rows, rounding_bound
 
 __all__ = ["QuantizedEmbedding", "QuantizedLowRankEmbedding"]
 
+_SOURCE = "a table; use from_embedding or from_factors"
 
-class QuantizedEmbedding(CompressedEmbedding):
+
+class QuantizedEmbedding(RowCodes, CompressedEmbedding):
     """``codes[ids] · scale[ids]``: a table of int8 rows, of which only those asked for become floats.
 
     Args:
@@ -43,10 +44,7 @@ class QuantizedEmbedding(CompressedEmbedding):
         (torch.Size([1, 2, 4]), 80)
     """
 
-    _format: ClassVar[str] = "int8"
-    _is_integer: ClassVar[bool] = True
-    codes: Tensor
-    scale: Tensor
+    source_words: ClassVar[str] = _SOURCE
 
     def __init__(
         self,
@@ -58,10 +56,7 @@ class QuantizedEmbedding(CompressedEmbedding):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(num_embeddings, embedding_dim, padding_idx, dtype)
-        self.n_bits = check_bits(n_bits, "n_bits")
-        self.register_buffer("codes", torch.zeros(num_embeddings, embedding_dim, dtype=torch.int8, device=device))
-        self.register_buffer("scale", torch.ones(num_embeddings, dtype=torch.float32, device=device))
-        self.error_bound_value: float | None = None
+        self._allocate_codes({"codes": (num_embeddings, embedding_dim)}, num_embeddings, n_bits, device)
 
     @classmethod
     def from_embedding(cls, embedding: nn.Module, bits: int = 8) -> QuantizedEmbedding:
@@ -101,32 +96,8 @@ class QuantizedEmbedding(CompressedEmbedding):
         rows = F.embedding(ids, self.codes).to(torch.float32)
         return rows.mul_(F.embedding(ids, self.scale[:, None])).to(self.dtype)
 
-    def dense_weight(self) -> Tensor:
-        """``codes · scale``, (num, dim) float32."""
-        return dequantize_rows(self.codes, self.scale)
 
-    def error_bound(self) -> float:
-        """A bound of ‖E − E'‖_F: half a step in every entry.
-
-        Raises:
-            UsageError: the layer was made from scratch.
-        """
-        return _bound(self.error_bound_value, self.kind)
-
-    def config(self) -> dict[str, Any]:
-        """See :meth:`CompressedLayer.config`."""
-        return super().config() | {"error_bound": self.error_bound_value}
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any], device: torch.device | str | None = None) -> QuantizedEmbedding:
-        """See :meth:`CompressedLayer.from_config`."""
-        rows, columns = config["shape"]
-        layer = cls(rows, columns, config["padding_idx"], config["bits"], device, dtype_from_name(config["dtype"]))
-        layer.error_bound_value = config["error_bound"]
-        return layer
-
-
-class QuantizedLowRankEmbedding(CompressedEmbedding):
+class QuantizedLowRankEmbedding(FactorCodes, CompressedEmbedding):
     """``(left_codes[ids] · scale) @ right_codes``: both factors as int8.
 
     Args:
@@ -147,11 +118,7 @@ class QuantizedLowRankEmbedding(CompressedEmbedding):
         (torch.Size([1, 2, 4]), 36)
     """
 
-    _format: ClassVar[str] = "lowrank-int8"
-    _is_integer: ClassVar[bool] = True
-    left_codes: Tensor
-    right_codes: Tensor
-    scale: Tensor
+    source_words: ClassVar[str] = _SOURCE
 
     def __init__(
         self,
@@ -165,11 +132,8 @@ class QuantizedLowRankEmbedding(CompressedEmbedding):
     ) -> None:
         super().__init__(num_embeddings, embedding_dim, padding_idx, dtype)
         rank = check_rank(rank, min(num_embeddings, embedding_dim))
-        self.n_bits = check_bits(n_bits, "n_bits")
-        self.register_buffer("left_codes", torch.zeros(num_embeddings, rank, dtype=torch.int8, device=device))
-        self.register_buffer("right_codes", torch.zeros(rank, embedding_dim, dtype=torch.int8, device=device))
-        self.register_buffer("scale", torch.ones(rank, dtype=torch.float32, device=device))
-        self.error_bound_value: float | None = None
+        codes = {"left_codes": (num_embeddings, rank), "right_codes": (rank, embedding_dim)}
+        self._allocate_codes(codes, rank, n_bits, device)
 
     @classmethod
     def from_embedding(
@@ -226,11 +190,6 @@ class QuantizedLowRankEmbedding(CompressedEmbedding):
         layer.left_codes, layer.right_codes, layer.scale = left_codes, right_codes, scale
         return layer
 
-    @property
-    def rank(self) -> int:
-        """Number of rank components."""
-        return self.left_codes.shape[1]
-
     def forward(self, ids: Tensor) -> Tensor:
         """(...) integers to (..., embedding_dim) in the layer's dtype."""
         if graph_is_made():
@@ -246,36 +205,3 @@ class QuantizedLowRankEmbedding(CompressedEmbedding):
         components = F.embedding(ids, self.left_codes).to(working).mul_(self.scale).view(ids.numel(), self.rank)
         sums, unit = wide_matmul(components, self.right_codes.t(), pieces_for(dtype))
         return sums.mul_(unit).to(dtype).view(*ids.shape, self.embedding_dim)
-
-    def dense_weight(self) -> Tensor:
-        """``left_codes · diag(scale) · right_codes``, (num, dim) float32, multiplied in float64."""
-        return dense_product(self.left_codes, self.right_codes, self.scale).to(torch.float32)
-
-    def error_bound(self) -> float:
-        """A bound of ‖E − E'‖_F: truncation plus half a step of every scale.
-
-        Raises:
-            UsageError: the layer was made from scratch.
-        """
-        return _bound(self.error_bound_value, self.kind)
-
-    def config(self) -> dict[str, Any]:
-        """See :meth:`CompressedLayer.config`."""
-        return super().config() | {"error_bound": self.error_bound_value}
-
-    @classmethod
-    def from_config(
-        cls, config: Mapping[str, Any], device: torch.device | str | None = None
-    ) -> QuantizedLowRankEmbedding:
-        """See :meth:`CompressedLayer.from_config`."""
-        rows, columns = config["shape"]
-        dtype = dtype_from_name(config["dtype"])
-        layer = cls(rows, columns, config["rank"], config["padding_idx"], config["bits"], device, dtype)
-        layer.error_bound_value = config["error_bound"]
-        return layer
-
-
-def _bound(value: float | None, kind: str) -> float:
-    if value is None:
-        raise UsageError(f"error_bound: this {kind} was not made from a table; use from_embedding or from_factors")
-    return value

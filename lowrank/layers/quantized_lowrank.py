@@ -2,89 +2,25 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lowrank.errors import NumericsError
-from lowrank.layers.base import check_activations, check_size, dtype_from_name
+from lowrank.layers.checks import INTEGER_ACTIVATIONS, check_activations
+from lowrank.layers.factors import dense_product, round_factors
 from lowrank.layers.integer import IntegerLinear
 from lowrank.layers.linear import SVDCompressedLinear
 from lowrank.layers.source import choose_rank, error_in, linear_parts
+from lowrank.layers.weights import FactorCodes
 from lowrank.numerics.factors import check_rank, factorize
 from lowrank.numerics.moments import InputStatistics
-from lowrank.numerics.rounding import SMALLEST_SCALE, check_bits, largest_code, require_finite
+from lowrank.numerics.rounding import check_bits
 
-__all__ = ["QuantizedLowRankLayer", "RoundedFactors", "dense_product", "round_factors"]
-
-
-class RoundedFactors(NamedTuple):
-    """Codes and scale of two factors, and a bound of ‖left @ right − their product‖_F."""
-
-    left_codes: Tensor
-    right_codes: Tensor
-    scale: Tensor
-    bound: float
+__all__ = ["QuantizedLowRankLayer", "dense_product", "round_factors"]
 
 
-def round_factors(left: Tensor, right: Tensor, bits: int = 8) -> RoundedFactors:
-    """Round both factors, every rank component to the full range of the codes, with one scale for the pair.
-
-    ``scale[j] = max|left[:, j]| · max|right[j, :]| / q²``, q the largest code. The bound holds each rounding error to
-    half a step: with e = ½ step, ‖ΔL R‖²_F = Σ_i ΔL_i G ΔL_iᵀ ≤ m · eᵀ|G|e, G = R Rᵀ, and likewise ‖L̂ ΔR‖_F with
-    L̂ᵀL̂.
-
-    Args:
-        left: (out, r).
-        right: (r, in).
-        bits: 2 to 8.
-
-    Raises:
-        RankError: bits out of range.
-        NumericsError: NaN, Inf, or a component too large for a float32 scale.
-
-    Example:
-        >>> rounded = round_factors(torch.tensor([[1.0], [-0.5]]), torch.tensor([[127.0, 0.0]]))
-        >>> rounded.left_codes.tolist(), rounded.right_codes.tolist(), rounded.scale.tolist()
-        ([[127], [-64]], [[127, 0]], [0.007874015718698502])
-    """
-    limit = largest_code(bits)
-    left = require_finite(left.detach(), "left").double()
-    right = require_finite(right.detach(), "right").double()
-    left_step = left.abs().amax(dim=0) / limit
-    right_step = right.abs().amax(dim=1) / limit
-    used = (left_step > 0) & (right_step > 0)
-    # A component with a zero side is zero: codes 0, scale 1.
-    left_step = torch.where(used, left_step, torch.ones_like(left_step))
-    right_step = torch.where(used, right_step, torch.ones_like(right_step))
-    wanted = left_step * right_step
-    scale = wanted.clamp_min(SMALLEST_SCALE).to(torch.float32)
-    if not bool(torch.isfinite(scale).all()):
-        raise NumericsError(
-            "left, right: a rank component is too large for a float32 scale; rescale the layer or leave it dense"
-        )
-    # What rounding to float32 (or the smallest scale) changed goes into one side, so that the product keeps its size.
-    right_step = right_step * (scale.double() / wanted)
-    left_codes = (left / left_step).round_().clamp_(-limit, limit).mul_(used)
-    right_codes = (right / right_step[:, None]).round_().clamp_(-limit, limit).mul_(used[:, None])
-    # An entry that rounding the scale pushed past the largest code is clamped: at most 128 eps of a step more.
-    slack = 1.0 + 256.0 * torch.finfo(torch.float32).eps
-    half_left, half_right = 0.5 * left_step * used, 0.5 * slack * right_step * used
-    rounded_left = left_codes * left_step
-    bound = math.sqrt(left.shape[0] * float(half_left @ (right @ right.T).abs() @ half_left))
-    bound += math.sqrt(right.shape[1] * float(half_right @ (rounded_left.T @ rounded_left).abs() @ half_right))
-    return RoundedFactors(left_codes.to(torch.int8), right_codes.to(torch.int8), scale, bound)
-
-
-def dense_product(left_codes: Tensor, right_codes: Tensor, scale: Tensor) -> Tensor:
-    """``left_codes · diag(scale) · right_codes`` in float64."""
-    return (left_codes.double() * scale.double()) @ right_codes.double()
-
-
-class QuantizedLowRankLayer(IntegerLinear):
+class QuantizedLowRankLayer(FactorCodes, IntegerLinear):
     """``y = (scale · (x @ right_codesᵀ)) @ left_codesᵀ + bias``, both products on integers.
 
     Args:
@@ -110,10 +46,6 @@ class QuantizedLowRankLayer(IntegerLinear):
         (torch.Size([2, 4]), 44)
     """
 
-    _format: ClassVar[str] = "lowrank-int8"
-    left_codes: Tensor
-    right_codes: Tensor
-
     def __init__(
         self,
         in_features: int,
@@ -121,21 +53,17 @@ class QuantizedLowRankLayer(IntegerLinear):
         rank: int,
         bias: bool = True,
         n_bits: int = 8,
-        activations: str = "int8",
+        activations: str = INTEGER_ACTIVATIONS,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.in_features = check_size(in_features, "in_features")
-        self.out_features = check_size(out_features, "out_features")
+        self._set_features(in_features, out_features)
         rank = check_rank(rank, min(in_features, out_features))
-        self.n_bits = check_bits(n_bits, "n_bits")
         self.activations = check_activations(activations)
-        self.register_buffer("left_codes", torch.zeros(out_features, rank, dtype=torch.int8, device=device))
-        self.register_buffer("right_codes", torch.zeros(rank, in_features, dtype=torch.int8, device=device))
-        self.register_buffer("scale", torch.ones(rank, dtype=torch.float32, device=device))
+        codes = {"left_codes": (out_features, rank), "right_codes": (rank, in_features)}
+        self._allocate_codes(codes, rank, n_bits, device)
         self.allocate_bias(bias, device, dtype)
-        self.error_bound_value = None
 
     @classmethod
     def from_linear(
@@ -146,7 +74,7 @@ class QuantizedLowRankLayer(IntegerLinear):
         max_error: float | None = None,
         bits: int = 8,
         statistics: InputStatistics | None = None,
-        activations: str = "int8",
+        activations: str = INTEGER_ACTIVATIONS,
         ridge: float = 0.0,
     ) -> QuantizedLowRankLayer:
         """The rounded layer of this rank, or of the smallest rank whose error, rounding included, is within
@@ -177,7 +105,7 @@ class QuantizedLowRankLayer(IntegerLinear):
 
     @classmethod
     def from_factors(
-        cls, layer: SVDCompressedLinear, *, bits: int = 8, activations: str = "int8"
+        cls, layer: SVDCompressedLinear, *, bits: int = 8, activations: str = INTEGER_ACTIVATIONS
     ) -> QuantizedLowRankLayer:
         """Round the factors of a low-rank layer; bias, mode and dtype are carried over."""
         rounded = round_factors(layer.left, layer.right, bits)
@@ -196,7 +124,7 @@ class QuantizedLowRankLayer(IntegerLinear):
         bias: Tensor | None = None,
         *,
         bits: int = 8,
-        activations: str = "int8",
+        activations: str = INTEGER_ACTIVATIONS,
         dtype: torch.dtype | None = None,
     ) -> QuantizedLowRankLayer:
         """A layer that holds these very tensors (an embedding may share them); the bias is copied.
@@ -214,15 +142,6 @@ class QuantizedLowRankLayer(IntegerLinear):
         layer.allocate_bias(bias is not None, left_codes.device, dtype)
         layer.take_bias(bias)
         return layer
-
-    @property
-    def rank(self) -> int:
-        """Number of rank components."""
-        return self.left_codes.shape[1]
-
-    def codes_and_scale(self) -> tuple[Tensor, ...]:
-        """Left codes, right codes and scale."""
-        return self.left_codes, self.right_codes, self.scale
 
     def codes_to_multiply(self) -> tuple[Tensor, ...]:
         """See :meth:`IntegerLinear.codes_to_multiply`."""
@@ -243,10 +162,6 @@ class QuantizedLowRankLayer(IntegerLinear):
         components = (gradient.to(working) @ left.to(working)) * scale
         return (components @ right.to(working)).to(gradient.dtype)
 
-    def dense_weight(self) -> Tensor:
-        """``left_codes · diag(scale) · right_codes``, (out, in) float32, multiplied in float64."""
-        return dense_product(self.left_codes, self.right_codes, self.scale).to(torch.float32)
-
     def dequantize(self) -> SVDCompressedLinear:
         """A low-rank layer of the rounded factors, in the dtype of the model."""
         layer = SVDCompressedLinear(
@@ -261,13 +176,7 @@ class QuantizedLowRankLayer(IntegerLinear):
                 layer.bias.requires_grad_(self.bias.requires_grad)
         return layer.train(self.training)
 
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any], device: torch.device | str | None = None) -> QuantizedLowRankLayer:
-        """See :meth:`CompressedLayer.from_config`."""
-        outputs, inputs = config["shape"]
-        dtype = dtype_from_name(config["dtype"])
-        layer = cls(
-            inputs, outputs, config["rank"], config["bias"], config["bits"], config["activations"], device, dtype
-        )
-        layer.error_bound_value = config["error_bound"]
-        return layer
+    def _from_floats(self, floats: Any) -> QuantizedLowRankLayer:
+        codes = round_factors(floats.left, floats.right, self.n_bits)
+        how: dict[str, Any] = {"bits": self.n_bits, "activations": self.activations, "dtype": self.dtype}
+        return self.from_tensors(*codes[:3], floats.bias, **how)

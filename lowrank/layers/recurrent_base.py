@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.errors import UsageError
-from lowrank.layers.base import CompressedLayer, dtype_from_name
+from lowrank.layers.base import CompressedLayer
+from lowrank.layers.checks import FLOAT_ACTIVATIONS
+from lowrank.layers.weights import joined, split
 from lowrank.numerics.rounding import check_bits, dequantize_rows, quantize_rows, require_finite
 
 __all__ = ["QuantizedRecurrent"]
@@ -31,11 +33,11 @@ class QuantizedRecurrent(CompressedLayer):
         activations: ``"float"``; there is no other way.
     """
 
-    _format: ClassVar[str] = "int8"
-    _is_integer: ClassVar[bool] = True
+    is_one_weight: ClassVar[bool] = False
     dense_kind: ClassVar[type[nn.Module]]
     option_names: ClassVar[tuple[str, ...]]
-    activations: ClassVar[str] = "float"
+    activations: str = FLOAT_ACTIVATIONS
+    n_bits: int
     options: dict[str, Any]
     weight_shapes: dict[str, tuple[int, int]]
 
@@ -107,6 +109,11 @@ class QuantizedRecurrent(CompressedLayer):
         """See :meth:`CompressedLayer.original_key`."""
         return next(iter(self.weight_shapes))
 
+    @property
+    def weight_names(self) -> tuple[str, ...]:
+        """See :meth:`CompressedLayer.weight_names`."""
+        return tuple(f"{name}_{part}" for name in self.weight_shapes for part in ("codes", "scale"))
+
     def scale_lengths(self) -> dict[str, int]:
         """See :meth:`CompressedLayer.scale_lengths`."""
         return {f"{name}_scale": rows for name, (rows, _) in self.weight_shapes.items()}
@@ -119,8 +126,23 @@ class QuantizedRecurrent(CompressedLayer):
         }
 
     def dense_weight(self) -> Tensor:
-        """All weights, flattened and joined in the order of :meth:`dense_weights`, (1, elements) float32."""
-        return torch.cat([weight.flatten() for weight in self.dense_weights().values()])[None]
+        """Join all weights, flattened, in the order of :meth:`dense_weights`: (1, elements) float32."""
+        return joined(self.dense_weights().values())
+
+    def exact_weight(self) -> Tensor:
+        """See :meth:`CompressedLayer.exact_weight`."""
+        pairs = ((self.get_buffer(f"{name}_codes"), self.get_buffer(f"{name}_scale")) for name in self.weight_shapes)
+        return joined(codes.double() * scale.double()[:, None] for codes, scale in pairs)
+
+    def with_weight(self: _Layer, weight: Tensor) -> _Layer:
+        """Round other weights, joined as by :meth:`exact_weight`; see :meth:`CompressedLayer.with_weight`."""
+        parts = split(weight, list(self.weight_shapes.values()), self.kind)
+        layer = self._like(None, weight.device)
+        for name, part in zip(self.weight_shapes, parts, strict=True):
+            codes, scale = quantize_rows(part, self.n_bits, name=name)
+            setattr(layer, f"{name}_codes", codes)
+            setattr(layer, f"{name}_scale", scale)
+        return layer
 
     def dequantize(self) -> nn.Module:
         """A dense module of the rounded weights, in the dtype of the model."""
@@ -138,10 +160,8 @@ class QuantizedRecurrent(CompressedLayer):
         return super().config() | {"activations": self.activations, "options": dict(self.options)}
 
     @classmethod
-    def from_config(cls: type[_Layer], config: Mapping[str, Any], device: torch.device | str | None = None) -> _Layer:
-        """See :meth:`CompressedLayer.from_config`."""
-        dtype = dtype_from_name(config["dtype"])
-        return cls(**config["options"], n_bits=config["bits"], device=device, dtype=dtype)
+    def _arguments(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        return super()._arguments(config) | {"n_bits": config["bits"], **config["options"]}
 
     def __getattr__(self, name: str) -> Any:
         # Models read such options of the module they call, to make its first state.
