@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+# It writes files by an older version of the package, which is not installed here.
+collect_ignore = ["files_of_0_3_0/make.py"]
 torch.set_num_threads(1)
 
 

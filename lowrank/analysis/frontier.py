@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -93,6 +93,7 @@ def measure_frontier(
         StorageError: the directory cannot be written.
 
     Example:
+        >>> import torch
         >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))
         >>> inputs = [torch.randn(256, 64)]
         >>> report = measure_frontier(model, calibration=inputs, budgets=[0.02, 0.2], progress=False)
@@ -115,8 +116,9 @@ def measure_frontier(
             state.totals["source"] = source
         # Given budgets are measured as they are; only those of our own are filled up where several gave the same plan.
         fill = 0 if budgets is not None else len(wanted)
-        if _next_step(state.done, wanted, checked, fill) is not None:
-            _measure(original, batches, checks, wanted, checked, state, folder, fill)
+        run = _Run(wanted, checked, state, folder, fill)
+        if run.following() is not None:
+            run.measure(original, batches, checks)
         return state.report()
 
 
@@ -162,81 +164,89 @@ def _uniform_steps(options: Options) -> list[str]:
     return [f"uniform {mode}" for mode in (ACTIVATIONS if options.activations == "auto" else (options.activations,))]
 
 
-def _next_step(
-    done: Sequence[Done], budgets: Sequence[float], options: Options, fill: int
-) -> tuple[str, float | None] | None:
-    """What is measured next, and at which budget; a function of what is finished, so that a run goes on where it stopped."""
-    uniform = _uniform_steps(options)
-    index = len(done)
-    if index < len(uniform):
-        return uniform[index], None
-    index -= len(uniform)
-    if index < len(budgets):
-        return f"budget {budgets[index]!r}", budgets[index]
-    points = sorted((item.point for item in done if item.point is not None and item.point.error > 0.0), key=_size)
-    if len(points) >= fill or index >= 2 * fill:
+@dataclass
+class _Run:
+    """Budgets, what is finished, and where it is kept.
+
+    Attributes:
+        budgets: errors to aim at.
+        options: of the compression.
+        state: what is finished.
+        folder: where it is kept; ``None`` where nothing is written.
+        fill: how many points there should be at least.
+    """
+
+    budgets: Sequence[float]
+    options: Options
+    state: State
+    folder: Path | None
+    fill: int
+
+    def following(self) -> tuple[str, float | None] | None:
+        """What is measured next, and at which budget; a function of what is finished, so that a run goes on where it stopped."""
+        uniform = _uniform_steps(self.options)
+        index = len(self.state.done)
+        if index < len(uniform):
+            return uniform[index], None
+        index -= len(uniform)
+        if index < len(self.budgets):
+            return f"budget {self.budgets[index]!r}", self.budgets[index]
+        points = sorted(
+            (item.point for item in self.state.done if item.point is not None and item.point.error > 0.0), key=_size
+        )
+        if len(points) >= self.fill or index >= 2 * self.fill:
+            return None
+        gaps = [
+            (above.size_ratio / below.size_ratio, math.sqrt(below.error * above.error))
+            for below, above in pairwise(points)
+            if below.error > above.error
+        ]
+        tried = {item.step for item in self.state.done}
+        for _, budget in sorted(gaps, reverse=True):
+            step = f"between {budget!r}"
+            if step not in tried:
+                return step, budget
         return None
-    gaps = [
-        (above.size_ratio / below.size_ratio, math.sqrt(below.error * above.error))
-        for below, above in pairwise(points)
-        if below.error > above.error
-    ]
-    tried = {item.step for item in done}
-    for _, budget in sorted(gaps, reverse=True):
-        step = f"between {budget!r}"
-        if step not in tried:
-            return step, budget
-    return None
+
+    def measure(self, model: nn.Module, batches: Sequence[Batch] | None, checks: Sequence[Batch] | None) -> None:
+        """Measure the steps that are not done yet, and keep each as soon as it is."""
+        prepared, verification = prepare(model, batches, checks, self.options, probing=True)
+        allocator = allocator_of(prepared, self.options)
+        search = search_of(prepared, verification, self.options, allocator)
+        sizes = TargetBytes.of_original(prepared.survey, prepared.copy.model, prepared.copy.layers)
+        self.state.totals |= {
+            "metric": self.options.metric,
+            "bytes_before": sizes.before,
+            "samples": sample_count(verification) if not self.options.error_metric.weights_only else 0,
+            "seed": self.options.seed,
+            "versions": versions(),
+        }
+        self.state.notes = list(prepared.notes)
+        uniform = dict(zip(_uniform_steps(self.options), uniform_plans(prepared, self.options, allocator), strict=True))
+        search.scale = self.state.done[-1].scale if self.state.done else 1.0
+        bar = tqdm(desc="frontier", unit="point", delay=2, disable=not self.options.progress)
+        while (following := self.following()) is not None:
+            step, budget = following
+            if budget is None:
+                label, plan = uniform[step]
+                if not self.state.done:
+                    reading = search.attempt(label, plan).searched
+                    search.scale = corrected(plan, reading, search.scale, search.total)
+            else:
+                label, plan = f"budget {budget:.3g}", _plan_for(search, budget)
+            known = any(item.plan is not None and same_specs(item.plan, plan) for item in self.state.done)
+            point = None if known else _point(search, plan, sizes, label, budget)
+            if point is not None and not self.state.totals["samples"]:
+                point = replace(point, upper=None)
+            self.state.done.append(Done(step, search.scale, point, None if point is None else plan))
+            if self.folder is not None:
+                self.state.write(self.folder)
+            bar.update()
+        bar.close()
 
 
 def _size(point: FrontierPoint) -> float:
     return point.size_ratio
-
-
-def _measure(
-    model: nn.Module,
-    batches: Sequence[Batch] | None,
-    checks: Sequence[Batch] | None,
-    budgets: Sequence[float],
-    options: Options,
-    state: State,
-    folder: Path | None,
-    fill: int,
-) -> None:
-    """Measure the steps that are not done yet, and keep each as soon as it is."""
-    prepared, verification = prepare(model, batches, checks, options, probing=True)
-    allocator = allocator_of(prepared, options)
-    search = search_of(prepared, verification, options, allocator)
-    sizes = TargetBytes.of_original(prepared.survey, prepared.copy.model, prepared.copy.layers)
-    state.totals |= {
-        "metric": options.metric,
-        "bytes_before": sizes.before,
-        "samples": sample_count(verification) if not options.error_metric.weights_only else 0,
-        "seed": options.seed,
-        "versions": versions(),
-    }
-    state.notes = list(prepared.notes)
-    uniform = dict(zip(_uniform_steps(options), uniform_plans(prepared, options, allocator), strict=True))
-    search.scale = state.done[-1].scale if state.done else 1.0
-    bar = tqdm(desc="frontier", unit="point", delay=2, disable=not options.progress)
-    while (following := _next_step(state.done, budgets, options, fill)) is not None:
-        step, budget = following
-        if budget is None:
-            label, plan = uniform[step]
-            if not state.done:
-                reading = search.attempt(label, plan).searched
-                search.scale = corrected(plan, reading, search.scale, search.total)
-        else:
-            label, plan = f"budget {budget:.3g}", _plan_for(search, budget)
-        known = any(item.plan is not None and same_specs(item.plan, plan) for item in state.done)
-        point = None if known else _point(search, plan, sizes, label, budget)
-        if point is not None and not state.totals["samples"]:
-            point = replace(point, upper=None)
-        state.done.append(Done(step, search.scale, point, None if point is None else plan))
-        if folder is not None:
-            state.write(folder)
-        bar.update()
-    bar.close()
 
 
 def _point(search: Search, plan: Plan, sizes: TargetBytes, label: str, budget: float | None) -> FrontierPoint | None:

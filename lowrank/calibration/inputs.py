@@ -168,7 +168,7 @@ def _collect(
 
 
 def first_nonfinite(model: nn.Module, batch: Batch) -> str | None:
-    """The name of the first module without children whose output is not finite, or None.
+    """Find the first module without children whose output is not finite, by name; ``None`` where there is none.
 
     Example:
         >>> bad = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))

@@ -16,14 +16,15 @@ from lowrank.checkpoint.manifest import (
     Manifest,
     build_layer,
     enclosing,
-    is_scale,
     open_checkpoint,
-    prefix_of,
+    roles_of,
 )
 from lowrank.errors import CheckpointError, UsageError
 from lowrank.io import TensorSource, printable
 from lowrank.layers import CompressedLayer, call_every_layer
+from lowrank.layers.roles import CODES, SCALE
 from lowrank.numerics.convolutions import ConvGeometry
+from lowrank.numerics.rounding import largest_code
 from lowrank.targets import kind_of
 from lowrank.targets.batchnorm import fold_skeleton
 
@@ -210,17 +211,14 @@ def _check_buffers(skeleton: nn.Module, manifest: Manifest, where: str) -> None:
 def _read_all(
     manifest: Manifest, source: TensorSource, device: torch.device, dtype: torch.dtype | None
 ) -> dict[str, torch.Tensor]:
-    limits: dict[str, int] = {}
-    scales: set[str] = set()
-    for stored in source.names:
-        layer = manifest.layer_of(stored)
-        if layer is None:
-            continue
-        leaf, bits = stored.removeprefix(prefix_of(layer)), manifest.layers[layer].get("bits")
-        if is_scale(leaf):
-            scales.add(stored)
-        elif leaf.endswith("codes") and bits is not None:
-            limits[stored] = 2 ** (bits - 1) - 1
+    roles = roles_of(manifest, str(source.path))
+    scales = {name for name, role in roles.items() if role.kind == SCALE}
+    # A packed byte holds several codes, so that every value of it is one.
+    limits = {
+        name: largest_code(role.bits)
+        for name, role in roles.items()
+        if role.kind == CODES and role.bits is not None and not role.packed
+    }
     tensors: dict[str, torch.Tensor] = {}
     for stored in sorted(source.names, key=lambda name: name not in scales):
         if stored == manifest.guard:

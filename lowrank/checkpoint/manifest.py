@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 
 from lowrank.errors import CheckpointError, LowRankError
 from lowrank.io import TensorEntry, TensorSource, open_tensors, printable, read_json, require_int
-from lowrank.layers import LAYER_KINDS, CompressedLayer
+from lowrank.layers import LAYER_KINDS, CompressedLayer, Role
 
 __all__ = [
     "FORMAT_VERSION",
@@ -20,10 +19,10 @@ __all__ = [
     "Manifest",
     "build_layer",
     "enclosing",
-    "is_scale",
     "manifest_limit_bytes",
     "open_checkpoint",
     "prefix_of",
+    "roles_of",
 ]
 
 MANIFEST_NAME = "lowrank_config.json"
@@ -57,16 +56,16 @@ class Manifest:
     folded: tuple[str, ...] = ()
 
     def resolve(self, name: str) -> str:
-        """The stored name behind a name: the owner where it is tied."""
+        """Give the stored name behind a name: the owner where it is tied."""
         return self.ties.get(name, name)
 
     def layer_of(self, name: str) -> str | None:
-        """The compressed layer that a tensor or module of this name lies in."""
+        """Give the compressed layer that a tensor or module of this name lies in."""
         return enclosing(name, self.layers)
 
 
 def enclosing(name: str, modules: Container[str]) -> str | None:
-    """The module among ``modules`` that a tensor or module name lies in, the innermost first; ``""`` is the root.
+    """Find the module among ``modules`` that a tensor or module name lies in, the innermost first; ``""`` is the root.
 
     >>> enclosing("encoder.0.bias", {"encoder.0", "pooler"})
     'encoder.0'
@@ -79,18 +78,12 @@ def enclosing(name: str, modules: Container[str]) -> str | None:
 
 
 def prefix_of(name: str) -> str:
-    """What the tensor names of a module begin with; the root module has no prefix.
+    """Say what the tensor names of a module begin with; the root module has no prefix.
 
     >>> prefix_of("encoder.0"), prefix_of("")
     ('encoder.0.', '')
     """
     return f"{name}." if name else ""
-
-
-def is_scale(leaf: str) -> bool:
-    """Whether a tensor of a compressed layer is a quantisation scale, to be kept in float32."""
-    own = leaf.rpartition(".")[2]
-    return own == "scale" or own.endswith("_scale")
 
 
 def open_checkpoint(directory: Path) -> tuple[Manifest, TensorSource]:
@@ -125,7 +118,7 @@ def _likely(directory: Path) -> str:
 
 
 def manifest_limit_bytes(tensors: int) -> int:
-    """The largest manifest that is believed (and written) for a file of so many tensors."""
+    """Give the largest manifest that is believed (and written) for a file of so many tensors."""
     return _MANIFEST_BYTES + _MANIFEST_BYTES_PER_TENSOR * tensors
 
 
@@ -198,11 +191,9 @@ def _check_layer(
     if not isinstance(shape, list) or len(shape) < 2:
         raise CheckpointError(f"{label}: shape must be a list of at least two sizes; got {_shown(shape)}")
     sizes = [require_int(size, f"{label}: a size in shape", 1, 1 << 40) for size in shape]
-    full = min(sizes[0], math.prod(sizes[1:]))
-    if config.get("scheme") == "spatial" and len(sizes) == 4:
-        full = min(sizes[1] * sizes[2], sizes[0] * sizes[3])
     if config.get("rank") is not None:
-        require_int(config["rank"], f"{label}: rank", 1, full)
+        most = LAYER_KINDS[kind].rank_limit(sizes, config.get("scheme"))
+        require_int(config["rank"], f"{label}: rank", 1, most)
     if config.get("bits") is not None:
         require_int(config["bits"], f"{label}: bits", 2, 8)
     options = config.get("options")
@@ -224,12 +215,27 @@ def _check_layer(
 
 
 def layer_tensors(name: str, config: Mapping[str, Any], where: str) -> dict[str, torch.Tensor]:
-    """The tensors that a layer of this configuration stores, on the meta device."""
+    """Give the tensors that a layer of this configuration stores, on the meta device."""
     return dict(build_layer(name, config, where, torch.device("meta")).state_dict())
 
 
+def roles_of(manifest: Manifest, origin: str) -> dict[str, Role]:
+    """Say what each stored tensor of a compressed layer is, by the name it is stored under.
+
+    Args:
+        manifest: one that was checked against its tensors.
+        origin: of the manifest, for messages.
+    """
+    roles: dict[str, Role] = {}
+    for name, config in manifest.layers.items():
+        layer = build_layer(name, config, printable(origin), torch.device("meta"))
+        for leaf, role in layer.roles().items():
+            roles[manifest.resolve(prefix_of(name) + leaf)] = role
+    return roles
+
+
 def build_layer(name: str, config: Mapping[str, Any], where: str, device: torch.device | None) -> CompressedLayer:
-    """A layer of the configured kind and shape; its values are unimportant.
+    """Make a layer of the configured kind and shape; its values are unimportant.
 
     Raises:
         CheckpointError: the configuration lacks something or contradicts itself.

@@ -221,7 +221,7 @@ def plan_model(
     validation: Iterable[Any] | None = None,
     **options: Any,
 ) -> Plan:
-    """The plan that the predictions alone would choose: for looking before the work (``lowrank compress --dry-run``).
+    """Make the plan that the predictions alone would choose: for looking before the work (``lowrank compress --dry-run``).
 
     Takes the arguments of :func:`compress_model`; nothing is verified, and the plan's error is a prediction.
 
@@ -242,7 +242,7 @@ def apply_plan(
     *,
     output_fn: Callable[[Any], Tensor] | None = None,
 ) -> nn.Module:
-    """A copy of the model with the plan's layers in place. Decides nothing and measures nothing.
+    """Make a copy of the model with the plan's layers in place; nothing is decided and nothing measured.
 
     With the calibration data that the plan was made with, the layers are the same to the last bit. Without any, factors come from
     the plain SVD and a message on the logger "lowrank" says so.

@@ -16,6 +16,7 @@ from lowrank.numerics.factors import Factors, RankCurve
 from lowrank.numerics.gradient_weighting import GradientWeighting
 from lowrank.numerics.moments import InputStatistics, TokenCounts
 from lowrank.targets import LayerKind
+from lowrank.targets.kind import Factoring
 from lowrank.targets.survey import Target
 
 __all__ = ["RIDGE", "LayerData"]
@@ -114,17 +115,10 @@ class LayerData:
         return self.remembered(("curve", scheme), lambda: self._decomposed(scheme))
 
     def _decomposed(self, scheme: str | None) -> RankCurve | ConvCurve:
-        weight = self.kind.factored_weight(self.target.owner)
-        return self.kind.factorize(
-            self.weighed(weight),
-            self.inputs,
-            self.lookups,
-            scheme=scheme,
-            blocks=self.blocks,
-            ridge=RIDGE,
-            shift_bias=self.centred,
-            name=f"layer {self.name}",
+        known = Factoring(
+            f"layer {self.name}", self.inputs, self.lookups, scheme, self.blocks, RIDGE, shift_bias=self.centred
         )
+        return self.kind.factorize(self.weighed(self.kind.factored_weight(self.target.owner)), known)
 
     def factors(self, scheme: str | None, rank: int) -> Factors | ConvFactors:
         """Give the best factors of the weight of this rank that are known.

@@ -25,7 +25,7 @@ MOST_SEED = 2**63 - 1
 
 
 def metric_choices() -> tuple[str, ...]:
-    """The names that ``metric`` takes: "auto", those that need no data, the others.
+    """Give the names that ``metric`` takes: "auto", those that need no data, the others.
 
     Example:
         >>> metric_choices()
@@ -35,7 +35,7 @@ def metric_choices() -> tuple[str, ...]:
 
 
 def default_metric(*, calibrated: bool) -> str:
-    """What "auto" stands for.
+    """Say what "auto" stands for.
 
     Example:
         >>> default_metric(calibrated=True), default_metric(calibrated=False)
@@ -45,7 +45,7 @@ def default_metric(*, calibrated: bool) -> str:
 
 
 def metric_of(metric: Metric, *, calibrated: bool, higher_is_better: bool = False) -> ErrorMetric:
-    """The metric that a name, "auto" or a callable stands for.
+    """Give the metric that a name, "auto" or a callable stands for.
 
     Raises:
         UsageError: it is none of these.
@@ -121,7 +121,7 @@ class Options:
     directions: str | None = None
 
     def checked(self, *, calibrated: bool, planned: bool = False) -> Options:
-        """The same with "auto" and "all" resolved.
+        """Check every argument and resolve "auto" and "all".
 
         Args:
             calibrated: whether calibration data was given.
@@ -172,7 +172,7 @@ class Options:
         return metric_of(self.metric, calibrated=True, higher_is_better=self.higher_is_better)
 
     def contribution(self, value: float | None) -> float:
-        """A value of the metric in the unit in which layers' contributions add up, its ratio; inf for None.
+        """Give a value of the metric in the unit in which layers' contributions add up, its ratio; inf for None.
 
         Example:
             >>> Options(metric="output").contribution(0.5)
@@ -181,7 +181,7 @@ class Options:
         return math.inf if value is None else self.error_metric.ratio(value)
 
     def value(self, contribution: float) -> float:
-        """The inverse of :meth:`contribution`."""
+        """Undo :meth:`contribution`."""
         return self.error_metric.value(contribution)
 
     def _formats(self) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from lowrank.compression.formats.base import shown
 from lowrank.errors import CheckpointError, LowRankError, is_whole
 from lowrank.io import parse_json
 from lowrank.layers.base import FLOAT_ACTIVATIONS
-from lowrank.layers.spec import SPEC_FIELDS, LayerSpec
+from lowrank.layers.spec import SPEC_FIELDS, HoldsSpec, LayerSpec
 
 __all__ = ["Plan", "PlanEntry", "same_specs"]
 
@@ -28,7 +28,7 @@ _Text: TypeAlias = "str | bytes"
 
 
 @dataclass(frozen=True)
-class PlanEntry:
+class PlanEntry(HoldsSpec):
     """The choice for one layer; checked when it is made, also from JSON.
 
     Attributes:
@@ -75,31 +75,6 @@ class PlanEntry:
         if isinstance(self.error, bool) or not isinstance(self.error, (int, float)) or not 0 <= self.error < math.inf:
             raise LowRankError(f"{where}: error must be a finite number from 0, got {shown(self.error)}")
         object.__setattr__(self, "error", float(self.error))
-
-    @property
-    def format(self) -> str:
-        """The spec's."""
-        return self.spec.format
-
-    @property
-    def rank(self) -> int | None:
-        """The spec's; of a convolution with groups, of each."""
-        return self.spec.rank
-
-    @property
-    def bits(self) -> int | None:
-        """The spec's."""
-        return self.spec.bits
-
-    @property
-    def activations(self) -> str | None:
-        """The spec's."""
-        return self.spec.activations
-
-    @property
-    def scheme(self) -> str | None:
-        """The spec's; "channel" or "spatial" for factored convolutions."""
-        return self.spec.scheme
 
     @property
     def compressed(self) -> bool:
@@ -194,7 +169,7 @@ class Plan:
         return self.duality_gap / self.objective_value if self.objective_value > 0 else 0.0
 
     def entry(self, name: str) -> PlanEntry:
-        """The entry of one layer.
+        """Find the entry of one layer.
 
         Raises:
             LowRankError: the plan has no such layer.
@@ -205,7 +180,7 @@ class Plan:
         raise LowRankError(f"plan: has no layer {name!r} among its {len(self.entries)}")
 
     def with_entry(self, name: str, **changes: Any) -> Plan:
-        """A copy with one entry changed, as by hand.
+        """Make a copy with one entry changed, as by hand.
 
         Fields that a new ``format`` does not take become ``None`` and bits it needs become 8, unless given. ``bytes``
         and ``error`` stay the old predictions unless given: what is built is measured anyway.

@@ -16,7 +16,7 @@ from lowrank.calibration.inputs import collect_statistics
 from lowrank.calibration.metrics import SampledMetric
 from lowrank.calibration.observers import AnyObserver
 from lowrank.compression.candidates import LayerChoices
-from lowrank.compression.formats import REFERENCE, Measured, Request
+from lowrank.compression.formats import FORMATS, REFERENCE, Measured, Request
 from lowrank.compression.latency import Speed
 from lowrank.compression.layer_data import LayerData
 from lowrank.compression.options import Options
@@ -69,7 +69,7 @@ class Preparation:
         return any(data.gradients is not None for data in self.copy.layers.values())
 
     def metadata(self, options: Options) -> dict[str, Any]:
-        """What applying a plan again needs to know."""
+        """Say what applying a plan again needs to know."""
         return {
             "data_aware": self.split is not None and not options.error_metric.weights_only,
             "metric": options.error_metric.name,
@@ -83,7 +83,7 @@ class Preparation:
 
 
 def planned(options: Options, metadata: Mapping[str, Any]) -> Options:
-    """The options with what a plan says of how its factors were fitted.
+    """Give the options with what a plan says of how its factors were fitted.
 
     Raises:
         CheckpointError: the plan asks for gradients of an unknown kind.
@@ -112,6 +112,10 @@ def find_work(model: nn.Module, options: Options) -> Survey:
     sound: list[Target] = []
     skipped = list(found.skipped)
     for target in found.targets:
+        if not any(format.builds(target) for format in FORMATS.values() if not format.dense):
+            reason = f"left as it is: no format builds {target.kind.described}"
+            skipped += [Skipped(member, reason) for member in target.members]
+            continue
         try:
             for member in target.members:
                 for name, tensor in member.module.named_parameters():
@@ -133,7 +137,7 @@ def find_work(model: nn.Module, options: Options) -> Survey:
 
 
 def fold_and_find(model: nn.Module, options: Options) -> tuple[nn.Module, Survey, list[str]]:
-    """The model to work on (the original, or a copy with BatchNorm folded), its targets beside the original's modules, and a note.
+    """Give the model to work on (the original, or a copy with BatchNorm folded), its targets beside the original's modules, and a note.
 
     Raises:
         UsageError: nothing to compress, or the model cannot be traced.
@@ -163,7 +167,7 @@ def split_samples(
 
 
 def split_again(batches: Sequence[Batch], metadata: Mapping[str, Any]) -> Split:
-    """The split that a plan's factors were fitted on; all samples where the plan does not say."""
+    """Split as the samples were that a plan's factors were fitted on; all are statistics where the plan does not say."""
     ways = metadata.get("split")
     if ways not in (2, 3):
         return Split(list(batches), [], [])

@@ -53,7 +53,7 @@ CONV_PREFIX = "conv-"
 
 
 def timing_key(format: str, activations: str | None, dtype: str) -> str:
-    """The name of a curve.
+    """Give the name of a curve.
 
     Args:
         format: ``"dense"``, ``"lowrank"``, ``"int8"`` or ``"lowrank-int8"``; with ``"conv-"`` before it for
@@ -244,7 +244,7 @@ def _read_curve(value: Any, length: int, where: str) -> Curve:
 def fit_table(
     points: Sequence[Point], host: Mapping[str, Any], accuracy: Mapping[str, float] | None = None
 ) -> TimingTable:
-    """The table of these measurements: relative errors in least squares, no coefficient below 0.
+    """Fit the table of these measurements: relative errors in least squares, no coefficient below 0.
 
     Raises:
         ValueError: no measurement, or one that is not positive.
@@ -268,7 +268,7 @@ def _fit(points: Sequence[Point]) -> tuple[float, ...]:
 
 
 def cross_validate(points: Sequence[Point]) -> dict[str, float]:
-    """How far predictions are off for a shape that the table has not seen, each shape left out in turn.
+    """Say how far predictions are off for a shape that the table has not seen, each shape left out in turn.
 
     Returns:
         ``median_error`` and ``p90_error`` (relative), and ``wrong_order``: the share of measurements of compressed
@@ -319,7 +319,7 @@ def _round(value: Any) -> float:
 
 
 def user_path(environment: Mapping[str, str] | None = None) -> Path:
-    """Where ``lowrank benchmark --tune`` saves: ``$LOWRANK_TIMINGS``, else the platform's directory for settings.
+    """Find where ``lowrank benchmark --tune`` saves: ``$LOWRANK_TIMINGS``, else the platform's directory for settings.
 
     Example:
         >>> str(user_path({"LOWRANK_TIMINGS": "/tmp/mine.json"}))
@@ -339,7 +339,7 @@ def user_path(environment: Mapping[str, str] | None = None) -> Path:
 
 
 def load_timings(environment: Mapping[str, str] | None = None, *, route: str = "native") -> TimingTable:
-    """The user's table where there is one, else the one that comes with the package.
+    """Load the user's table where there is one, else the one that comes with the package.
 
     Args:
         environment: instead of the process's.

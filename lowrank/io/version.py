@@ -7,7 +7,7 @@ import torch
 __all__ = ["PACKAGE", "__version__", "versions"]
 
 PACKAGE = "lowrank"
-__version__ = "0.3.0"
+__version__ = "0.4.0"
 
 
 def versions() -> dict[str, str]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-__all__ = ["SPEC_FIELDS", "LayerSpec"]
+__all__ = ["SPEC_FIELDS", "HoldsSpec", "LayerSpec"]
 
 
 @dataclass(frozen=True)
@@ -56,3 +56,34 @@ class LayerSpec:
 
 _ALWAYS = ("format", "rank", "bits", "activations")
 SPEC_FIELDS = tuple(item.name for item in fields(LayerSpec))
+
+
+class HoldsSpec:
+    """Read the fields of a :class:`LayerSpec` off whatever holds one as ``spec``."""
+
+    spec: LayerSpec
+
+    @property
+    def format(self) -> str:
+        """The format's name."""
+        return self.spec.format
+
+    @property
+    def rank(self) -> int | None:
+        """Number of rank components (of each group of a convolution); ``None`` where the format has none."""
+        return self.spec.rank
+
+    @property
+    def bits(self) -> int | None:
+        """Bits that a code uses; ``None`` where the format has no codes."""
+        return self.spec.bits
+
+    @property
+    def activations(self) -> str | None:
+        """``"int8"`` (integer products), ``"float"`` (weight-only) or ``None`` (neither)."""
+        return self.spec.activations
+
+    @property
+    def scheme(self) -> str | None:
+        """``"channel"`` or ``"spatial"`` for a factored convolution, ``None`` for all else."""
+        return self.spec.scheme

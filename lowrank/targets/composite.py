@@ -43,9 +43,7 @@ class Composite(LayerKind):
 
     def weights(self, module: nn.Module) -> dict[str, Tensor]:
         """Give each matrix as (1, out, in)."""
-        return {
-            name: tensor.detach()[None] for name, tensor in self.parameters(module).items() if tensor is not None
-        }
+        return {name: tensor.detach()[None] for name, tensor in self.parameters(module).items() if tensor is not None}
 
     def observer(self, module: nn.Module) -> AnyObserver | None:
         """Gather nothing: what flows between the matrices is not seen from outside."""

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from lowrank.numerics.conv_factors import SCHEMES, ConvCurve, factorize_conv
 from lowrank.numerics.factors import RankCurve
-from lowrank.numerics.moments import InputStatistics, TokenCounts
-from lowrank.targets.kind import LayerKind
+from lowrank.numerics.moments import InputStatistics
+from lowrank.targets.kind import Factoring, LayerKind
 
 __all__ = ["Conv"]
 
@@ -96,27 +96,16 @@ class Conv(LayerKind):
             first //= second
         return blocks * first + shape[0] * second
 
-    def factorize(
-        self,
-        weight: Tensor,
-        inputs: InputStatistics | None,
-        lookups: TokenCounts | None,
-        *,
-        scheme: str | None,
-        blocks: int,
-        ridge: float,
-        shift_bias: bool,
-        name: str,
-    ) -> RankCurve | ConvCurve:
+    def factorize(self, weight: Tensor, known: Factoring) -> RankCurve | ConvCurve:
         """Decompose in the form of the scheme; see :meth:`LayerKind.factorize`."""
         return factorize_conv(
             weight,
-            inputs,
-            scheme=scheme or CHANNEL,
-            groups=blocks,
-            ridge=ridge if inputs is not None else 0.0,
-            shift_bias=shift_bias,
-            name=name,
+            known.inputs,
+            scheme=known.scheme or CHANNEL,
+            groups=known.blocks,
+            ridge=known.ridge if known.inputs is not None else 0.0,
+            shift_bias=known.shift_bias,
+            name=known.name,
         )
 
     def moments(self, inputs: InputStatistics, *, blocks: int, centred: bool, device: torch.device) -> Tensor:

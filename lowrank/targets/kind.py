@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -21,7 +22,38 @@ from lowrank.numerics.conv_factors import ConvCurve
 from lowrank.numerics.factors import RankCurve, factorize, factorize_embedding
 from lowrank.numerics.moments import InputStatistics, TokenCounts
 
-__all__ = ["LayerKind", "kind_named", "kind_of", "layer_kinds", "register_kind", "resemblance", "target_names"]
+__all__ = [
+    "Factoring",
+    "LayerKind",
+    "kind_named",
+    "kind_of",
+    "layer_kinds",
+    "register_kind",
+    "resemblance",
+    "target_names",
+]
+
+
+@dataclass(frozen=True)
+class Factoring:
+    """Say what a weight is to be factored by.
+
+    Attributes:
+        inputs, lookups: what flows into the layer, where it is known.
+        scheme: one of :meth:`LayerKind.schemes`.
+        blocks: of the weight, that never meet.
+        ridge: relative, of the moments.
+        shift_bias: the bias may take the correction of the mean.
+        name: for messages.
+    """
+
+    name: str
+    inputs: InputStatistics | None = None
+    lookups: TokenCounts | None = None
+    scheme: str | None = None
+    blocks: int = 1
+    ridge: float = 0.0
+    shift_bias: bool = False
 
 
 class LayerKind(ABC):
@@ -122,35 +154,19 @@ class LayerKind(ABC):
         """Count the numbers that one rank component takes in all blocks together."""
         return blocks * math.prod(shape[1:]) + shape[0]
 
-    def factorize(
-        self,
-        weight: Tensor,
-        inputs: InputStatistics | None,
-        lookups: TokenCounts | None,
-        *,
-        scheme: str | None,
-        blocks: int,
-        ridge: float,
-        shift_bias: bool,
-        name: str,
-    ) -> RankCurve | ConvCurve:
-        """Decompose a weight of the kind's shape once, for every rank.
+    def factorize(self, weight: Tensor, known: Factoring) -> RankCurve | ConvCurve:
+        """Decompose a weight once, for every rank.
 
         Args:
             weight: as :meth:`factored_weight` gives it, perhaps weighed by gradients.
-            inputs, lookups: what flows into the layer, where it is known.
-            scheme: one of :meth:`schemes`.
-            blocks: that never meet.
-            ridge: relative, of the moments.
-            shift_bias: the bias may take the correction of the mean.
-            name: for messages.
+            known: of the layer.
         """
-        if inputs is not None:
-            return factorize(weight, inputs, ridge=ridge, shift_bias=shift_bias, name=name)
+        if known.inputs is not None:
+            return factorize(weight, known.inputs, ridge=known.ridge, shift_bias=known.shift_bias, name=known.name)
         # Rows that were never looked up would be left out for free.
-        if lookups is not None and not lookups.unseen:
-            return factorize_embedding(weight, lookups, name=name)
-        return factorize(weight, name=name)
+        if known.lookups is not None and not known.lookups.unseen:
+            return factorize_embedding(weight, known.lookups, name=known.name)
+        return factorize(weight, name=known.name)
 
     def factored_weight(self, module: nn.Module) -> Tensor:
         """Give the weight in the shape in which it is factored, without a gradient."""

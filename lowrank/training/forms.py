@@ -3,43 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lowrank.errors import UsageError
-from lowrank.layers import (
-    CompressedLayer,
-    QuantizedConv1d,
-    QuantizedConv2d,
-    QuantizedLinear,
-    QuantizedLowRankConv1d,
-    QuantizedLowRankConv2d,
-    QuantizedLowRankLayer,
-)
-from lowrank.layers.quantized_lowrank import round_factors
+from lowrank.layers import CompressedLayer
 from lowrank.lora import LoRALayer
-from lowrank.numerics.rounding import largest_code, quantize_rows
 from lowrank.targets.model import replace_module
 
 __all__ = ["RoundedForm", "TrainableForm"]
 
 WHAT = ("auto", "factors", "adapters")
-IntegerKind = (
-    QuantizedLowRankLayer
-    | QuantizedLinear
-    | QuantizedLowRankConv1d
-    | QuantizedLowRankConv2d
-    | QuantizedConv1d
-    | QuantizedConv2d
-)
-_FROM_DENSE: dict[type[nn.Module], str] = {
-    QuantizedLinear: "from_linear",
-    QuantizedConv1d: "from_conv1d",
-    QuantizedConv2d: "from_conv2d",
-}
-_INTEGER = (QuantizedLowRankLayer, QuantizedLowRankConv1d, QuantizedLowRankConv2d, *_FROM_DENSE)
 
 
 class RoundedForm(nn.Module):
@@ -56,61 +30,27 @@ class RoundedForm(nn.Module):
         floats: what is trained.
 
     Example:
+        >>> import torch
+        >>> from lowrank.layers import QuantizedLowRankLayer
         >>> layer = QuantizedLowRankLayer.from_linear(nn.Linear(6, 4), rank=3)
         >>> again = RoundedForm(layer).rounded()
         >>> torch.equal(again.left_codes, layer.left_codes), again.stored_bytes == layer.stored_bytes
         (True, True)
     """
 
-    def __init__(self, layer: IntegerKind, dense: nn.Module | None = None) -> None:
+    def __init__(self, layer: CompressedLayer, dense: nn.Module | None = None) -> None:
         super().__init__()
-        self.floats: nn.Module = layer.dequantize()
-        self.kind, self.bits, self.activations, self.dtype = type(layer), layer.n_bits, layer.activations, layer.dtype
-        self.groups = getattr(layer, "groups", 1)
-        self.factored = hasattr(layer, "left_codes")
-        self.bias_flag = layer.bias is not None and layer.bias.requires_grad
-        if not self.factored and isinstance(dense, (nn.Linear, nn.Conv1d, nn.Conv2d)):
-            self._sharpen(layer, dense)
-
-    def _sharpen(self, layer: Any, dense: nn.Linear | nn.Conv1d | nn.Conv2d) -> None:
-        if dense.weight.shape != layer.codes.shape or not bool(torch.isfinite(dense.weight).all()):
-            return
-        codes, scale = quantize_rows(dense.weight.flatten(1), self.bits)
-        if torch.equal(codes.view_as(layer.codes), layer.codes) and torch.equal(scale, layer.scale):
-            with torch.no_grad():
-                self.floats.get_parameter("weight").copy_(dense.weight)
+        self.floats: nn.Module = layer.trainable(dense)
+        # Not registered: its codes are neither trained nor stored while the floats stand in for them.
+        self._layer = (layer,)
 
     def forward(self, x: Tensor) -> Tensor:
-        """What the float layer of the rounded numbers gives."""
-        names = ("left", "right") if self.factored else ("weight",)
-        rounded = {name: self._rounded(name) for name in names}
-        result: Tensor = torch.func.functional_call(self.floats, rounded, (x,))
-        return result
+        """Do what the float layer of the rounded numbers does."""
+        return self._layer[0].rounded_forward(self.floats, x)
 
-    def _rounded(self, name: str) -> Tensor:
-        values = self.floats.get_parameter(name)
-        if name != "left":
-            return _straight_through(values, tuple(range(1, values.ndim)), self.bits)
-        # A component is a column of the left factor: (groups, out of a group, rank, *kernel).
-        parts = values.view(self.groups, -1, *values.shape[1:])
-        return _straight_through(parts, (1, *range(3, parts.ndim)), self.bits).view_as(values)
-
-    def rounded(self) -> nn.Module:
-        """The layer of the numbers as they are now: of the same kind, rank, bits and activations."""
-        how: dict[str, Any] = {"bits": self.bits, "activations": self.activations}
-        floats: Any = self.floats
-        kind: Any = self.kind
-        layer: nn.Module
-        if kind is QuantizedLowRankLayer:
-            codes = round_factors(floats.left, floats.right, self.bits)
-            layer = QuantizedLowRankLayer.from_tensors(*codes[:3], floats.bias, dtype=self.dtype, **how)
-        elif self.factored:
-            layer = kind.from_factors(floats, **how)
-        else:
-            layer = getattr(kind, _FROM_DENSE[kind])(floats, **how)
-        if isinstance(layer.bias, nn.Parameter):
-            layer.bias.requires_grad_(self.bias_flag)
-        return layer.train(self.training)
+    def rounded(self) -> CompressedLayer:
+        """Make the layer of the numbers as they are now: of the same kind, rank, bits and activations."""
+        return self._layer[0].with_floats(self.floats).train(self.training)
 
 
 class TrainableForm:
@@ -126,6 +66,7 @@ class TrainableForm:
         UsageError: another ``what``, or nothing there to train.
 
     Example:
+        >>> from lowrank.layers import QuantizedLowRankLayer
         >>> model = nn.Sequential(QuantizedLowRankLayer.from_linear(nn.Linear(6, 4), rank=3), nn.LayerNorm(4))
         >>> form = TrainableForm(model)
         >>> form.what, [tuple(parameter.shape) for parameter in form.parameters]
@@ -161,10 +102,10 @@ class TrainableForm:
 
     def _open_layers(self, original: nn.Module | None) -> None:
         dense = {} if original is None else dict(original.named_modules())
-        found: dict[IntegerKind, list[str]] = {}
+        found: dict[CompressedLayer, list[str]] = {}
         for name, module in self.model.named_modules(remove_duplicate=False):
             # Codes that an embedding shares are not this layer's to move.
-            if type(module) in _INTEGER and not _is_tied(module, self.model):
+            if isinstance(module, CompressedLayer) and module.trains_rounded and not _is_tied(module, self.model):
                 found.setdefault(module, []).append(name)
         _refuse_dora(self.model, found)
         for layer, names in found.items():
@@ -182,10 +123,8 @@ class TrainableForm:
             parameter.requires_grad_(flag)
             parameter.grad = None
         for module in self.model.modules():
-            # What these say is of the weight that the layer was made from; it has moved since.
-            for stale in ("truncation_error", "error_bound_value"):
-                if self.what == "factors" and hasattr(module, stale):
-                    setattr(module, stale, None)
+            if self.what == "factors" and isinstance(module, CompressedLayer):
+                module.forget_source()
 
 
 def _movable(model: nn.Module) -> Iterator[nn.Parameter]:
@@ -219,11 +158,3 @@ def _is_tied(layer: nn.Module, model: nn.Module) -> bool:
     own = {id(tensor) for tensor in layer.buffers()}
     others = (module for module in model.modules() if module is not layer and isinstance(module, CompressedLayer))
     return any(id(tensor) in own for module in others for tensor in module.buffers(recurse=False))
-
-
-def _straight_through(values: Tensor, dims: tuple[int, ...], bits: int) -> Tensor:
-    """The values rounded to steps of their largest along these dimensions, with the gradient of themselves."""
-    step = values.detach().abs().amax(dim=dims, keepdim=True) / largest_code(bits)
-    step = torch.where(step > 0, step, torch.ones_like(step))
-    rounded = torch.round(values.detach() / step) * step
-    return values + (rounded - values.detach())

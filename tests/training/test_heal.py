@@ -227,7 +227,7 @@ def test_rounding_in_the_forward_pass_is_the_rounding_of_the_format(index: int) 
     for name, tensor in again.state_dict().items():
         # The product of two steps is rounded once more.
         torch.testing.assert_close(tensor, state[name], rtol=0.0 if "codes" in name else 1e-6, atol=0.0)
-    names = ("left", "right") if form.factored else ("weight",)
+    names = [name for name, _ in form.floats.named_parameters() if name != "bias"]
     before = [form.floats.get_parameter(name).detach().clone() for name in names]
     with torch.no_grad():
         for name in names:

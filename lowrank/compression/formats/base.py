@@ -22,6 +22,7 @@ from lowrank.layers.spec import LayerSpec
 from lowrank.numerics.conv_factors import ConvFactors
 from lowrank.numerics.factors import Factors, check_rank
 from lowrank.targets import LINEAR, kind_named
+from lowrank.targets.survey import Target
 
 __all__ = ["Measured", "Measurements", "Request", "WeightFormat", "share_weight", "shown"]
 
@@ -114,9 +115,13 @@ class WeightFormat(ABC):
         """Whether there are codes."""
         return "bits" in self.fields
 
+    def builds(self, target: Target) -> bool:
+        """Tell whether every member of a target can become this, by its kind."""
+        return all(kind.name in self.layers for kind in target.kinds)
+
     def fits(self, data: LayerData) -> bool:
         """Tell whether every member of the target can become this."""
-        return all(kind.name in self.layers for kind in data.target.kinds)
+        return self.builds(data.target)
 
     # Candidates --------------------------------------------------------------------------------------------------------------
 
