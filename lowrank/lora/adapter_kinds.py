@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any, ClassVar
 
 import torch
@@ -9,11 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank.errors import AdapterError
-from lowrank.layers.conv_base import ConvLayer, float_conv
+from lowrank.layers.conv_base import float_conv
 from lowrank.lora.adapter_layer import LoRALayer
-from lowrank.lora.bases import family
+from lowrank.lora.bases import base_of
 from lowrank.lora.config import LoRAConfig
-from lowrank.numerics.convolutions import ConvGeometry
 
 __all__ = ["LoRAConv1d", "LoRAConv2d", "LoRAEmbedding", "LoRALinear", "adapted"]
 
@@ -70,6 +70,12 @@ class LoRAEmbedding(LoRALayer):
     def _holders(self) -> tuple[Any, ...]:
         return (*super()._holders(), self.lora_embedding_A, self.lora_embedding_B)
 
+    def _sides(self, adapter: str) -> dict[str, nn.Parameter]:
+        return {
+            "lora_embedding_A": self.lora_embedding_A[adapter],
+            "lora_embedding_B": self.lora_embedding_B[adapter],
+        }
+
     def _make(self, adapter: str, config: LoRAConfig, name: str, rank: int) -> None:
         self.lora_embedding_A[adapter] = nn.Parameter(torch.randn(rank, self.in_features))
         self.lora_embedding_B[adapter] = nn.Parameter(torch.randn(self.out_features, rank))
@@ -113,22 +119,18 @@ class _LoRAConvNd(LoRALayer):
     _conv: ClassVar[Any] = None
 
     def _make(self, adapter: str, config: LoRAConfig, name: str, rank: int) -> None:
-        at = conv_geometry(self.base_layer)
-        if rank % at["groups"]:
+        geometry = base_of(self.base_layer).geometry
+        if rank % geometry.groups:
             raise AdapterError(
-                f"layer {name}: r = {rank} does not divide into its {at['groups']} groups; give it a multiple by rank_pattern"
+                f"layer {name}: r = {rank} does not divide into its {geometry.groups} groups; give it a multiple by rank_pattern"
             )
-        if at["groups"] > 1 and config.use_dora:
+        if geometry.groups > 1 and config.use_dora:
             raise AdapterError(
-                f"layer {name}: groups={at['groups']}: the adapter mixes channels of different groups, so that DoRA has no "
+                f"layer {name}: groups={geometry.groups}: the adapter mixes channels of different groups, so that DoRA has no "
                 "weight to take norms of; set use_dora=False or exclude the layer"
             )
-        self.lora_A[adapter] = self._conv(self.in_features, rank, bias=False, **at)
+        self.lora_A[adapter] = self._conv(self.in_features, rank, bias=False, **asdict(geometry))
         self.lora_B[adapter] = self._conv(rank, self.out_features, 1, bias=False)
-
-    def _geometry(self) -> ConvGeometry:
-        base = self.base_layer
-        return base.geometry if isinstance(base, ConvLayer) else ConvGeometry.of(base)
 
     def pair(self, adapter: str) -> tuple[Tensor, Tensor]:
         """Give B and A as matrices; see :meth:`LoRALayer.pair`.
@@ -159,7 +161,7 @@ class _LoRAConvNd(LoRALayer):
 
     def product_with(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Multiply by another weight; see :meth:`LoRALayer.product_with`."""
-        return float_conv(x, weight, bias, self._geometry())
+        return float_conv(x, weight, bias, base_of(self.base_layer).geometry)
 
     def is_weight(self, adapter: str) -> bool:
         """Say no with groups, and where base and adapter pad with different things; see :meth:`LoRALayer.is_weight`."""
@@ -168,8 +170,8 @@ class _LoRAConvNd(LoRALayer):
 
     def is_zero_padded(self, adapter: str) -> bool:
         """Say whether only the adapter pads with zeros; see :meth:`LoRALayer.is_zero_padded`."""
-        mode: str = conv_geometry(self.unmerged_base)["padding_mode"]
-        return mode != "zeros" and self.lora_A[adapter].padding_mode == "zeros"
+        mode = base_of(self.unmerged_base).geometry.padding_mode
+        return bool(mode != "zeros" and self.lora_A[adapter].padding_mode == "zeros")
 
     def differs_in_peft(self, adapter: str) -> bool:
         """Say yes to groups and to padding other than zeros; see :meth:`LoRALayer.differs_in_peft`."""
@@ -218,17 +220,7 @@ def adapted(base: nn.Module) -> LoRALayer:
     Raises:
         AdapterError: a module that no adapter fits.
     """
-    kind = family(base)
-    if kind is None:
-        raise AdapterError(f"{type(base).__name__}: no adapter fits this kind of module")
-    return _CLASSES[kind](base)
-
-
-def conv_geometry(base: nn.Module) -> dict[str, Any]:
-    """Give the arguments of ``nn.Conv…`` for the geometry of a dense or compressed convolution."""
-    source: Any = getattr(base, "geometry", base)
-    names = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
-    return {name: getattr(source, name) for name in names}
+    return _CLASSES[base_of(base).family](base)
 
 
 def _linear(inputs: int, outputs: int) -> nn.Linear:

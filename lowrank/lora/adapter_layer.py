@@ -4,46 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from lowrank.errors import AdapterError, UsageError
-from lowrank.lora.bases import adapter_dtype, base_bias, base_weight, facts_of, require_rank, row_norms
+from lowrank.lora.bases import base_of
+from lowrank.lora.changes import Change, MergeRow
 from lowrank.lora.config import LoRAConfig
 
-__all__ = ["FORMS", "Change", "LoRALayer", "Magnitude", "MergeRow"]
+__all__ = ["FORMS", "LoRALayer", "Magnitude"]
 
 FORMS = ("separate", "merged")
-
-
-class Change(NamedTuple):
-    """What adapters make of a weight: ``diag(rows) W + left @ right``.
-
-    Attributes:
-        left: (out, r) float64, scalings included.
-        right: (r, in · kernel) float64.
-        rows: (out,) float64, or ``None`` for ones (no DoRA).
-    """
-
-    left: Tensor
-    right: Tensor
-    rows: Tensor | None
-
-
-class MergeRow(NamedTuple):
-    """One merged layer in a report; see :class:`lowrank.lora.merge.MergeReport`."""
-
-    name: str
-    kind: str
-    adapters: tuple[str, ...]
-    rank_before: int | None
-    rank_after: int | None
-    bytes_before: int
-    bytes_after: int
-    error: float
-    note: str
 
 
 class Magnitude(nn.Module):
@@ -76,8 +49,8 @@ class LoRALayer(nn.Module):
         super().__init__()
         self.base_layer = base_layer
         self.base_layer.requires_grad_(False)
-        facts = facts_of(base_layer)
-        self.in_features, self.out_features = facts.in_features, facts.out_features
+        base = base_of(base_layer)
+        self.in_features, self.out_features = base.in_features, base.out_features
         # Any: torch types the entries of these as Tensor | Module.
         self.lora_A: Any = nn.ModuleDict()
         self.lora_B: Any = nn.ModuleDict()
@@ -107,8 +80,8 @@ class LoRALayer(nn.Module):
             AdapterError: the layer cannot carry this adapter.
             RankError: a rank that would take all memory.
         """
-        facts = facts_of(self.base_layer)
-        require_rank(self.base_layer, config.rank_of(name), name)
+        base = base_of(self.base_layer)
+        base.require_rank(config.rank_of(name), name)
         self._make(adapter, config, name, config.rank_of(name))
         self._start(adapter, config.init_lora_weights)
         dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
@@ -117,7 +90,7 @@ class LoRALayer(nn.Module):
         self.scaling[adapter] = config.scaling_of(name)
         if config.learnable_scale:
             self.lora_scale[adapter] = nn.Parameter(torch.ones((), dtype=torch.float64))
-        self._move(adapter, facts.device, adapter_dtype(self.base_layer))
+        self._move(adapter, base.device, base.adapter_dtype)
 
     def start_magnitude(self, adapter: str) -> None:
         """Start DoRA from the norms as they are, so that nothing changes; called once A and B have their values."""
@@ -148,6 +121,16 @@ class LoRALayer(nn.Module):
                 entry = holder[adapter]
                 found += [entry] if isinstance(entry, nn.Parameter) else list(entry.parameters())
         return found
+
+    def parts(self, adapter: str) -> dict[str, nn.Parameter]:
+        """Name an adapter's parameters as PEFT's files do; a learned scale is none of them."""
+        found: dict[str, nn.Parameter] = self._sides(adapter)
+        if adapter in self.lora_magnitude_vector:
+            found["lora_magnitude_vector"] = self.lora_magnitude_vector[adapter].weight
+        return found
+
+    def _sides(self, adapter: str) -> dict[str, nn.Parameter]:
+        return {"lora_A": self.lora_A[adapter].weight, "lora_B": self.lora_B[adapter].weight}
 
     def _holders(self) -> Iterable[Any]:
         return self.lora_A, self.lora_B, self.lora_dropout, self.lora_magnitude_vector, self.lora_scale
@@ -224,7 +207,7 @@ class LoRALayer(nn.Module):
         left, right = self.pair(adapter)
         gain = self.gain(adapter)
         gain = gain.detach() if isinstance(gain, Tensor) else gain
-        return row_norms(self.unmerged_base, left.detach() * gain, right.detach())
+        return base_of(self.unmerged_base).row_norms(left.detach() * gain, right.detach())
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Add the active adapters' contributions to the base's output, in the base's dtype."""
@@ -252,7 +235,7 @@ class LoRALayer(nn.Module):
         if dropped is not x:
             # The adapter's dtype may be wider than the base's.
             base = self.base_layer(dropped.to(base.dtype) if dropped.is_floating_point() else dropped)
-        bias = base_bias(self.unmerged_base)
+        bias = base_of(self.unmerged_base).bias
         plain = base if bias is None else base - self._over_outputs(bias)
         return (share - 1) * plain + share * added
 
@@ -268,10 +251,10 @@ class LoRALayer(nn.Module):
 
     def _merged_forward(self, x: Tensor) -> Tensor:
         """One product with the changed weight. Gradients reach A, B and the magnitudes as in the separate form."""
-        base = self.base_layer
-        if getattr(base, "_is_integer", False):
+        base = base_of(self.base_layer)
+        if base.has_codes:
             raise UsageError(
-                f'form: "merged" has no meaning on {type(base).__name__}, whose products are of integer codes; '
+                f'form: "merged" has no meaning on {type(base.layer).__name__}, whose products are of integer codes; '
                 'use "separate"'
             )
         if self.training and any(self.configs[adapter].lora_dropout for adapter in self.active_adapters):
@@ -279,14 +262,12 @@ class LoRALayer(nn.Module):
                 'form: "merged" cannot drop inputs of the adapter alone; set lora_dropout=0 or use "separate"'
             )
         weight, bias = self._changed_weight()
-        dtype = facts_of(base).dtype
         x = x.to(weight.dtype) if x.is_floating_point() else x
-        return self.product_with(x, weight, None if bias is None else bias.to(weight.dtype)).to(dtype)
+        return self.product_with(x, weight, None if bias is None else bias.to(weight.dtype)).to(base.dtype)
 
     def _changed_weight(self) -> tuple[Tensor, Tensor | None]:
-        weight = base_weight(self.base_layer)
-        working = adapter_dtype(self.base_layer)
-        plain = weight.to(working)
+        base = base_of(self.base_layer)
+        plain = base.weight().to(base.adapter_dtype)
         total = plain
         for adapter in self.active_adapters:
             left, right = self.pair(adapter)
@@ -296,7 +277,7 @@ class LoRALayer(nn.Module):
                 share = (magnitude / _nonzero(self.norms(adapter), magnitude)).view(-1, *[1] * (plain.ndim - 1))
                 change = (share - 1) * plain + share * change
             total = total + change
-        return total, base_bias(self.base_layer)
+        return total, base.bias
 
     # Merging
 
@@ -319,7 +300,7 @@ class LoRALayer(nn.Module):
                 left = left * (gain.double() if isinstance(gain, Tensor) else gain)
                 if adapter in self.lora_magnitude_vector:
                     magnitude = self.lora_magnitude_vector[adapter].weight.detach().double().flatten()
-                    share = magnitude / _nonzero(row_norms(self.unmerged_base, left, right), magnitude)
+                    share = magnitude / _nonzero(base_of(self.unmerged_base).row_norms(left, right), magnitude)
                     rows = share if rows is None else rows + share - 1.0
                     left = left * share[:, None]
                 lefts.append(left)

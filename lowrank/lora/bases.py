@@ -1,202 +1,332 @@
-"""What an adapter needs to know of the layer under it, whatever its kind; weights always as (out, in, *kernel).
+"""What an adapter needs of the layer under it, dense or compressed: its weight, and the same layer with another one.
 
-An embedding counts as a linear layer on one-hot inputs: out is the embedding dimension, in the number of rows.
+Weights are (out, in, *kernel) here. An embedding counts as a linear layer on one-hot inputs: out is the embedding
+dimension, in the number of rows.
 """
 
 from __future__ import annotations
 
+import copy
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lowrank.errors import RankError
-from lowrank.layers import (
-    CompressedLayer,
-    LowRankEmbedding,
-    QuantizedEmbedding,
-    QuantizedLinear,
-    QuantizedLowRankEmbedding,
-    QuantizedLowRankLayer,
-    SVDCompressedLinear,
-)
-from lowrank.layers.conv import FactoredConv, SVDCompressedConv
-from lowrank.layers.conv_base import ConvLayer
-from lowrank.layers.quantized_conv import QuantizedConv
-from lowrank.layers.quantized_conv_lowrank import QuantizedLowRankConv
+from lowrank.errors import AdapterError, RankError
+from lowrank.layers import CompressedLayer
 from lowrank.layers.source import is_conv1d
+from lowrank.numerics.convolutions import ConvGeometry
 
-__all__ = [
-    "BaseFacts",
-    "adapter_dtype",
-    "base_bias",
-    "base_weight",
-    "exact_weight",
-    "facts_of",
-    "factor_pair",
-    "family",
-    "largest_rank",
-    "require_rank",
-    "row_norms",
-]
+__all__ = ["Base", "base_of", "family"]
 
-LINEAR_KINDS = (SVDCompressedLinear, QuantizedLowRankLayer, QuantizedLinear)
-EMBEDDING_KINDS = (LowRankEmbedding, QuantizedEmbedding, QuantizedLowRankEmbedding)
-
-
-class BaseFacts(NamedTuple):
-    """Sizes and whereabouts of a base layer."""
-
-    in_features: int
-    out_features: int
-    device: torch.device
-    dtype: torch.dtype
+_DENSE: dict[type[nn.Module], str] = {
+    nn.Linear: "linear",
+    nn.Embedding: "embedding",
+    nn.Conv1d: "conv1d",
+    nn.Conv2d: "conv2d",
+}
+_BY_DIMENSIONS = {2: "linear", 3: "conv1d", 4: "conv2d"}
 
 
 def family(module: nn.Module) -> str | None:
-    """``"linear"``, ``"conv1d"``, ``"conv2d"`` or ``"embedding"``: the adapter that fits; ``None`` where none does.
+    """Say which adapter fits: ``"linear"``, ``"conv1d"``, ``"conv2d"`` or ``"embedding"``; ``None`` where none does.
 
     Example:
         >>> family(nn.Linear(2, 2)), family(nn.ReLU())
         ('linear', None)
     """
-    if isinstance(module, (nn.Linear, *LINEAR_KINDS)) or is_conv1d(module):
+    if isinstance(module, CompressedLayer):
+        if not module.is_one_weight:
+            return None
+        return "embedding" if module.looks_up else _BY_DIMENSIONS.get(len(module.shape))
+    if is_conv1d(module):
         return "linear"
-    if isinstance(module, (nn.Embedding, *EMBEDDING_KINDS)):
-        return "embedding"
-    if isinstance(module, (nn.Conv1d, nn.Conv2d)):
-        return "conv1d" if isinstance(module, nn.Conv1d) else "conv2d"
-    if isinstance(module, ConvLayer):
-        return "conv1d" if module.dims == 1 else "conv2d"
-    return None
+    return next((name for kind, name in _DENSE.items() if isinstance(module, kind)), None)
 
 
-def base_weight(base: nn.Module) -> Tensor:
-    """The weight (out, in, *kernel) that a layer stands for, without a gradient; a view where the layer is dense."""
-    if isinstance(base, CompressedLayer):
-        dense = base.dense_weight().detach()
-        return dense.T if isinstance(base, EMBEDDING_KINDS) else dense
-    weight = base.weight
-    assert isinstance(weight, Tensor)
-    return weight.detach().T if is_conv1d(base) or isinstance(base, nn.Embedding) else weight.detach()
-
-
-def exact_weight(base: nn.Module) -> Tensor:
-    """The weight (out, in, *kernel) in float64, products of factors and of codes and scales not rounded on the way."""
-    pair = factor_pair(base, torch.float64)
-    if pair is not None:
-        product = pair[0] @ pair[1]
-        return product.view(base.shape) if isinstance(base, ConvLayer) else product
-    if isinstance(base, (QuantizedLinear, QuantizedEmbedding, QuantizedConv)):
-        weight = base.codes.double() * base.scale.double().view(-1, *[1] * (base.codes.ndim - 1))
-        return weight.T if isinstance(base, QuantizedEmbedding) else weight
-    return base_weight(base).double()
-
-
-def base_bias(base: nn.Module) -> Tensor | None:
-    """The bias (out,), or ``None``."""
-    bias = getattr(base, "bias", None)
-    return bias if isinstance(bias, Tensor) else None
-
-
-def facts_of(base: nn.Module) -> BaseFacts:
-    """Features, device and dtype of a base layer."""
-    if isinstance(base, CompressedLayer):
-        rows, columns = base.shape[0], base.shape[1]
-        if isinstance(base, EMBEDDING_KINDS):
-            rows, columns = columns, rows
-        elif isinstance(base, ConvLayer):
-            columns = base.in_channels
-        tensor = next(iter(base.state_dict().values()))
-        return BaseFacts(columns, rows, tensor.device, base.dtype)
-    weight = base.weight
-    assert isinstance(weight, Tensor)
-    if isinstance(base, (nn.Conv1d, nn.Conv2d)):
-        return BaseFacts(base.in_channels, base.out_channels, weight.device, weight.dtype)
-    rows, columns = base_weight(base).shape
-    return BaseFacts(columns, rows, weight.device, weight.dtype)
-
-
-def adapter_dtype(base: nn.Module) -> torch.dtype:
-    """Of the adapter's parameters: the base's, but float32 over half precision, as PEFT has it."""
-    dtype = facts_of(base).dtype
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
-
-
-def factor_pair(base: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-    """``left`` (out, rank) and ``right`` (rank, in · kernel) of a factored layer; ``None`` where a layer is no such product.
-
-    Of convolutions those in the channel form are, without groups.
-    """
-    if isinstance(base, FactoredConv) and (base.scheme != "channel" or base.groups > 1):
-        return None
-    if isinstance(base, SVDCompressedConv):
-        return base.left.detach().to(dtype).flatten(1), base.right.detach().to(dtype).flatten(1)
-    if isinstance(base, QuantizedLowRankConv):
-        return base.left_codes.to(dtype).flatten(1) * base.scale.to(dtype), base.right_codes.to(dtype).flatten(1)
-    if isinstance(base, SVDCompressedLinear):
-        return base.left.detach().to(dtype), base.right.detach().to(dtype)
-    if isinstance(base, LowRankEmbedding):
-        return base.right.detach().to(dtype).T, base.left.detach().to(dtype).T
-    if isinstance(base, (QuantizedLowRankLayer, QuantizedLowRankEmbedding)):
-        left, right = base.left_codes.to(dtype) * base.scale.to(dtype), base.right_codes.to(dtype)
-        return (right.T, left.T) if isinstance(base, QuantizedLowRankEmbedding) else (left, right)
-    return None
-
-
-def row_norms(base: nn.Module, left: Tensor, right: Tensor) -> Tensor:
-    """Norms (out,) of the rows of ``W + left @ right``, without the dense W where the base is factored.
-
-    For W = LR the squared norms are the diagonal of ``[L, left] G [L, left]ᵀ`` with G the gram of ``[R; right]``.
-
-    Args:
-        base: the layer that holds W (out, in, *kernel).
-        left: (out, r).
-        right: (r, in · kernel).
-    """
-    pair = factor_pair(base, left.dtype)
-    if pair is None:
-        weight = exact_weight(base) if left.dtype is torch.float64 else base_weight(base).to(left.dtype)
-        norms: Tensor = torch.linalg.vector_norm(weight.flatten(1) + left @ right, dim=1)
-        return norms
-    lefts, rights = torch.cat([pair[0], left], dim=1), torch.cat([pair[1], right])
-    return ((lefts @ (rights @ rights.T)) * lefts).sum(dim=1).clamp_min(0.0).sqrt()
-
-
-def largest_rank(base: nn.Module) -> int:
-    """min(out, in · kernel): beyond it an adapter has more components than the weight can use."""
-    if isinstance(base, CompressedLayer):
-        return min(base.shape[0], math.prod(base.shape[1:]))
-    return min(base_weight(base).flatten(1).shape)
-
-
-def require_rank(base: nn.Module, rank: int, name: str) -> None:
-    """Refuse a rank r whose adapter, ``r · (out + in · kernel)`` numbers, would hold over max(16 · weight, 2²⁰) of them.
-
-    Ranks over :func:`largest_rank` mean nothing but are harmless; this one keeps a slip from taking all memory.
-
-    Args:
-        base: the layer.
-        rank: of its adapter.
-        name: of the layer, for the message.
+def base_of(layer: nn.Module) -> Base:
+    """Look at a layer as an adapter's base.
 
     Raises:
-        RankError: over the limit.
+        AdapterError: a module that no adapter fits.
 
     Example:
-        >>> require_rank(nn.Linear(64, 10), 10**12, "head")
-        Traceback (most recent call last):
-            ...
-        lowrank.errors.RankError: r: layer head: must be between 1 and 14,169, got 1,000,000,000,000; ...
+        >>> base = base_of(nn.Linear(64, 10))
+        >>> base.family, base.shape, base.largest_rank
+        ('linear', (10, 64), 10)
     """
-    rows, *others = base.shape if isinstance(base, CompressedLayer) else base_weight(base).shape
-    columns = math.prod(others)
-    limit = max(16 * rows * columns, 2**20) // max(rows + columns, 1)
-    if rank > limit:
-        # Python refuses to print integers of thousands of digits.
-        given = f"{rank:,}" if rank < 10**30 else "a number of over 30 digits"
-        raise RankError(
-            f"r: layer {name}: must be between 1 and {limit:,}, got {given}; an adapter may hold 16 times the numbers of its "
-            f"layer, or {2**20:,} where that is more"
-        )
+    kind = family(layer)
+    if kind is None:
+        raise AdapterError(f"{type(layer).__name__}: no adapter fits this kind of module")
+    return _Compressed(layer, kind) if isinstance(layer, CompressedLayer) else _Dense(layer, kind)
+
+
+class Base:
+    """A layer as its adapters see it; holds no tensor, so that it may be made anew wherever it is needed.
+
+    Attributes:
+        layer: itself.
+        family: which adapter fits.
+        is_compressed: whether it stands in for a dense layer.
+    """
+
+    is_compressed = False
+
+    def __init__(self, layer: nn.Module, kind: str) -> None:
+        self.layer, self.family = layer, kind
+
+    # What dense and compressed layers differ in
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(out, in / groups, *kernel)."""
+        raise NotImplementedError
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the model around it; scales may differ."""
+        raise NotImplementedError
+
+    @property
+    def device(self) -> torch.device:
+        """Where its tensors are."""
+        raise NotImplementedError
+
+    def weight(self) -> Tensor:
+        """Give the weight (out, in, *kernel) without a gradient; a view where the layer is dense."""
+        raise NotImplementedError
+
+    def exact_weight(self) -> Tensor:
+        """Give the weight (out, in, *kernel) in float64, products of factors, codes and scales not rounded on the way."""
+        raise NotImplementedError
+
+    @property
+    def has_codes(self) -> bool:
+        """Whether it holds integer codes, which take no gradient."""
+        return False
+
+    @property
+    def format(self) -> str | None:
+        """What it is stored as; ``None`` for a dense layer."""
+        return None
+
+    @property
+    def rank(self) -> int | None:
+        """Number of its components; ``None`` without factors."""
+        return None
+
+    @property
+    def scheme(self) -> str | None:
+        """How a convolution's kernel is cut in two; ``None`` where it is not."""
+        return None
+
+    def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+        """Give ``left`` (out, rank) and ``right`` (rank, in · kernel), whose product the weight is; ``None`` without factors."""
+        return None
+
+    def with_weight(self, weight: Tensor) -> nn.Module:
+        """Make a layer of the same kind for another weight (out, in, *kernel) in float64; codes are rounded anew."""
+        raise NotImplementedError
+
+    def set_weight(self, weight: Tensor) -> None:
+        """Write another weight (out, in, *kernel) into a dense layer itself."""
+        raise NotImplementedError
+
+    def with_factors(self, left: Tensor, right: Tensor) -> nn.Module:
+        """Make a layer of the same kind for other factors, float64 of any rank; codes are rounded anew."""
+        raise NotImplementedError
+
+    def appended(self, left: Tensor, right: Tensor, rows: Tensor | None) -> nn.Module:
+        """Make a layer of the same kind with these components beside its own, codes and scales of which stay.
+
+        Args:
+            left: (out, r) float64.
+            right: (r, in · kernel) float64.
+            rows: (out,), what the outputs of its own components are multiplied by; only without codes.
+        """
+        raise NotImplementedError
+
+    # What follows from it
+
+    @property
+    def out_features(self) -> int:
+        """Outputs, channels, or an embedding's dimension."""
+        return self.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        """Inputs, channels, or an embedding's rows."""
+        return self.shape[1] * self.groups
+
+    @property
+    def geometry(self) -> ConvGeometry:
+        """Where a convolution's kernel goes."""
+        return ConvGeometry.of(self.layer)
+
+    @property
+    def groups(self) -> int:
+        """Into so many runs the channels are cut; 1 without a kernel."""
+        return self.geometry.groups if self.family.startswith("conv") else 1
+
+    @property
+    def bias(self) -> Tensor | None:
+        """(out,), or ``None``."""
+        bias = getattr(self.layer, "bias", None)
+        return bias if isinstance(bias, Tensor) else None
+
+    @property
+    def adapter_dtype(self) -> torch.dtype:
+        """Of the adapter's parameters: the base's, but float32 over half precision, as PEFT has it."""
+        dtype = self.dtype
+        return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+    @property
+    def largest_rank(self) -> int:
+        """min(out, in · kernel): beyond it an adapter has more components than the weight can use."""
+        return min(self.shape[0], math.prod(self.shape[1:]))
+
+    def row_norms(self, left: Tensor, right: Tensor) -> Tensor:
+        """Compute the norms (out,) of the rows of ``W + left @ right``, without the dense W where the base has factors.
+
+        For W = LR the squared norms are the diagonal of ``[L, left] G [L, left]ᵀ`` with G the gram of ``[R; right]``.
+
+        Args:
+            left: (out, r).
+            right: (r, in · kernel).
+        """
+        pair = self.factors(left.dtype)
+        if pair is None:
+            weight = self.exact_weight() if left.dtype is torch.float64 else self.weight().to(left.dtype)
+            norms: Tensor = torch.linalg.vector_norm(weight.flatten(1) + left @ right, dim=1)
+            return norms
+        lefts, rights = torch.cat([pair[0], left], dim=1), torch.cat([pair[1], right])
+        return ((lefts @ (rights @ rights.T)) * lefts).sum(dim=1).clamp_min(0.0).sqrt()
+
+    def require_rank(self, rank: int, name: str) -> None:
+        """Refuse a rank r whose adapter, ``r · (out + in · kernel)`` numbers, would hold over max(16 · weight, 2²⁰) of them.
+
+        Ranks over :attr:`largest_rank` mean nothing but are harmless; this one keeps a slip from taking all memory.
+
+        Args:
+            rank: of the adapter.
+            name: of the layer, for the message.
+
+        Raises:
+            RankError: over the limit.
+
+        Example:
+            >>> base_of(nn.Linear(64, 10)).require_rank(10**12, "head")
+            Traceback (most recent call last):
+                ...
+            lowrank.errors.RankError: r: layer head: must be between 1 and 14,169, got 1,000,000,000,000; ...
+        """
+        rows, columns = self.shape[0], math.prod(self.shape[1:])
+        limit = max(16 * rows * columns, 2**20) // max(rows + columns, 1)
+        if rank > limit:
+            # Python refuses to print integers of thousands of digits.
+            given = f"{rank:,}" if rank < 10**30 else "a number of over 30 digits"
+            raise RankError(
+                f"r: layer {name}: must be between 1 and {limit:,}, got {given}; an adapter may hold 16 times the numbers of "
+                f"its layer, or {2**20:,} where that is more"
+            )
+
+
+class _Dense(Base):
+    """A layer of torch, or transformers' ``Conv1D``."""
+
+    @property
+    def _stored(self) -> Tensor:
+        weight = self.layer.weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+    @property
+    def is_transposed(self) -> bool:
+        """Whether the layer keeps its weight as (in, out)."""
+        return self.family == "embedding" or is_conv1d(self.layer)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.weight().shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._stored.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._stored.device
+
+    def weight(self) -> Tensor:
+        stored = self._stored.detach()
+        return stored.T if self.is_transposed else stored
+
+    def exact_weight(self) -> Tensor:
+        return self.weight().double()
+
+    def with_weight(self, weight: Tensor) -> nn.Module:
+        merged = copy.copy(self.layer)
+        merged._parameters = dict(self.layer._parameters)
+        merged._parameters["weight"] = nn.Parameter(self._as_stored(weight), requires_grad=False)
+        return merged
+
+    def set_weight(self, weight: Tensor) -> None:
+        self._stored.data = self._as_stored(weight)
+
+    def _as_stored(self, weight: Tensor) -> Tensor:
+        return (weight.T if self.is_transposed else weight).to(self.dtype).contiguous()
+
+
+class _Compressed(Base):
+    """A layer of ours, whatever its format."""
+
+    layer: CompressedLayer
+    is_compressed = True
+
+    @property
+    def has_codes(self) -> bool:
+        return self.layer.bits is not None
+
+    @property
+    def format(self) -> str:
+        return self.layer.format
+
+    @property
+    def rank(self) -> int | None:
+        return self.layer.rank
+
+    @property
+    def scheme(self) -> str | None:
+        return self.layer.scheme
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.layer.shape[::-1] if self.layer.looks_up else self.layer.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.layer.dtype
+
+    @property
+    def device(self) -> torch.device:
+        tensor: Tensor = next(iter(self.layer.state_dict().values()))
+        return tensor.device
+
+    def weight(self) -> Tensor:
+        dense = self.layer.dense_weight().detach()
+        return dense.T if self.layer.looks_up else dense
+
+    def exact_weight(self) -> Tensor:
+        return self.layer.exact_weight()
+
+    def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+        return self.layer.factors(dtype)
+
+    def with_weight(self, weight: Tensor) -> nn.Module:
+        return self.layer.with_weight(weight)
+
+    def with_factors(self, left: Tensor, right: Tensor) -> nn.Module:
+        return self.layer.with_factors(left, right)
+
+    def appended(self, left: Tensor, right: Tensor, rows: Tensor | None) -> nn.Module:
+        return self.layer.appended(left, right, rows)

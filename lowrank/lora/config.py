@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lowrank.errors import AdapterError, RankError, UsageError
+from lowrank.errors import AdapterError, RankError, UsageError, is_whole
 
 __all__ = ["INITIALISATIONS", "LoRAConfig"]
 
@@ -138,7 +138,7 @@ class LoRAConfig:
                 "layers_to_transform: works with a list of target_modules; a regular expression can name the layers"
             )
         wanted: list[Any] = list(indices) if isinstance(indices, (list, tuple, range)) else [indices]
-        if any(isinstance(index, bool) or not isinstance(index, int) or index < 0 for index in wanted):
+        if not all(is_whole(index, 0) for index in wanted):
             raise AdapterError(f"layers_to_transform: must be layer indices of at least 0, got {indices!r}")
         self.layers_to_transform = wanted
 
@@ -228,7 +228,7 @@ def pattern_key(patterns: Mapping[str, Any], name: str) -> str | None:
 
 
 def _check_rank(value: object, name: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if not is_whole(value, 1):
         raise RankError(f"{name}: must be an integer of at least 1, got {_shown(value)}")
     return value
 

@@ -37,7 +37,7 @@ from lowrank.lora.adapters import (
     lora_layers,
     require_adapter,
 )
-from lowrank.lora.bases import require_rank
+from lowrank.lora.bases import base_of
 from lowrank.lora.config import LoRAConfig
 from lowrank.lora.model import delete_adapter, install
 from lowrank.lora.target_modules import ALL_LINEAR, find_targets
@@ -192,7 +192,7 @@ class _AdapterFile:
         """
         parts, wanted = self.layers[name], self.config.rank_of(name)
         try:
-            require_rank(base, wanted, printable(name))
+            base_of(base).require_rank(wanted, printable(name))
         except RankError as error:
             raise RankError(f"{self.where}: {error}") from error
         has_rank = "lora_A" in parts or "lora_embedding_A" in parts

@@ -10,12 +10,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from lowrank.errors import AdapterError, UsageError
-from lowrank.layers import CompressedLayer
+from lowrank.errors import AdapterError, UsageError, is_whole
 from lowrank.layers.linear import balanced
-from lowrank.layers.source import is_conv1d
 from lowrank.lora.adapter_layer import LoRALayer
-from lowrank.lora.bases import base_bias, base_weight, exact_weight, family
+from lowrank.lora.bases import base_of, family
 from lowrank.numerics.factors import Factors, RankCurve, factorize, factorize_embedding
 from lowrank.numerics.linalg import safe_svd
 from lowrank.numerics.moments import InputStatistics, TokenCounts
@@ -33,7 +31,7 @@ def drawn_from(seed: int | None) -> Iterator[None]:
     if seed is None:
         yield
         return
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+    if not is_whole(seed, 0, 2**63 - 1):
         raise UsageError(f"seed: must be an integer from 0 to 2**63 - 1, or None, got {seed!r}")
     # Parameters are drawn on torch's default device, which need not be the model's. Where CUDA has not started, seeding it
     # would reach its generators later, when nothing puts them back.
@@ -54,28 +52,25 @@ def start_from_singular_vectors(layer: LoRALayer, adapter: str, name: str) -> No
     Raises:
         AdapterError: not a dense linear layer, or one that carries other adapters.
     """
-    base = layer.base_layer
+    base = base_of(layer.base_layer)
     others = [known for known in layer.configs if known != adapter]
     if others:
         raise AdapterError(
             f'layer {name}: init_lora_weights="pissa" takes directions out of the weight under {", ".join(others)}, which '
             "would no longer compute what it was trained to; use another initialisation, or a copy of the model"
         )
-    if isinstance(base, CompressedLayer) or family(base) != "linear":
+    if base.is_compressed or base.family != "linear":
         raise AdapterError(
             f'layer {name}: init_lora_weights="pissa" takes directions out of a dense linear weight, and this is a '
-            f'{type(base).__name__}; use True, "gaussian" or, on a compressed layer, "residual"'
+            f'{type(base.layer).__name__}; use True, "gaussian" or, on a compressed layer, "residual"'
         )
-    weight = base_weight(base).double()
+    weight = base.exact_weight()
     left, sigma, right = safe_svd(weight, name=name)
     rank = min(layer.rank_of(adapter), sigma.numel())
     _write(layer, adapter, left[:, :rank], sigma[:rank, None] * right[:rank], name)
-    stored = base.weight
-    assert isinstance(stored, nn.Parameter)
     up, down = layer.pair(adapter)
     # From the parameters as stored, so that base and adapter add up to W whatever their dtype rounds.
-    rest = weight - layer.scaling[adapter] * (up.detach().double() @ down.detach().double())
-    stored.data = (rest.T if is_conv1d(base) else rest).to(stored.dtype).contiguous()
+    base.set_weight(weight - layer.scaling[adapter] * (up.detach().double() @ down.detach().double()))
 
 
 @dataclass(frozen=True)
@@ -119,17 +114,16 @@ def start_from_residual(layer: LoRALayer, adapter: str, name: str, residual: Res
     Raises:
         AdapterError: the original is not a dense layer of the same shape.
     """
-    base, original, statistics = layer.base_layer, residual.dense_layer(name), residual.statistics.get(name)
-    if isinstance(original, CompressedLayer) or family(original) != family(base):
-        raise AdapterError(
-            f"layer {name}: its original must be a dense {family(base)}, got a {type(original).__name__}"
-        )
-    wanted, has = exact_weight(original), exact_weight(base)
+    base, dense, statistics = base_of(layer.base_layer), residual.dense_layer(name), residual.statistics.get(name)
+    if family(dense) != base.family or base_of(dense).is_compressed:
+        raise AdapterError(f"layer {name}: its original must be a dense {base.family}, got a {type(dense).__name__}")
+    original = base_of(dense)
+    wanted, has = original.exact_weight(), base.exact_weight()
     if wanted.shape != has.shape:
         raise AdapterError(
             f"layer {name}: the original's weight is {tuple(wanted.shape)}, this one's {tuple(has.shape)}"
         )
-    if layer.family.startswith("conv") and layer.lora_A[adapter].groups > 1:
+    if base.family.startswith("conv") and layer.lora_A[adapter].groups > 1:
         raise AdapterError(
             f'layer {name}: init_lora_weights="residual" fits a weight, and the adapter of a convolution with groups is none; '
             "exclude the layer"
@@ -137,14 +131,14 @@ def start_from_residual(layer: LoRALayer, adapter: str, name: str, residual: Res
     missing = (wanted.to(has.device) - has).flatten(1)
     if not bool(missing.any()):
         return
-    if layer.family == "embedding":
+    if base.family == "embedding":
         counts = statistics if isinstance(statistics, TokenCounts) else None
         flipped = _best(factorize_embedding(missing.T, counts, name=name), layer.rank_of(adapter))
         _write(layer, adapter, flipped.right.T, flipped.left.T, name)
         return
     moments = statistics if isinstance(statistics, InputStatistics) and statistics.count else None
     if moments is not None:
-        missing = missing - _bias_as_weight(base_bias(original), base_bias(base), moments, missing)
+        missing = missing - _bias_as_weight(original.bias, base.bias, moments, missing)
     best = _best(factorize(missing, moments, shift_bias=False, name=name), layer.rank_of(adapter))
     _write(layer, adapter, best.left, best.right, name)
 

@@ -11,11 +11,12 @@ from tabulate import tabulate
 from torch import nn
 
 from lowrank.checkpoint.saving import says_tied_wrongly
-from lowrank.errors import AdapterError, RankError, UsageError
+from lowrank.errors import AdapterError, RankError, UsageError, is_whole
 from lowrank.layers import CompressedLayer
-from lowrank.lora.adapter_layer import LoRALayer, MergeRow
+from lowrank.lora.adapter_layer import LoRALayer
 from lowrank.lora.adapters import activate, lora_layers, require_adapter
 from lowrank.lora.base_update import MergeOptions, merged_base
+from lowrank.lora.changes import MergeRow
 from lowrank.lora.saved_module import SavedModule
 from lowrank.lora.target_modules import outer_modules
 from lowrank.targets.model import replace_module
@@ -155,7 +156,7 @@ def _with_names(
 
 
 def _options(rank: object, max_error: object, requantize: bool) -> MergeOptions:
-    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+    if rank is not None and not is_whole(rank, 1):
         raise RankError(f"rank: must be an integer of at least 1, got {rank!r}")
     if max_error is not None and (
         isinstance(max_error, bool) or not isinstance(max_error, (int, float)) or not 0.0 <= max_error < math.inf

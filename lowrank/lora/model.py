@@ -24,7 +24,7 @@ from lowrank.lora.adapters import (
     require_adapter,
     saved_modules,
 )
-from lowrank.lora.bases import largest_rank, require_rank
+from lowrank.lora.bases import base_of
 from lowrank.lora.config import LoRAConfig
 from lowrank.lora.initialise import Residual, drawn_from, start_from_residual, start_from_singular_vectors
 from lowrank.lora.saved_module import SavedModule
@@ -90,7 +90,7 @@ def add_lora(
         raise UsageError('init_lora_weights="residual": needs original=, the model before compression')
     for place in find_targets(model, config).adapted:  # before a copy is made for nothing
         base = place.module.base_layer if isinstance(place.module, LoRALayer) else place.module
-        require_rank(base, config.rank_of(place.name), place.name)
+        base_of(base).require_rank(config.rank_of(place.name), place.name)
     if not inplace:
         model = copy.deepcopy(model)
     with drawn_from(seed):
@@ -131,7 +131,7 @@ def install(
             layer = place.module if isinstance(place.module, LoRALayer) else adapted(place.module)
             undo.callback(layer.delete_adapter, adapter)
             layer.add_adapter(adapter, config, place.name)
-            if layer.rank_of(adapter) > largest_rank(layer.unmerged_base):
+            if layer.rank_of(adapter) > base_of(layer.unmerged_base).largest_rank:
                 wide.append(place.name)
             if config.init_lora_weights == "pissa":
                 _keep_weight(undo, layer, place.name, tied)
@@ -286,7 +286,7 @@ def add_weighted_adapter(
             sums[name] = layer.change(present), each, layer.is_zero_padded(present[0])
     ranks = {name: change.right.shape[0] for name, (change, *_) in sums.items()}
     for name, rank in ranks.items():
-        require_rank(lora_layers(model)[name].base_layer, rank, name)
+        base_of(lora_layers(model)[name].base_layer).require_rank(rank, name)
     top = max(ranks.values())
     patterns = {
         f"^{re.escape(name)}": rank
@@ -318,4 +318,4 @@ def set_form(model: nn.Module, form: str) -> None:
     if form not in FORMS:
         raise UsageError(f"form: must be one of {', '.join(FORMS)}, got {form!r}")
     for layer in lora_layers(model).values():
-        layer.form = "separate" if getattr(layer.unmerged_base, "_is_integer", False) else form
+        layer.form = "separate" if base_of(layer.unmerged_base).has_codes else form

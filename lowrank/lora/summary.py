@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lowrank.layers import CompressedLayer
+from lowrank.layers import compressed_layers
+from lowrank.layers.roles import CODES
 from lowrank.lora.adapter_layer import LoRALayer
 from lowrank.lora.adapters import active_adapters, lora_layers, saved_modules
 from lowrank.lora.config import LoRAConfig
@@ -53,11 +54,12 @@ def trainable_parameters(model: nn.Module) -> tuple[int, int]:
     """
     parameters = list(model.parameters())
     codes = {
-        id(buffer): buffer.numel()
-        for module in model.modules()
-        if isinstance(module, CompressedLayer)
-        for buffer in module.buffers(recurse=False)
-        if not buffer.is_floating_point()
+        # Of packed codes several share a byte.
+        id(tensor): tensor.nbytes * 8 // role.bits if role.packed and role.bits else tensor.numel()
+        for layer in compressed_layers(model).values()
+        for name, role in layer.roles().items()
+        if role.kind == CODES
+        for tensor in [layer.get_buffer(name)]
     }
     trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     return trainable, sum(parameter.numel() for parameter in parameters) + sum(codes.values())

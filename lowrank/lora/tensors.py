@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from lowrank.errors import CheckpointError
 from lowrank.io import printable
 from lowrank.layers import CompressedLayer
-from lowrank.lora.adapter_kinds import LoRAEmbedding
-from lowrank.lora.adapter_layer import LoRALayer, Magnitude
+from lowrank.lora.adapter_layer import LoRALayer
 from lowrank.lora.adapters import lora_layers, saved_modules
 
 __all__ = ["PREFIX", "adapter_tensors", "by_layer", "fill", "fill_saved", "rank_of_parts"]
 
 PREFIX = "base_model.model."
-EMBEDDING_PARTS = ("lora_embedding_A", "lora_embedding_B")
+# Those of linear layers and convolutions are modules in PEFT.
+_KEYS = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
 _TENSOR = re.compile(
     r"(?P<layer>.*)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_embedding_[AB]|lora_magnitude_vector(\.weight)?)$"
 )
@@ -39,16 +39,11 @@ def adapter_tensors(model: nn.Module, adapter: str) -> dict[str, Tensor]:
             continue
         key = f"{PREFIX}{name}."
         learned = layer.lora_scale[adapter].detach() if adapter in layer.lora_scale else None
-        if isinstance(layer, LoRAEmbedding):
-            down, up = layer.lora_embedding_A[adapter].detach(), layer.lora_embedding_B[adapter].detach()
-            names = EMBEDDING_PARTS
-        else:
-            down, up = layer.lora_A[adapter].weight.detach(), layer.lora_B[adapter].weight.detach()
-            names = ("lora_A.weight", "lora_B.weight")
-        tensors[key + names[0]] = down
-        tensors[key + names[1]] = up if learned is None else up * learned
-        if adapter in layer.lora_magnitude_vector:
-            tensors[key + "lora_magnitude_vector"] = layer.lora_magnitude_vector[adapter].weight.detach()
+        for part, parameter in layer.parts(adapter).items():
+            tensor = parameter.detach()
+            if learned is not None and part.endswith("_B"):
+                tensor = tensor * learned
+            tensors[key + _KEYS.get(part, part)] = tensor
     for name, module in saved_modules(model).items():
         if adapter in module.modules_to_save:
             for part, tensor in module.modules_to_save[adapter].state_dict().items():
@@ -93,22 +88,15 @@ def fill(layer: LoRALayer, adapter: str, parts: dict[str, Tensor], where: str, *
     Raises:
         CheckpointError: another set of tensors, other shapes, or NaN or Inf; begins with ``where``.
     """
-    embedding = isinstance(layer, LoRAEmbedding)
-    names = EMBEDDING_PARTS if embedding else ("lora_A", "lora_B")
-    needed = {*names, *(("lora_magnitude_vector",) if layer.configs[adapter].use_dora else ())}
+    needed = set(layer.parts(adapter))
     if set(parts) != needed:
         raise CheckpointError(f"{where}: must have {', '.join(sorted(needed))}, got {', '.join(sorted(parts))}")
     if layer.family.startswith("conv"):
         _match_convolutions(layer, adapter, parts["lora_A"], parts["lora_B"])
         if zero_padded:
             layer.lora_A[adapter].padding_mode = "zeros"
-    for name in names:
-        holder = getattr(layer, name)[adapter]
-        _copy(holder if embedding else holder.weight, parts[name], f"{where}.{name}")
-    if "lora_magnitude_vector" in needed:
-        magnitude = layer.lora_magnitude_vector[adapter]
-        assert isinstance(magnitude, Magnitude)
-        _copy(magnitude.weight, parts["lora_magnitude_vector"], f"{where}.lora_magnitude_vector")
+    for name, parameter in layer.parts(adapter).items():
+        _copy(parameter, parts[name], f"{where}.{name}")
 
 
 def _match_convolutions(layer: LoRALayer, adapter: str, down: Tensor, up: Tensor) -> None:

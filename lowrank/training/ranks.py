@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowrank.errors import RankError, UsageError
+from lowrank.errors import RankError, UsageError, is_whole
 from lowrank.lora import LoRAConfig, LoRALayer, add_lora
-from lowrank.lora.bases import largest_rank
+from lowrank.lora.bases import base_of
 from lowrank.training.data import derived_seed, read_examples
 from lowrank.training.finetuning import finetune
 from lowrank.training.losses import LossFn, run_example
@@ -69,7 +69,7 @@ def allocate_ranks(
     config = LoRAConfig() if config is None else config
     total = config.r * len(scores) if total_rank is None else total_rank
     for name, value in (("total_rank", total), *(("ranks", rank) for rank in ranks or ())):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        if not is_whole(value, 1):
             raise RankError(f"{name}: must be integers of at least 1, got {value!r}")
     if ranks is not None and not ranks:
         raise RankError("ranks: is empty; give the ranks a layer may have, [8, 16, 32] say")
@@ -120,8 +120,9 @@ def rank_scores(
             run_example(adapted, example.to(device), loss_fn).loss.backward()
         for name, layer in layers.items():
             scores[name] += _gradient_times_weight(layer)
-    limits = {name: largest_rank(layer.unmerged_base) for name, layer in layers.items()}
-    return scores, limits, {name: getattr(layer.unmerged_base, "groups", 1) for name, layer in layers.items()}
+    bases = {name: base_of(layer.unmerged_base) for name, layer in layers.items()}
+    limits = {name: base.largest_rank for name, base in bases.items()}
+    return scores, limits, {name: base.groups for name, base in bases.items()}
 
 
 def _gradient_times_weight(layer: LoRALayer) -> float:

@@ -17,7 +17,7 @@ from lowrank.lora import (
     LoRAConfig,
 )
 from lowrank.lora.adapters import adapter_names
-from lowrank.lora.bases import require_rank
+from lowrank.lora.bases import base_of
 
 
 @pytest.mark.parametrize(
@@ -77,9 +77,9 @@ def test_no_copy_of_the_model_is_made_for_a_rank_that_is_refused(rank: int, monk
 
 def test_the_largest_rank_allowed_is_what_the_message_says() -> None:
     layer = nn.Linear(1024, 512, device="meta")  # 16 · 2¹⁹ numbers over 1536 for each component
-    require_rank(layer, 2**23 // 1536, "layer")
+    base_of(layer).require_rank(2**23 // 1536, "layer")
     with pytest.raises(lowrank.RankError, match=r"between 1 and 5,461, got 5,462; an adapter may hold 16 times"):
-        require_rank(layer, 2**23 // 1536 + 1, "layer")
+        base_of(layer).require_rank(2**23 // 1536 + 1, "layer")
 
 
 def test_a_sum_of_adapters_of_too_large_a_rank_leaves_no_trace() -> None:

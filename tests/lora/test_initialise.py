@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import lowrank
 from lowrank.lora.adapters import lora_layers
-from lowrank.lora.bases import exact_weight
+from lowrank.lora.bases import base_of
 from lowrank.numerics.moments import InputStatistics, TokenCounts
 
 
@@ -63,7 +63,7 @@ def test_pissa_splits_the_weight(dtype: torch.dtype, alpha: int) -> None:
     assert torch.equal(base[0].weight, before)
     u, s, v = torch.linalg.svd(before.double(), full_matrices=False)
     close(delta(model), (u[:, :4] * s[:4]) @ v[:4], torch.float32 if dtype != torch.float64 else dtype)
-    close(exact_weight(only_layer(model).base_layer) + delta(model), before, dtype)
+    close(base_of(only_layer(model).base_layer).exact_weight() + delta(model), before, dtype)
     x = torch.randn(5, 12, generator=seeded(), dtype=torch.float64).to(dtype)
     close(model(x), base(x), dtype)
 
@@ -102,7 +102,7 @@ def test_residual_without_data_is_the_best_fit_of_what_is_missing(kind: str, rsl
     small = nn.Sequential(COMPRESSED[kind](original[0]))
     config = lowrank.LoRAConfig(r=3, lora_alpha=5, use_rslora=rslora, init_lora_weights="residual")
     model = lowrank.add_lora(small, config, original=original)
-    missing = original[0].weight.detach() - exact_weight(small[0])
+    missing = original[0].weight.detach() - base_of(small[0]).exact_weight()
     values = torch.linalg.svdvals(missing)
     assert float((missing - delta(model)).norm()) == pytest.approx(float(values[3:].norm()), rel=1e-9)
 
@@ -124,11 +124,11 @@ def test_residual_with_data_minimises_the_output_error(kind: str) -> None:
     blind = lowrank.add_lora(nn.Sequential(small), config, original=original)
 
     def error(change: Tensor) -> float:
-        wrong = x @ (linear.weight - exact_weight(small) - change).T + linear.bias - small.bias
+        wrong = x @ (linear.weight - base_of(small).exact_weight() - change).T + linear.bias - small.bias
         return float(wrong.detach().square().mean())
 
     # An independent optimum: least squares on the tokens, then the best rank 2 of its outputs (reduced-rank regression).
-    target = (x @ (linear.weight - exact_weight(small)).T + linear.bias - small.bias).detach()
+    target = (x @ (linear.weight - base_of(small).exact_weight()).T + linear.bias - small.bias).detach()
     full = torch.linalg.lstsq(x, target).solution
     directions = torch.linalg.svd(x @ full, full_matrices=False)[2][:2]
     best = error((full @ directions.T @ directions).T)
@@ -144,7 +144,7 @@ def test_residual_of_an_embedding_counts_look_ups() -> None:
     counts.update(torch.tensor([0, 0, 0, 0, 0, 3, 3, 3, 3, 4]))
     config = lowrank.LoRAConfig(r=2, init_lora_weights="residual", target_modules=["0"])
     model = lowrank.add_lora(small, config, original=original, statistics={"0": counts})
-    missing = original[0].weight.detach() - exact_weight(small[0]).T
+    missing = original[0].weight.detach() - base_of(small[0]).exact_weight().T
     rows = counts.counts.double().sqrt()[:, None]
     values = torch.linalg.svdvals(rows * missing)
     assert float((rows * (missing - delta(model).T)).norm()) == pytest.approx(float(values[2:].norm()), rel=1e-9)
@@ -165,7 +165,7 @@ def test_residual_of_more_rank_than_there_is_pads_with_nothing() -> None:
     small = nn.Sequential(lowrank.SVDCompressedLinear.from_linear(original[0], rank=4))
     with pytest.warns(UserWarning, match="over min"):
         model = lowrank.add_lora(small, lowrank.LoRAConfig(r=11, init_lora_weights="residual"), original=original)
-    close(exact_weight(small[0]) + delta(model), original[0].weight, torch.float64)
+    close(base_of(small[0]).exact_weight() + delta(model), original[0].weight, torch.float64)
     assert not only_layer(model).pair("default")[0].detach()[:, 10:].any()
     assert only_layer(model).pair("default")[1].detach()[10:].any()
 
@@ -201,7 +201,7 @@ def test_residual_of_a_convolution_is_fitted_on_patches(statistics: bool) -> Non
     found = lowrank.collect_statistics(original, [images], {"0": original[0]}) if statistics else None
     config = lowrank.LoRAConfig(r=3, init_lora_weights="residual", target_modules=["0"])
     model = lowrank.add_lora(small, config, original=original, statistics=found)
-    missing = (original[0].weight.detach() - exact_weight(small[0])).flatten(1)
+    missing = (original[0].weight.detach() - base_of(small[0]).exact_weight()).flatten(1)
     if found is None:
         values = torch.linalg.svdvals(missing)
         assert float((missing - delta(model)).norm()) == pytest.approx(float(values[3:].norm()), rel=1e-9)

@@ -14,7 +14,7 @@ from torch import nn
 
 import lowrank
 from lowrank.lora.adapters import lora_layers
-from lowrank.lora.bases import base_bias, base_weight, exact_weight
+from lowrank.lora.bases import base_of
 from lowrank.lora.model import set_form
 
 # One of each forward; compiling takes a second each.
@@ -55,7 +55,7 @@ def test_the_output_is_that_of_the_sum(kind: str, dtype: torch.dtype, rslora: bo
     layer, x = only_layer(model), inputs(kind, dtype)
     scaling = 6 / RANK**0.5 if rslora else 6 / RANK
     left, right = (side.detach().double() for side in layer.pair("default"))
-    shape = base_weight(layer.base_layer).shape
+    shape = base_of(layer.base_layer).weight().shape
     with torch.no_grad():
         expected = layer.base_layer(x).double() + product(kind, x, (scaling * left @ right).view(shape))
         actual = model(x)
@@ -69,12 +69,12 @@ def test_dora_is_the_weight_of_learned_norms(kind: str, dtype: torch.dtype) -> N
     model = adapted(kind, dtype, use_dora=True)
     layer, x = only_layer(model), inputs(kind, dtype)
     left, right = (side.detach().double() for side in layer.pair("default"))
-    weight = exact_weight(layer.base_layer)
+    weight = base_of(layer.base_layer).exact_weight()
     direction = weight + (2.0 * left @ right).view(weight.shape)
     magnitude = layer.lora_magnitude_vector["default"].weight.detach().double().flatten()
     share = magnitude / direction.flatten(1).norm(dim=1)
     over = share.view(-1, *[1] * (weight.ndim - 1))
-    bias = base_bias(layer.base_layer)
+    bias = base_of(layer.base_layer).bias
     with torch.no_grad():
         # What the base itself makes of its weight (rounded activations included) is scaled; the rest is exact.
         plain = layer.base_layer(x).double()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import lowrank
 from lowrank.lora.adapters import active_adapters, lora_layers
-from lowrank.lora.bases import exact_weight
+from lowrank.lora.bases import base_of
 
 # A spatial convolution cannot hold an adapter's kernel; see the test of refusals.
 MERGEABLE = [kind for kind in BASES if kind != "spatial-conv2d"]
@@ -37,7 +37,7 @@ def same_bits(model: nn.Module, before: dict[str, Tensor]) -> bool:
 def exact_sum(model: nn.Module, **_: object) -> Tensor:
     layer = only_layer(model)
     change = layer.change(["default"])
-    weight = exact_weight(layer.unmerged_base).flatten(1)
+    weight = base_of(layer.unmerged_base).exact_weight().flatten(1)
     rows = 1.0 if change.rows is None else change.rows[:, None]
     return weight * rows + change.left @ change.right
 
@@ -56,8 +56,8 @@ def test_merge_and_unmerge(kind: str, dtype: torch.dtype, dora: bool) -> None:
     layer = only_layer(model)
     assert type(layer.base_layer) is type(layer.unmerged_base)
     row = lowrank.merge_report(model).rows[0]
-    exact, stored = exact_sum(model), exact_weight(layer.base_layer).flatten(1)
-    change = exact - exact_weight(layer.unmerged_base).flatten(1)
+    exact, stored = exact_sum(model), base_of(layer.base_layer).exact_weight().flatten(1)
+    change = exact - base_of(layer.unmerged_base).exact_weight().flatten(1)
     assert row.error == pytest.approx(float((stored - exact).norm() / change.norm()), rel=1e-6, abs=1e-12)
     if kind not in INTEGER:
         assert row.error < 16 * eps(dtype)
@@ -101,7 +101,7 @@ def test_base_codes_and_scales_stay_and_only_appended_components_are_rounded(kin
     assert torch.equal(after.right_codes[: base.rank], base.right_codes)
     assert torch.equal(after.scale[: base.rank], base.scale)
     assert after.left_codes.dtype == after.right_codes.dtype == torch.int8
-    added = exact_weight(after) - exact_weight(base)
+    added = base_of(after).exact_weight() - base_of(base).exact_weight()
     wanted = layer.change(["default"])
     lost = float((added - wanted.left @ wanted.right).norm())
     row = lowrank.merge_report(model).rows[0]
@@ -141,7 +141,7 @@ def test_truncation_to_a_rank_or_an_error_is_the_best_and_reported() -> None:
     lowrank.merge_lora(model, rank=5)
     layer: Any = only_layer(model).base_layer
     assert layer.rank == 5
-    lost = float((exact_weight(layer) - exact).norm())
+    lost = float((base_of(layer).exact_weight() - exact).norm())
     assert lost == pytest.approx(float(values[5:].norm()), rel=1e-9)
     assert lowrank.merge_report(model).rows[0].error > 0.0
     lowrank.unmerge_lora(model)
@@ -149,7 +149,7 @@ def test_truncation_to_a_rank_or_an_error_is_the_best_and_reported() -> None:
     lowrank.merge_lora(model, max_error=allowed)
     layer = only_layer(model).base_layer
     assert layer.rank == 4
-    assert float((exact_weight(layer) - exact).norm() / exact.norm()) <= allowed
+    assert float((base_of(layer).exact_weight() - exact).norm() / exact.norm()) <= allowed
 
 
 def test_several_adapters_merge_as_their_sum() -> None:
