@@ -6,7 +6,7 @@ Every class carries the exit code of the command line (see ``lowrank --help``):
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 __all__ = [
     "AdapterError",
@@ -19,7 +19,25 @@ __all__ = [
     "ResourceError",
     "StorageError",
     "UsageError",
+    "is_whole",
 ]
+
+
+def is_whole(value: object, low: int | None = None, high: int | None = None) -> TypeGuard[int]:
+    """Tell whether a value is a whole number: an ``int`` that is not a ``bool``, in the range.
+
+    Args:
+        value: anything; a float is not whole, not even 2.0, and neither is an integer of numpy.
+        low: the smallest value allowed; ``None`` for no limit.
+        high: the largest value allowed; ``None`` for no limit.
+
+    Example:
+        >>> is_whole(8, 2, 8), is_whole(9, 2, 8), is_whole(True), is_whole(2.0)
+        (True, False, False, False)
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        return False
+    return (low is None or value >= low) and (high is None or value <= high)
 
 
 class LowRankError(Exception):

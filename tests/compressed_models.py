@@ -53,14 +53,13 @@ class Report:
         self.run = {"seconds": seconds}
         self.totals = {"bytes_after": total, "error_budget": 0.1}
 
-    def to_json(self) -> str:
-        return json.dumps({"totals": self.totals})
-
-    def to_markdown(self) -> str:
-        return "# report\n"
-
-    def to_html(self) -> str:
-        return "<html></html>\n"
+    def files(self) -> dict[str, str]:
+        return {
+            "report.json": json.dumps({"totals": self.totals}),
+            "report.md": "# report\n",
+            "report.html": "<html></html>\n",
+            "run.json": json.dumps(self.run),
+        }
 
 
 class Plan:

@@ -10,8 +10,8 @@ from helpers import eps, seeded
 from torch import Tensor, nn
 
 import lowrank
-from lowrank.lora.layer import LoRALayer
-from lowrank.lora.model import lora_layers
+from lowrank.lora.adapter_layer import LoRALayer
+from lowrank.lora.adapters import lora_layers
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INPUTS, OUTPUTS, RANK = 12, 10, 3

@@ -3,35 +3,32 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from lowrank.compression.formats import FORMATS
+from lowrank.layers.base import INTEGER_ACTIVATIONS
+
 PACKAGE = Path(__file__).resolve().parent.parent / "lowrank"
 MAX_LINES = 400
 
-# A folder imports only from floors strictly below its own; README's section "Design" holds the table.
-FLOORS: dict[str, int] = {
-    "errors": 0,
-    "io": 1,
-    "numerics": 1,
-    "calibration": 2,
-    "kernels": 2,
-    "reporting": 2,
-    "integrations": 2,
-    "layers": 3,
-    "targets": 4,
-    "checkpoint": 5,
-    "lora": 6,
-    "training": 7,
-    "compression": 8,
-    "analysis": 9,
-    "cli": 10,
-    "__main__": 11,
-    "__init__": 12,
-}
+README = PACKAGE.parent / "README.md"
+MOST_ENTRIES = 18
+
+
+def floors() -> dict[str, int]:
+    """The table of README's section "Design": folder (or file) -> floor; the front doors stand above all."""
+    section = README.read_text(encoding="utf-8").split("## Design\n")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| (\d+) \| `([a-z_]+)(?:/|\.py)` \|", section, flags=re.MULTILINE)
+    found = {name: int(floor) for floor, name in rows}
+    return found | {"__main__": max(found.values()) + 1, "__init__": max(found.values()) + 2}
+
+
+FLOORS = floors()
 HEAVY = ("transformers", "matplotlib", "sklearn", "peft", "accelerate")
 FILES = sorted(PACKAGE.rglob("*.py"))
 IDENTIFIERS = [str(path.relative_to(PACKAGE)) for path in FILES]
@@ -106,6 +103,79 @@ def test_heavy_packages_are_imported_only_where_they_are_used(path: Path) -> Non
     assert not {name for name in imports_of(top) if name.split(".")[0] in HEAVY}
     if room_of(path) != "integrations":
         assert not {name for name in imports_of(tree) if name.split(".")[0] in {"transformers", "peft", "accelerate"}}
+
+
+def test_the_package_has_few_entries() -> None:
+    listed = {path.name for path in PACKAGE.iterdir() if not path.name.startswith(("__pycache__", "."))}
+    assert len(listed) <= MOST_ENTRIES, sorted(listed)
+
+
+@pytest.mark.parametrize("folder", sorted({path.parent for path in FILES}), ids=lambda path: path.name)
+def test_no_two_names_of_a_folder_look_alike(folder: Path) -> None:
+    """None differs from another by a plural, or by the order of its words."""
+
+    def essence(name: str) -> tuple[str, ...]:
+        return tuple(sorted(word.rstrip("s") for word in name.split("_")))
+
+    names = [path.stem for path in folder.glob("*.py")] + [path.name for path in folder.iterdir() if path.is_dir()]
+    seen: dict[tuple[str, ...], str] = {}
+    for name in names:
+        other = seen.setdefault(essence(name), name)
+        assert other == name, f"{folder.name}/: {other} and {name}"
+
+
+def docstrings_of(tree: ast.AST) -> list[ast.Constant]:
+    holders = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, holders) and node.body and isinstance(node.body[0], ast.Expr):
+            value = node.body[0].value
+            if isinstance(value, ast.Constant) and isinstance(value.value, str):
+                found.append(value)
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=IDENTIFIERS)
+def test_docstrings_cite_sources_and_no_document_from_elsewhere(path: Path) -> None:
+    for docstring in docstrings_of(ast.parse(path.read_text(encoding="utf-8"))):
+        assert "DESIGN" not in docstring.value, f"line {docstring.lineno}"
+
+
+# Where a string that is a format's name means something else: the package's own name, and how activations are taken.
+MEANS_THE_PACKAGE = {"io/version.py"}
+MEANS_ACTIVATIONS = {"layers/base.py"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=IDENTIFIERS)
+def test_no_format_is_named_outside_the_formats(path: Path) -> None:
+    """A format's name is written in its own file alone; all others ask the registry."""
+    place = path.relative_to(PACKAGE).as_posix()
+    if place.startswith("compression/formats/") or place in MEANS_THE_PACKAGE:
+        return
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    told = {id(docstring) for docstring in docstrings_of(tree)}
+    # logging.getLogger("lowrank") names the package.
+    told |= {
+        id(argument)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "logging.getLogger"
+        for argument in node.args
+    }
+    allowed = {INTEGER_ACTIVATIONS} if place in MEANS_ACTIVATIONS else set()
+    wrong = [
+        f"line {node.lineno}: {node.value!r}"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and node.value in set(FORMATS) - allowed and id(node) not in told
+    ]
+    assert not wrong
+
+
+def test_whole_numbers_are_told_apart_in_one_place() -> None:
+    pattern = re.compile(
+        r"isinstance\((\w+(?:\.\w+)*), bool\) or not isinstance\(\1, int\)|isinstance\((\w+), int\) and not isinstance\(\2, bool\)"
+    )
+    found = [path.relative_to(PACKAGE).as_posix() for path in FILES if pattern.search(path.read_text(encoding="utf-8"))]
+    assert found == ["errors.py"]
 
 
 def test_every_module_says_what_it_is_for() -> None:

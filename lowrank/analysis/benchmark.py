@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from tabulate import tabulate
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from lowrank.analysis.stopwatch import Spread, host_facts, interleaved, spread
 from lowrank.calibration.batches import Batch, evaluating, prepare_batches
-from lowrank.errors import UsageError
+from lowrank.compression.formats import DENSE
+from lowrank.errors import UsageError, is_whole
 from lowrank.io import printable
 from lowrank.kernels import routes_in_use
 from lowrank.layers import CompressedLayer, compressed_layers
+from lowrank.reporting import html
+from lowrank.reporting.report import Report, Table
+from lowrank.reporting.text import Column
 
 __all__ = ["BenchmarkReport", "BenchmarkRow", "benchmark"]
 
@@ -25,12 +27,23 @@ ROUNDS = 11
 SECONDS = 0.02
 # Layers whose inputs are held at a time: one forward each would be slow, all at once would hold every activation.
 _LAYERS_A_PASS = 16
+COLUMNS = (
+    Column("layer"),
+    Column("format"),
+    Column("shape", numeric=True),
+    Column("rows", numeric=True),
+    Column("time", numeric=True),
+    Column(DENSE.format, numeric=True),
+    Column("speed-up", numeric=True),
+    Column("route"),
+    Column(""),
+)
 _Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class BenchmarkRow:
-    """One compressed layer, over all its calls in one forward of the model.
+    """State one compressed layer, over all its calls in one forward of the model.
 
     Attributes:
         name, kind, format, shape, rank, activations: of the layer.
@@ -57,13 +70,13 @@ class BenchmarkRow:
 
     @property
     def slower(self) -> bool:
-        """Whether the median says that the layer got slower."""
+        """Tell whether the median says that the layer got slower."""
         return self.speedup is not None and self.speedup.median < 1.0
 
 
 @dataclass(frozen=True)
-class BenchmarkReport:
-    """What :func:`benchmark` measured.
+class BenchmarkReport(Report):
+    """Hold what :func:`benchmark` measured.
 
     Attributes:
         rows: one per compressed layer, in the model's order.
@@ -75,6 +88,11 @@ class BenchmarkReport:
         host: see :func:`lowrank.analysis.stopwatch.host_facts`.
     """
 
+    heading = "Benchmark"
+    stem = "benchmark"
+    what = "a benchmark"
+    usual_width = None
+
     rows: tuple[BenchmarkRow, ...]
     seconds: Spread
     against_seconds: Spread | None
@@ -85,56 +103,37 @@ class BenchmarkReport:
 
     @property
     def slower(self) -> tuple[str, ...]:
-        """Names of the layers that got slower."""
+        """Name the layers that got slower."""
         return tuple(row.name for row in self.rows if row.slower)
 
-    def to_json(self) -> str:
-        """Everything, as JSON."""
-        content = asdict(self) | {"slower": list(self.slower)}
-        return json.dumps(content, indent=2, sort_keys=True, default=str) + "\n"
+    def summary(self) -> list[str]:
+        """Say nothing before the table: it is to stand in documents of others, with its remarks below it."""
+        return []
 
-    def to_markdown(self) -> str:
-        """A table for a document."""
-        return self._render("pipe")
+    def _content(self) -> dict[str, Any]:
+        return asdict(self) | {"slower": list(self.slower)}
 
-    def to_text(self) -> str:
-        """A table for a terminal."""
-        return self._render("simple")
-
-    def _render(self, style: str) -> str:
-        headers = ["layer", "format", "shape", "rows", "time", "dense", "speed-up", "route", ""]
+    def _tables(self, full: bool) -> list[Table]:
         body = [
-            (
+            [
                 printable(row.name),
                 row.format
                 + (f" r{row.rank}" if row.rank else "")
                 + (" weight-only" if row.activations == "float" else ""),
                 "x".join(map(str, row.shape)),
-                row.rows or "-",
+                str(row.rows or "-"),
                 _time(row.seconds),
                 _time(row.dense_seconds),
                 _ratio(row.speedup),
                 "+".join(row.routes) or "-",
                 "SLOWER" if row.slower else "not reached" if row.calls == 0 else "",
-            )
+            ]
             for row in self.rows
         ]
-        whole = (
-            "whole model",
-            "",
-            "",
-            "",
-            _time(self.seconds),
-            _time(self.against_seconds),
-            _ratio(self.speedup),
-            "",
-            "",
-        )
-        align = ("left", "left", "right", "right", "right", "right", "right", "left", "left")
-        table = tabulate([*body, whole], headers, style, colalign=align, disable_numparse=True)
-        return "\n".join([table, "", *self._remarks()]) + "\n"
+        whole = ["whole model", "", "", "", _time(self.seconds), _time(self.against_seconds), _ratio(self.speedup)]
+        return [Table(COLUMNS, [*body, [*whole, "", ""]], named=False)]
 
-    def _remarks(self) -> list[str]:
+    def _remarks(self, full: bool) -> list[str]:
         about = self.host
         lines = [
             f"Median (quartiles) of {self.rounds} interleaved rounds; {self.inputs}.",
@@ -150,7 +149,11 @@ class BenchmarkReport:
             lines.append(f"None of the {len(compared)} compressed layers got slower.")
         if self.speedup is not None and self.speedup.median < 1.0:
             lines.append("The whole model got SLOWER.")
-        return lines
+        return ["\n".join(lines)]
+
+    def _sections(self) -> list[str]:
+        (table,), (remarks,) = self._tables(full=True), self._remarks(full=True)
+        return [html.section("Layers", table.to_html(), *map(html.section_text, remarks.split("\n")))]
 
 
 def benchmark(
@@ -188,7 +191,7 @@ def benchmark(
         >>> found.rows[0].name, found.rows[0].rows, found.speedup.median > 0.0
         ('0', 4, True)
     """
-    if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
+    if not is_whole(rounds, 1):
         raise UsageError(f"rounds: must be an integer from 1, got {rounds!r}")
     batches = prepare_batches(model, inputs, "inputs")
     models = {"model": model} if against is None else {"model": model, "against": against}
@@ -278,7 +281,7 @@ def _row(
         # An original that is itself compressed, or is called otherwise, is no dense layer to compare with.
         contenders = {"own": run(layer)}
         if dense is not None and not isinstance(dense, CompressedLayer):
-            contenders["dense"] = run(dense)
+            contenders["original"] = run(dense)
         seconds = interleaved(contenders, rounds, at_least)
     return BenchmarkRow(
         name=name,
@@ -290,8 +293,8 @@ def _row(
         calls=len(calls),
         rows=sum(_row_count(call, layer) for call in calls),
         seconds=spread(seconds["own"]) if calls else None,
-        dense_seconds=spread(seconds["dense"]) if "dense" in seconds else None,
-        speedup=_quotient(seconds["dense"], seconds["own"]) if "dense" in seconds else None,
+        dense_seconds=spread(seconds["original"]) if "original" in seconds else None,
+        speedup=_quotient(seconds["original"], seconds["own"]) if "original" in seconds else None,
         routes=routes,
     )
 

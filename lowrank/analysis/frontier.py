@@ -26,7 +26,7 @@ from lowrank.compression.options import Options, check_budgets
 from lowrank.compression.plan import Plan, same_specs
 from lowrank.compression.search import Search, corrected
 from lowrank.compression.trial import Reading
-from lowrank.errors import BudgetError, UsageError
+from lowrank.errors import BudgetError, UsageError, is_whole
 from lowrank.io import check_destination, lock_destination
 from lowrank.io.version import versions
 from lowrank.layers.base import ACTIVATIONS
@@ -93,6 +93,7 @@ def measure_frontier(
         StorageError: the directory cannot be written.
 
     Example:
+        >>> import torch
         >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))
         >>> inputs = [torch.randn(256, 64)]
         >>> report = measure_frontier(model, calibration=inputs, budgets=[0.02, 0.2], progress=False)
@@ -135,7 +136,7 @@ def _checked(
     if budgets is not None and points is not None:
         raise UsageError("budgets or points: give one of them; points spreads budgets of its own")
     count = POINTS if points is None else points
-    if isinstance(count, bool) or not isinstance(count, int) or not 2 <= count <= MOST_POINTS:
+    if not is_whole(count, 2, MOST_POINTS):
         raise UsageError(f"points: must be an integer from 2 to {MOST_POINTS}, got {points!r}")
     metric = options.get("metric", "auto")
     if not isinstance(metric, str):

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import os
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lowrank.calibration.metrics import METRICS, ErrorMetric, recorded_metric
 from lowrank.compression.plan import Plan
-from lowrank.errors import CheckpointError
-from lowrank.io import atomic_directory, parse_json, write_text
-from lowrank.reporting import html as report_html
-from lowrank.reporting.html import Cell, Heading
+from lowrank.io import atomic_directory, write_text
+from lowrank.reporting import html
 from lowrank.reporting.points import (
     FRONTIER_COLUMNS,
     FrontierPoint,
@@ -21,27 +18,20 @@ from lowrank.reporting.points import (
     lowest,
     points_as_json,
     points_from_json,
+    points_table,
     points_texts,
 )
-from lowrank.reporting.text import (
-    human_bytes,
-    markdown_table,
-    one_line,
-    percent,
-    stable_json,
-    terminal_table,
-    wrap,
-)
+from lowrank.reporting.report import Report, Table
+from lowrank.reporting.text import human_bytes, one_line, percent, stable_json
 
 __all__ = ["STATE_NAME", "FrontierReport"]
 
 STATE_NAME = "frontier.json"
-FORMAT_VERSION = 1
 
 
 @dataclass
-class FrontierReport:
-    """Size against error of one model, see :func:`lowrank.measure_frontier`.
+class FrontierReport(Report):
+    """Hold size against error of one model, see :func:`lowrank.measure_frontier`.
 
     Attributes:
         points: by size; all measured.
@@ -58,6 +48,12 @@ class FrontierReport:
         True
     """
 
+    heading = "Size against error"
+    stem = "frontier"
+    what = "a frontier"
+    rows_key = "points"
+    most_width = 140
+
     points: list[FrontierPoint]
     plans: list[Plan]
     totals: dict[str, Any] = field(default_factory=dict)
@@ -65,7 +61,7 @@ class FrontierReport:
 
     @property
     def metric(self) -> str:
-        """The name of the error."""
+        """Name the error."""
         return one_line(str(self.totals.get("metric") or "error"))
 
     @property
@@ -77,7 +73,7 @@ class FrontierReport:
         return self._metric.title if self.metric in METRICS else self.metric
 
     def summary(self) -> list[str]:
-        """The frontier in plain sentences."""
+        """Say the frontier in plain sentences."""
         count = f"{len(self.points)} point{'' if len(self.points) == 1 else 's'}"
         samples = self.totals.get("samples")
         where = (
@@ -94,45 +90,13 @@ class FrontierReport:
             lines.append(f"Smallest size at each error: {', '.join(parts)}.")
         return lines
 
-    def to_text(self, width: int | None = None) -> str:
-        """For the terminal: summary, table, notes.
-
-        Args:
-            width: characters a line; the terminal's (at least 60, at most 140) when ``None``.
-        """
-        if width is None:
-            width = min(max(shutil.get_terminal_size((120, 24)).columns, 60), 140)
-        rows = points_texts(self.points, self._metric.show)
-        parts = ["\n".join(wrap(line, width) for line in self.summary())]
-        parts.append(terminal_table(FRONTIER_COLUMNS, rows, width=width))
-        if self.notes:
-            parts.append("\n".join(wrap(f"note: {one_line(note)}", width) for note in self.notes))
-        return "\n\n".join(parts) + "\n"
-
-    def to_markdown(self) -> str:
-        """The same as Markdown."""
-        rows = points_texts(self.points, self._metric.show)
-        safe = [[text.replace("|", "\\|").replace("<", "&lt;") for text in row] for row in rows]
-        lines = ["# Size against error", "", *(f"{line}  " for line in self.summary()), ""]
-        lines.append(markdown_table(FRONTIER_COLUMNS, safe))
-        lines += ["", *(f"- {one_line(note).replace('<', '&lt;')}" for note in self.notes)] if self.notes else []
-        return "\n".join(lines) + "\n"
-
     def to_json(self, **more: Any) -> str:
-        """Deterministic: sorted keys, exact floats.
+        """Render as JSON, the same for the same report: sorted keys, exact floats.
 
         Args:
             more: further plain data to keep beside it.
         """
-        return stable_json(
-            {
-                "format_version": FORMAT_VERSION,
-                "points": points_as_json(self.points),
-                "totals": self.totals,
-                "notes": self.notes,
-                **more,
-            }
-        )
+        return stable_json({"format_version": self.version, **self._content(), **more})
 
     @classmethod
     def from_json(cls, text: str | bytes, plans: list[Plan], *, source: str = STATE_NAME) -> FrontierReport:
@@ -141,51 +105,16 @@ class FrontierReport:
         Raises:
             CheckpointError: not such a text.
         """
-        data = parse_json(text, source=source)
-        if not isinstance(data, dict) or not isinstance(data.get("totals"), dict):
-            raise CheckpointError(f"{source}: not a frontier; it must hold 'points' and 'totals'")
-        if data.get("format_version") != FORMAT_VERSION:
-            raise CheckpointError(
-                f"{source}: format_version {data.get('format_version')!r}, this lowrank reads {FORMAT_VERSION}; "
-                "it may be written by a newer lowrank"
-            )
-        notes = data.get("notes", [])
-        if not isinstance(notes, list):
-            raise CheckpointError(f"{source}: 'notes' must be a list of texts")
-        return cls(points_from_json(data.get("points"), source), plans, data["totals"], [str(note) for note in notes])
+        data = cls._read(text, source)
+        return cls(points_from_json(data["points"], source), plans, data["totals"], data["notes"])
 
-    def to_html(self) -> str:
-        """One self-contained page: tiles, the chart, the table."""
-        show = self._metric.show
-        best = [point for point in lowest(self.points) if point.size_ratio < 1.0]
-        name = self._title
-        tiles = [("Original", human_bytes(self.totals.get("bytes_before")), "stored bytes", "")]
-        if best:
-            tiles.append(("Smallest", percent(best[0].size_ratio, 3), f"at {show(best[0].error)} {name}", ""))
-            tiles.append(("Closest", percent(best[-1].size_ratio, 3), f"at {show(best[-1].error)} {name}", ""))
-        tiles.append(("Points", str(len(self.points)), "each a model that was built and run", ""))
-        headings = [Heading(column.title, column.numeric, column.title == "formats") for column in FRONTIER_COLUMNS]
-        cells = [
-            [
-                Cell(text, sort)
-                for text, sort in zip(
-                    texts, (None, point.budget, point.size_ratio, point.error, point.upper, None), strict=True
-                )
-            ]
-            for point, texts in zip(self.points, points_texts(self.points, show), strict=True)
-        ]
-        parts = [report_html.tiles(tiles)]
-        if self.points:
-            unit = self._metric.unit
-            chart = frontier_chart(self.points, show, factor=unit.factor, axis=unit.axis, suffix=unit.suffix)
-            parts.append(report_html.section("The frontier", chart))
-        parts.append(report_html.section("Points", report_html.table(headings, cells)))
-        if self.notes:
-            parts.append(report_html.section("Notes", report_html.notes_list(self.notes)))
-        source, versions = self.totals.get("source"), self.totals.get("versions") or {}
-        title = f"Size against error: {one_line(str(source))}" if source else "Size against error"
-        footer = ", ".join(f"{key} {value}" for key, value in sorted(versions.items()))
-        return report_html.page(title, self.summary(), parts, footer=footer)
+    def files(self, **more: Any) -> dict[str, str]:
+        """Render everything that :meth:`save` writes, ``plans/`` apart.
+
+        Args:
+            more: for :meth:`to_json`.
+        """
+        return super().files() | {STATE_NAME: self.to_json(**more)}
 
     def save(self, directory: str | os.PathLike[str], *, overwrite: bool = True, **more: Any) -> Path:
         """Write ``frontier.json``, ``frontier.md``, ``frontier.html`` and ``plans/``, all at once or not at all.
@@ -198,17 +127,38 @@ class FrontierReport:
             UsageError, StorageError: the directory cannot be written.
         """
         with atomic_directory(directory, overwrite=overwrite) as partial:
-            write_text(partial / STATE_NAME, self.to_json(**more))
-            write_text(partial / "frontier.md", self.to_markdown())
-            write_text(partial / "frontier.html", self.to_html())
             (partial / "plans").mkdir()
-            for index, plan in enumerate(self.plans):
-                write_text(partial / "plans" / plan_name(index), plan.to_json())
+            plans = {f"plans/{plan_name(index)}": plan.to_json() for index, plan in enumerate(self.plans)}
+            for name, text in (self.files(**more) | plans).items():
+                write_text(partial / name, text)
         return Path(directory)
+
+    def _content(self) -> dict[str, Any]:
+        return super()._content() | {"points": points_as_json(self.points)}
+
+    def _tables(self, full: bool) -> list[Table]:
+        return [Table(FRONTIER_COLUMNS, points_texts(self.points, self._metric.show), named=False)]
+
+    def _sections(self) -> list[str]:
+        show = self._metric.show
+        best = [point for point in lowest(self.points) if point.size_ratio < 1.0]
+        name = self._title
+        tiles = [("Original", human_bytes(self.totals.get("bytes_before")), "stored bytes", "")]
+        if best:
+            tiles.append(("Smallest", percent(best[0].size_ratio, 3), f"at {show(best[0].error)} {name}", ""))
+            tiles.append(("Closest", percent(best[-1].size_ratio, 3), f"at {show(best[-1].error)} {name}", ""))
+        tiles.append(("Points", str(len(self.points)), "each a model that was built and run", ""))
+        parts = [html.tiles(tiles)]
+        if self.points:
+            unit = self._metric.unit
+            chart = frontier_chart(self.points, show, factor=unit.factor, axis=unit.axis, suffix=unit.suffix)
+            parts.append(html.section("The frontier", chart))
+        parts.append(html.section("Points", points_table(self.points, show, wide=True)))
+        return parts
 
 
 def plan_name(index: int) -> str:
-    """The file of the plan of one point, by size.
+    """Name the file of the plan of one point, by size.
 
     Example:
         >>> plan_name(0)

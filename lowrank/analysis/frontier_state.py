@@ -90,7 +90,7 @@ class State:
         self.notes: list[str] = []
 
     def report(self) -> FrontierReport:
-        """The finished points by size."""
+        """Give the finished points by size."""
         found = [(item.point, item.plan) for item in self.done if item.point is not None and item.plan is not None]
         found.sort(key=lambda pair: (pair[0].size_ratio, pair[0].error, pair[0].label))
         return FrontierReport([point for point, _ in found], [plan for _, plan in found], self.totals, self.notes)

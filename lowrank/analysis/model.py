@@ -29,10 +29,10 @@ from lowrank.analysis.sources import (
 from lowrank.calibration.inputs import collect_statistics
 from lowrank.errors import UsageError
 from lowrank.io.version import versions
-from lowrank.layers.source import is_conv1d
 from lowrank.numerics.moments import InputStatistics
 from lowrank.numerics.spectrum import Spectrum, analyze_weight
 from lowrank.reporting.text import one_line
+from lowrank.targets import kind_of
 from lowrank.targets.model import matching
 
 __all__ = ["AnalysisReport", "AnalysisRow", "analyze_model"]
@@ -120,10 +120,13 @@ def _checked_levels(energy: Sequence[float]) -> tuple[float, ...]:
 
 
 def _takes_statistics(module: nn.Module) -> bool:
-    if isinstance(module, (nn.Conv1d, nn.Conv2d)):
-        # The groups of a grouped convolution never meet, so there is no one matrix whose inputs the moments would describe.
-        return module.groups == 1
-    return isinstance(module, nn.Linear) or is_conv1d(module)
+    # The groups of a grouped convolution never meet, so there is no one matrix whose inputs the moments would describe.
+    if getattr(module, "groups", 1) != 1:
+        return False
+    kind = kind_of(module)
+    if kind is None:
+        return isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d))
+    return kind.multiplies and kind.observer(module) is not None
 
 
 def _analyse_layer(

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from lowrank.analysis.rows import AnalysisRow
-from lowrank.errors import UsageError
-from lowrank.integrations.matplotlib import Line, page_chart
-from lowrank.reporting import html as report_html
-from lowrank.reporting.html import Cell, Heading
+from lowrank.reporting import html
+from lowrank.reporting.charts import Axis, Dot, Series, draw, nice_ticks
 from lowrank.reporting.text import count_text, human_bytes, one_line, percent
 
-__all__ = ["kinds", "render"]
+__all__ = ["kinds", "sections"]
 
 # Kinds of layers with a colour of their own; the others are drawn in grey.
 COLOURS = ("1", "4", "2", "5", "6", "7", "8")
 OTHERS = "3"
-# The scale of spectra ends here: what lies below matters to nobody's budget.
-SMALLEST = 1e-4
+# The scale of spectra ends at this power of ten: what lies below matters to nobody's budget.
+SMALLEST_POWER = -4
+FIFTHS = (0.0, 20.0, 40.0, 60.0, 80.0, 100.0)
+# Many lines over one another.
+THIN = "stroke-width:1.2;opacity:.75"
 
 
 def kinds(rows: Sequence[AnalysisRow]) -> dict[str, list[AnalysisRow]]:
-    """Layers that play one part in each block, by the name they share, shortened to what tells them apart.
+    """Group the layers that play one part in each block, by the name they share, shortened to what tells them apart.
 
     Example:
         >>> rows = [AnalysisRow(f"encoder.{i}.{part}", "Linear", (4, 4), 16, 64) for i in (0, 1) for part in ("query", "key")]
@@ -47,23 +50,12 @@ def kinds(rows: Sequence[AnalysisRow]) -> dict[str, list[AnalysisRow]]:
     return named
 
 
-def render(
-    rows: Sequence[AnalysisRow],
-    totals: Mapping[str, Any],
-    notes: Sequence[str],
-    *,
-    summary: Sequence[str],
-    headings: Sequence[Heading],
-    cells: Sequence[Sequence[str]],
-    total: Sequence[str],
-    key: str,
-) -> str:
-    """The page of a :class:`lowrank.AnalysisReport`.
+def sections(rows: Sequence[AnalysisRow], totals: Mapping[str, Any], table: str, key: str) -> list[str]:
+    """Draw the parts of a :class:`lowrank.AnalysisReport`'s page, as markup.
 
     Args:
-        rows, totals, notes: of the report.
-        summary: its paragraphs.
-        headings, cells, total: its table as texts, a row of cells for each of ``rows``.
+        rows, totals: of the report.
+        table: its table, as markup.
         key: what the columns mean.
     """
     items = [
@@ -74,179 +66,135 @@ def render(
             for level, ratio in totals.get("size_ratio_at_energy", {}).items()
         ),
     ]
-    parts = [report_html.tiles(items)]
     drawn = [row for row in rows if row.analysed and row.spectrum and row.spectrum[0] > 0]
-    if drawn:
-        parts += _charts(drawn, totals)
-    body = [
-        [Cell(text, _number(text) if headings[index].numeric else None) for index, text in enumerate(texts)]
-        for texts in cells
+    return [
+        html.tiles(items),
+        *([_glance(drawn, totals["curve"])] if drawn else []),
+        html.section("Layers", table, text=f"{key} Click a heading to sort."),
     ]
-    muted = [not row.analysed for row in rows]
-    table = report_html.table(headings, body, total=total, muted=muted)
-    parts.append(report_html.section("Layers", table, text=f"{key} Click a heading to sort."))
-    if notes:
-        parts.append(report_html.section("Notes", report_html.notes_list(notes)))
-    source, versions = totals.get("source"), totals.get("versions") or {}
-    footer = ", ".join(f"{name} {value}" for name, value in sorted(versions.items()))
-    title = f"Low-rank analysis: {source}" if source else "Low-rank analysis"
-    return report_html.page(title, summary, parts, footer=footer)
 
 
-def _charts(drawn: Sequence[AnalysisRow], totals: Mapping[str, Any]) -> list[str]:
-    """Four charts: every layer's own line where matplotlib is there, the mean of each kind where it is not."""
+@dataclass(frozen=True)
+class _Group:
+    """Layers of one kind, and the colour they share."""
+
+    name: str
+    colour: str
+    rows: Sequence[AnalysisRow]
+
+
+def _grouped(drawn: Sequence[AnalysisRow]) -> list[_Group]:
+    """The kinds by their parameters; those without a colour of their own together."""
     found = sorted(kinds(drawn).items(), key=lambda item: -sum(row.parameters for row in item[1]))
-    groups = [(one_line(name), colour, members) for (name, members), colour in zip(found, COLOURS, strict=False)]
-    rest = [row for _, members in found[len(COLOURS) :] for row in members]
-    if rest:
-        groups.append(("other kinds", OTHERS, rest))
-    keys = report_html.legend([(f"{name} ({len(members)})", colour) for name, colour, members in groups])
-    try:
-        charts = _plots(drawn, groups, totals)
-        intro = "One line a layer, one colour a kind."
-    except UsageError:
-        charts = _plain_charts(drawn, groups, totals)
-        intro = "The mean of each kind; pip install 'lowrank[plot]' draws every layer's own line."
+    groups = [_Group(one_line(name), colour, rows) for (name, rows), colour in zip(found, COLOURS, strict=False)]
+    rest = [row for _, rows in found[len(COLOURS) :] for row in rows]
+    return [*groups, _Group("other kinds", OTHERS, rest)] if rest else groups
+
+
+def _glance(drawn: Sequence[AnalysisRow], curve: Sequence[tuple[float, float]]) -> str:
+    """Four charts, in which every layer has a line or a dot of its own."""
+    groups = _grouped(drawn)
     hollow = any(row.data_effective_rank is not None for row in drawn)
     depth = " Hollow dots: in the metric of the calibration data." if hollow else ""
     text = (
-        f"{intro} Where a line falls early, few singular values carry the layer; a flat one is full rank and better rounded than "
-        f"factored.{depth}"
+        "One line a layer, one colour a kind. Where a line falls early, few singular values carry the layer; a flat one is full "
+        f"rank and better rounded than factored.{depth}"
     )
-    return [
-        report_html.section("The model at a glance", keys, f'<div class="charts">{"".join(charts)}</div>\n', text=text)
-    ]
+    charts = [_curve_chart(curve), _depth_chart(drawn, groups), _spectra_chart(groups), _energy_chart(groups)]
+    keys = html.legend([(f"{group.name} ({len(group.rows)})", group.colour) for group in groups])
+    return html.section("The model at a glance", keys, f'<div class="charts">{"".join(charts)}</div>\n', text=text)
 
 
-def _plots(
-    drawn: Sequence[AnalysisRow], groups: Sequence[tuple[str, str, Sequence[AnalysisRow]]], totals: Mapping[str, Any]
-) -> list[str]:
-    curve = totals["curve"]
-    charts = [
-        report_html.figure(
-            "Bytes against error, whole model",
-            "Weight error with the ranks divided best among the layers, factors alone. Rounding float32 to int8 takes 25 % at "
-            "an error of about 1 %.",
-            page_chart(
-                "Bytes against error, whole model",
-                [Line("1", [100 * size for size, _ in curve], [100 * error for _, error in curve], width=2.0)],
-                x_label="bytes of the matrices kept, %",
-                y_label="weight error, %",
-                y_limits=(0, 102),
-            ),
-        )
-    ]
+def _curve_chart(curve: Sequence[tuple[float, float]]) -> str:
+    title = "Bytes against error, whole model"
+    line = [(100 * size, 100 * error) for size, error in curve]
+    return html.figure(
+        title,
+        "Weight error with the ranks divided best among the layers, factors alone. Rounding float32 to int8 takes 25 % at "
+        "an error of about 1 %.",
+        draw(
+            title,
+            [Series("", "1", lines=[line])],
+            Axis("bytes of the matrices kept, %", FIFTHS, -5.0, 105.0),
+            Axis("weight error, %", FIFTHS, 0.0, 102.0),
+        ),
+    )
+
+
+def _depth_chart(drawn: Sequence[AnalysisRow], groups: Sequence[_Group]) -> str:
+    title = "Effective rank by depth"
     number = {id(row): float(index + 1) for index, row in enumerate(drawn)}
-    dots = []
-    for _, colour, members in groups:
-        dots.append(
-            Line(
-                colour,
-                [number[id(row)] for row in members],
-                [100 * (row.effective_rank or 0.0) / (row.full_rank or 1) for row in members],
-                dots="full",
-            )
-        )
-        seen = [row for row in members if row.data_effective_rank is not None]
-        if seen:
-            effective = [100 * (row.data_effective_rank or 0.0) / (row.full_rank or 1) for row in seen]
-            dots.append(Line(colour, [number[id(row)] for row in seen], effective, dots="hollow"))
-    charts.append(
-        report_html.figure(
-            "Effective rank by depth",
-            "Share of the full rank; 100 % is a matrix with no preferred direction.",
-            page_chart(
-                "Effective rank by depth",
-                dots,
-                x_label="layers, first to last",
-                y_label="effective rank / full rank, %",
-                y_limits=(0, 104),
-                whole_x=True,
-            ),
-        )
+
+    def dots(row: AnalysisRow) -> Iterator[Dot]:
+        for effective, hollow in ((row.effective_rank or 0.0, False), (row.data_effective_rank, True)):
+            if effective is not None:
+                share = effective / (row.full_rank or 1)
+                yield Dot(number[id(row)], 100 * share, f"{one_line(row.name)}: {percent(share)}", hollow)
+
+    margin = max(0.05 * (len(drawn) - 1), 0.5)
+    ticks = [tick for tick in nice_ticks(1.0, float(len(drawn))) if tick.is_integer() and tick <= len(drawn) + margin]
+    return html.figure(
+        title,
+        "Share of the full rank; 100 % is a matrix with no preferred direction.",
+        draw(
+            title,
+            [Series(group.name, group.colour, [dot for row in group.rows for dot in dots(row)]) for group in groups],
+            Axis("layers, first to last", ticks, 1.0 - margin, len(drawn) + margin),
+            Axis("effective rank / full rank, %", FIFTHS, 0.0, 104.0),
+        ),
     )
-    for title, words, label, attribute, log in (
-        ("Spectra by kind", "Singular values over the largest.", "singular value / largest", "spectrum", True),
-        (
-            "Cumulative energy by kind",
-            "Share of the sum of squares that the first singular values hold.",
-            "share of the energy, %",
-            "energy",
-            False,
-        ),
-    ):
-        lines = []
-        # The largest kinds come last, on top.
-        for _, colour, members in reversed(groups):
-            for row in members:
-                values: Sequence[float] = getattr(row, attribute)
-                # The same rounding as where the values were picked: of 16 singular values 33 steps show each twice.
-                last = max((row.full_rank or 1) - 1, 1)
-                steps = [100 * round(index * last / (len(values) - 1)) / last for index in range(len(values))]
-                shown = list(values) if log else [100 * value for value in values]
-                lines.append(Line(colour, steps, shown, opacity=0.75))
-        limits = (SMALLEST, 1.3) if log else (0.0, 102.0)
-        chart = page_chart(title, lines, x_label="rank, % of full", y_label=label, log_y=log, y_limits=limits)
-        charts.append(report_html.figure(title, words, chart))
-    return charts
 
 
-def _plain_charts(
-    drawn: Sequence[AnalysisRow], groups: Sequence[tuple[str, str, Sequence[AnalysisRow]]], totals: Mapping[str, Any]
-) -> list[str]:
-    quarters = [(x / 4, f"{25 * x} %") for x in range(5)]
-    powers = [(10.0**power, f"1e{power}" if power else "1") for power in range(-4, 1)]
-    depth = {
-        id(row): (float(index), (row.effective_rank or 0.0) / (row.full_rank or 1)) for index, row in enumerate(drawn)
-    }
-    colours = [colour for _, colour, _ in groups]
-    charts = [
-        report_html.line_chart(
-            "Bytes against error, whole model",
-            [("", totals["curve"])],
-            x_label="bytes of the matrices kept",
-            y_label="weight error",
-            x_ticks=quarters,
-            y_ticks=quarters,
-        ),
-        report_html.line_chart(
-            "Effective rank by depth",
-            [("", [depth[id(row)] for row in members]) for _, _, members in groups],
-            x_label="layers in order",
-            y_label="effective rank / full rank",
-            x_ticks=[(0, "first"), (max(len(drawn) - 1, 1), "last")],
-            y_ticks=quarters,
-            dots=True,
-            colours=colours,
-        ),
-    ]
-    for title, label, attribute, ticks in (
-        ("Spectra by kind", "singular value / largest, mean of the layers", "spectrum", powers),
-        ("Cumulative energy by kind", "share of the energy, mean of the layers", "energy", quarters),
-    ):
-        lines = [("", _mean_curve([getattr(row, attribute) for row in members])) for _, _, members in groups]
-        charts.append(
-            report_html.line_chart(
-                title,
-                lines,
-                x_label="rank / full rank",
-                y_label=label,
-                x_ticks=quarters,
-                y_ticks=ticks,
-                log_y=attribute == "spectrum",
-                colours=colours,
-            )
+def _spectra_chart(groups: Sequence[_Group]) -> str:
+    powers = [10.0**power for power in range(SMALLEST_POWER, 1)]
+    return _rank_chart(
+        "Spectra by kind",
+        "Singular values over the largest.",
+        groups,
+        Axis("singular value / largest", powers, powers[0], 1.3, log=True, text=_power),
+        lambda row: row.spectrum,
+    )
+
+
+def _energy_chart(groups: Sequence[_Group]) -> str:
+    return _rank_chart(
+        "Cumulative energy by kind",
+        "Share of the sum of squares that the first singular values hold.",
+        groups,
+        Axis("share of the energy, %", FIFTHS, 0.0, 102.0),
+        lambda row: [100 * value for value in row.energy],
+    )
+
+
+def _rank_chart(
+    title: str,
+    words: str,
+    groups: Sequence[_Group],
+    y: Axis,
+    values_of: Callable[[AnalysisRow], Sequence[float]],
+) -> str:
+    """A line a layer over its rank; the largest kinds come last, on top."""
+    series = [
+        Series(
+            group.name, group.colour, lines=[_over_rank(row, values_of(row), y.low) for row in group.rows], look=THIN
         )
-    return charts
+        for group in reversed(groups)
+    ]
+    return html.figure(title, words, draw(title, series, Axis("rank, % of full", FIFTHS, -5.0, 105.0), y))
 
 
-def _mean_curve(curves: Sequence[Sequence[float]]) -> list[tuple[float, float]]:
-    steps = len(curves[0]) - 1
-    return [(i / steps, sum(curve[i] for curve in curves) / len(curves)) for i in range(steps + 1)]
+def _over_rank(row: AnalysisRow, values: Sequence[float], low: float) -> list[tuple[float, float]]:
+    """The values at their ranks in per cent of the full one, up to the first that lies below the scale."""
+    # The same rounding as where the values were picked: of 16 singular values 33 steps show each twice.
+    last = max((row.full_rank or 1) - 1, 1)
+    line = []
+    for index, value in enumerate(values):
+        line.append((100 * round(index * last / (len(values) - 1)) / last, value))
+        if value < low:
+            break
+    return line
 
 
-def _number(text: str) -> float | None:
-    try:
-        return float(text.replace(",", "").removesuffix(" %"))
-    except ValueError:
-        return None
+def _power(value: float) -> str:
+    """A power of ten with its exponent raised."""
+    return "10" + str(round(math.log10(value))).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))

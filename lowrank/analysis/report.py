@@ -2,38 +2,22 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
-from lowrank.analysis import page as analysis_page
+from lowrank.analysis import page
 from lowrank.analysis.rows import SIZES, AnalysisRow
-from lowrank.reporting.html import Heading
-from lowrank.reporting.text import (
-    Column,
-    count_text,
-    human_bytes,
-    markdown_name,
-    markdown_table,
-    one_line,
-    percent,
-    stable_json,
-    terminal_table,
-    wrap,
-    write_files,
-)
+from lowrank.reporting import html
+from lowrank.reporting.report import Report, Table
+from lowrank.reporting.text import Column, count_text, human_bytes, one_line, percent, shown_name
 
 __all__ = ["AnalysisReport"]
 
-ANALYSIS_FORMAT_VERSION = 1
-
 
 @dataclass
-class AnalysisReport:
-    """Rows, totals and notes of :func:`lowrank.analyze_model`.
+class AnalysisReport(Report):
+    """Hold rows, totals and notes of :func:`lowrank.analyze_model`.
 
     Attributes:
         rows: one per layer, also those without a matrix or skipped, with the reason.
@@ -43,12 +27,18 @@ class AnalysisReport:
         notes: sentences for the reader.
     """
 
+    heading = "Low-rank analysis"
+    stem = "analysis"
+    what = "an analysis"
+    usual_width = 140
+    most_width = 200
+
     rows: list[AnalysisRow]
     totals: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     def summary(self) -> list[str]:
-        """The analysis in plain sentences."""
+        """Say the analysis in plain sentences."""
         totals = self.totals
         lines = [
             f"{count_text(totals['analysed'])} of {count_text(totals['layers'])} layers hold a matrix: "
@@ -69,7 +59,7 @@ class AnalysisReport:
 
     @property
     def verdict(self) -> str:
-        """The model's layers counted by what to do with them."""
+        """Count the model's layers by what to do with them."""
         counts: dict[str, int] = {}
         for row in self.rows:
             if row.analysed:
@@ -79,7 +69,7 @@ class AnalysisReport:
 
     @property
     def columns(self) -> tuple[Column, ...]:
-        """Headings of the table; those for W Σ^½ only where there was calibration."""
+        """Head the table; with columns for W Σ^½ only where there was calibration."""
         levels = [_level(level) for level in self.totals["energy"]]
         calibrated = any(row.data_ranks is not None for row in self.rows)
         columns = [
@@ -103,80 +93,35 @@ class AnalysisReport:
         ]
         return tuple(columns)
 
-    def to_text(self, width: int | None = None) -> str:
-        """For the terminal: summary, table, notes.
+    def _content(self) -> dict[str, Any]:
+        return super()._content() | {"rows": [asdict(row) for row in self.rows]}
 
-        Args:
-            width: characters a line; the terminal's (at least 60, at most 200) when ``None``.
-        """
-        if width is None:
-            width = min(max(shutil.get_terminal_size((140, 24)).columns, 60), 200)
+    def _tables(self, full: bool) -> list[Table]:
         columns = self.columns
-        rows = [self._texts(row, one_line(row.name), columns) for row in self.rows if row.analysed]
-        parts = ["\n".join(wrap(line, width) for line in self.summary())]
-        parts.append(terminal_table(columns, rows, self._total_texts(), width=width))
-        skipped = self._skipped()
-        if skipped:
-            parts.append("\n".join(wrap(f"not analysed: {line}", width) for line in skipped))
-        parts.append(wrap(self._legend(), width))
-        if self.notes:
-            parts.append("\n".join(wrap(f"note: {one_line(note)}", width) for note in self.notes))
-        return "\n\n".join(parts) + "\n"
+        rows = [self._texts(row, columns) for row in self.rows if full or row.analysed]
+        return [Table(columns, rows, self._total_texts(columns))]
 
-    def to_markdown(self) -> str:
-        """The same with full names and a line for every skipped layer."""
-        body = []
-        columns = self.columns
-        for row in self.rows:
-            texts = [text.replace("|", "\\|").replace("<", "&lt;") for text in self._texts(row, "", columns)]
-            body.append([markdown_name(one_line(row.name)), *texts[1:]])
-        total = [f"**{text}**" if text else "" for text in self._total_texts()]
-        lines = ["# Low-rank analysis", "", *(f"{line}  " for line in self.summary()), ""]
-        lines += [markdown_table(columns, [*body, total]), "", self._legend()]
-        lines += ["", *(f"- {one_line(note).replace('<', '&lt;')}" for note in self.notes)] if self.notes else []
-        return "\n".join(lines) + "\n"
+    def _remarks(self, full: bool) -> list[str]:
+        skipped = [] if full else [f"not analysed: {line}" for line in self._skipped()]
+        return ["\n".join(skipped), self._legend()]
 
-    def to_json(self) -> str:
-        """Deterministic: sorted keys, exact floats, NaN and infinities as null."""
-        return stable_json(
-            {
-                "format_version": ANALYSIS_FORMAT_VERSION,
-                "rows": [asdict(row) for row in self.rows],
-                "totals": self.totals,
-                "notes": self.notes,
-            }
-        )
-
-    def to_html(self) -> str:
-        """One self-contained page: tiles, the model's size-error curve, spectra, effective rank by depth, the table."""
+    def _sections(self) -> list[str]:
         columns = self.columns
         # The verdict beside the name, where a narrow screen still shows it.
         order = [0, len(columns) - 1, *range(1, len(columns) - 1)]
-        total = self._total_texts()
-        cells = [self._texts(row, one_line(row.name), columns) for row in self.rows]
-        return analysis_page.render(
-            self.rows,
-            self.totals,
-            self.notes,
-            summary=self.summary(),
-            headings=[Heading(columns[i].title, columns[i].numeric, columns[i].title == "verdict") for i in order],
-            cells=[[texts[i] for i in order] for texts in cells],
-            total=[total[i] for i in order],
-            key=self._legend(),
-        )
+        headings = [html.Heading(columns[i].title, columns[i].numeric, i == order[1]) for i in order]
+        body = []
+        for row in self.rows:
+            name, *others = self._texts(row, columns)
+            texts = [shown_name(name), *others]
+            body.append([html.Cell(texts[i], _number(texts[i]) if columns[i].numeric else None) for i in order])
+        total = self._total_texts(columns)
+        muted = [not row.analysed for row in self.rows]
+        table = html.table(headings, body, total=[total[i] for i in order], muted=muted)
+        return page.sections(self.rows, self.totals, table, self._legend())
 
-    def save(self, directory: str | os.PathLike[str]) -> Path:
-        """Write ``analysis.json``, ``analysis.md`` and ``analysis.html``.
-
-        Raises:
-            StorageError: the directory cannot be written.
-        """
-        files = {"analysis.json": self.to_json(), "analysis.md": self.to_markdown(), "analysis.html": self.to_html()}
-        return write_files(directory, files)
-
-    def _texts(self, row: AnalysisRow, name: str, columns: Sequence[Column]) -> list[str]:
-        shape = "x".join(map(str, row.shape))
-        first = [name or "(the model itself)", shape, count_text(row.parameters)]
+    def _texts(self, row: AnalysisRow, columns: Sequence[Column]) -> list[str]:
+        first = [one_line(row.name), "x".join(map(str, row.shape)), count_text(row.parameters)]
         if not row.analysed:
             return [*first, *([""] * (len(columns) - 4)), one_line(row.reason or "")]
         levels = [str(level) for level in self.totals["energy"]]
@@ -198,12 +143,12 @@ class AnalysisReport:
             cells.append(percent(row.data_errors["0.5"]) if row.data_errors else "")
         return [*first, *cells, row.verdict]
 
-    def _total_texts(self) -> list[str]:
-        texts = [""] * len(self.columns)
+    def _total_texts(self, columns: Sequence[Column]) -> list[str]:
+        texts = [""] * len(columns)
         texts[0] = f"{count_text(self.totals['layers'])} layers"
         texts[2] = count_text(self.totals["parameters"])
         errors = self.totals.get("error_at_size", {})
-        for index, column in enumerate(self.columns):
+        for index, column in enumerate(columns):
             for size in SIZES:
                 if column.title == f"err {100 * size:.0f}%" and str(size) in errors:
                     texts[index] = percent(errors[str(size)])
@@ -236,3 +181,10 @@ class AnalysisReport:
 
 def _level(level: float | str) -> str:
     return f"{100 * float(level):g}"
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text.replace(",", "").removesuffix(" %"))
+    except ValueError:
+        return None

@@ -74,7 +74,7 @@ class AnalysisRow:
 
 
 def size_error_curve(spectra: Sequence[tuple[Tensor, int, int, int]]) -> list[tuple[float, float]]:
-    """Bytes against error for a whole model of plainly factored layers.
+    """Trade bytes against error for a whole model of plainly factored layers.
 
     For each multiplier the rank of every layer that minimises squared error + multiplier · bytes (one multiplier for
     all: the lower convex hull); a layer whose factors would not be smaller stays whole.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.io import open_tensors
-from lowrank.layers.source import is_conv1d
+from lowrank.targets import kind_of
 from lowrank.targets.survey import MAX_ELEMENTS
 
 __all__ = [
@@ -56,7 +56,7 @@ class Layer:
 
 
 def layers_of_module(model: nn.Module) -> list[Layer]:
-    """Every module that holds tensors, in the model's order; a tensor seen before is refused as tied."""
+    """List every module that holds tensors, in the model's order; a tensor seen before is refused as tied."""
     layers: list[Layer] = []
     seen: dict[object, str] = {}
     for name, module in model.named_modules():
@@ -89,15 +89,17 @@ def _module_item(name: str, key: str, tensor: Tensor, module: nn.Module, seen: d
     if identity in seen:
         return Item(key, tuple(tensor.shape), str(tensor.dtype), 0, f"tied with {seen[identity]}", lambda: tensor)
     seen[identity] = name or full
-    turned = key == "weight" and is_conv1d(module)
-    shape = tuple(reversed(tensor.shape)) if turned else tuple(tensor.shape)
-    return Item(
-        key, shape, str(tensor.dtype), nbytes, refusal, lambda: tensor.detach().T if turned else tensor.detach()
-    )
+    kind = kind_of(module)
+    shape, read = tuple(tensor.shape), tensor.detach
+    if kind is not None and not kind.composite and refusal is None and key in kind.parameters(module):
+        # As the kind multiplies it, whichever way round it is stored.
+        weight = kind.factored_weight(module)
+        shape, read = tuple(weight.shape), lambda: weight
+    return Item(key, shape, str(tensor.dtype), nbytes, refusal, read)
 
 
 def layers_of_files(path: str | os.PathLike[str]) -> list[Layer]:
-    """The tensors of safetensors files, grouped by module name, in the order in which a reader counts."""
+    """Give the tensors of safetensors files, grouped by module name, in the order in which a reader counts."""
     source = open_tensors(path)
     groups: dict[str, list[Item]] = {}
     # File order is by dtype and size or by hash; a reader expects layer 10 after layer 9.
@@ -117,7 +119,7 @@ def _natural(name: str) -> list[tuple[int, int, str]]:
 
 
 def names_of(model: nn.Module) -> dict[int, list[str]]:
-    """Every name of every module, the one it is reported by first."""
+    """List every name of every module, the one it is reported by first."""
     names: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(id(module), []).append(name)
@@ -125,7 +127,7 @@ def names_of(model: nn.Module) -> dict[int, list[str]]:
 
 
 def prefix_ends(name: str) -> Iterator[int]:
-    """Where the names of a layer and of the containers around it end."""
+    """Find where the names of a layer and of the containers around it end."""
     for match in re.finditer(r"\.", name):
         yield match.start()
     yield len(name)
@@ -147,7 +149,7 @@ def refusal_of(item: Item) -> str | None:
 
 
 def not_floating(item: Item) -> str:
-    """The reason why a tensor of this dtype has no spectrum."""
+    """Give the reason why a tensor of this dtype has no spectrum."""
     return f"{short_dtype(item.dtype)} is not a floating dtype that can be factored"
 
 
@@ -157,5 +159,5 @@ def count_of(item: Item) -> int:
 
 
 def short_dtype(dtype: str) -> str:
-    """``"float32"`` for ``"torch.float32"``."""
+    """Give ``"float32"`` for ``"torch.float32"``."""
     return dtype.removeprefix("torch.")

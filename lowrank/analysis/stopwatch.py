@@ -57,7 +57,7 @@ def seconds_of(call: Callable[[], Any], at_least: float) -> float:
 
 
 def interleaved(calls: Mapping[str, Callable[[], Any]], rounds: int, at_least: float) -> dict[str, list[float]]:
-    """Seconds of each call in each round; within a round one after the other, every other round backwards.
+    """Measure the seconds of each call in each round; within a round one after the other, every other round backwards.
 
     What slows the machine for a while slows all of them, so ratios within a round stand.
 
@@ -82,7 +82,7 @@ def interleaved(calls: Mapping[str, Callable[[], Any]], rounds: int, at_least: f
 
 
 def host_facts() -> dict[str, Any]:
-    """What timings depend on: processor, threads, instruction set, route of the integer products, torch.
+    """Say what timings depend on: processor, threads, instruction set, route of the integer products, torch.
 
     Example:
         >>> sorted(host_facts())

@@ -57,7 +57,7 @@ def measure_points(
     at_least: float = SECONDS,
     progress: bool = False,
 ) -> list[Point]:
-    """Seconds of every kind of linear layer at every shape and number of rows; contents are random.
+    """Measure the seconds of every kind of linear layer at every shape and number of rows; contents are random.
 
     Of the rounds the fastest counts: other work on the machine only ever adds to it.
 
@@ -123,7 +123,7 @@ def measure_conv_points(
     at_least: float = SECONDS,
     progress: bool = False,
 ) -> list[Point]:
-    """Seconds of every kind of 2-d convolution (zeros around, one group, float32), as :func:`measure_points`.
+    """Measure the seconds of every kind of 2-d convolution (zeros around, one group, float32), as :func:`measure_points`.
 
     Args:
         channels: (in, out, kernel size).
@@ -170,7 +170,7 @@ def _conv_layers(inputs: int, outputs: int, size: int) -> Iterator[tuple[str, in
 
 
 def measure_timings(*, progress: bool = False, **grid: Any) -> TimingTable:
-    """The table of this machine, with the number of threads that torch is set to; minutes for the whole grid.
+    """Measure the table of this machine, with the number of threads that torch is set to; minutes for the whole grid.
 
     Args:
         progress: a bar on standard error.

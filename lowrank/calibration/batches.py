@@ -47,11 +47,11 @@ class Batch:
         return None
 
     def run(self, model: nn.Module) -> Any:
-        """The model's output."""
+        """Call the model."""
         return model(*self.args, **self.kwargs)
 
     def select(self, indices: Tensor) -> Batch:
-        """The batch of these samples."""
+        """Give the batch of these samples."""
         if self.size == 1:
             return self
 
@@ -67,7 +67,7 @@ class Batch:
         return self._mapped(lambda x: x.float() if isinstance(x, Tensor) and x.is_floating_point() else x, self.size)
 
     def to(self, device: torch.device) -> Batch:
-        """The batch on another device."""
+        """Give the batch on another device."""
         return self._mapped(lambda x: x.to(device) if isinstance(x, Tensor) else x, self.size)
 
     def _mapped(self, fn: Callable[[Any], Any], size: int) -> Batch:
@@ -89,7 +89,7 @@ class Split:
 
 
 def model_tensor(output: Any) -> Tensor:
-    """The tensor that an output is judged by: ``logits``, else ``last_hidden_state``, else the first floating tensor.
+    """Give the tensor that an output is judged by: ``logits``, else ``last_hidden_state``, else the first floating tensor.
 
     Raises:
         CalibrationError: the output holds no floating tensor.
@@ -232,7 +232,7 @@ def _check_ids(model: nn.Module, batches: Sequence[Batch], name: str) -> None:
 
 
 def sample_count(batches: Sequence[Batch]) -> int:
-    """Number of samples in all batches."""
+    """Count the number of samples in all batches."""
     return sum(batch.size for batch in batches)
 
 

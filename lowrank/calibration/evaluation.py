@@ -65,7 +65,7 @@ class Measurement:
         return self._unit(self._fieller(quantile)[1])
 
     def passes(self, budget: float, confidence: float = 0.95) -> bool:
-        """Whether the one-sided test keeps the budget."""
+        """Tell whether the one-sided test keeps the budget."""
         return self.upper(confidence) <= budget
 
     def _unit(self, ratio: float) -> float:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lowrank.calibration.batches import Batch, model_tensor
 from lowrank.calibration.inputs import no_fast_path
+from lowrank.calibration.observers import AnyObserver, observer_of
 from lowrank.errors import UsageError
 
 __all__ = ["DIRECTIONS", "Directions", "output_gradients"]
@@ -29,6 +30,7 @@ def output_gradients(
     *,
     directions: str | Directions = "output",
     output_fn: OutputFn | None = None,
+    observers: Mapping[str, AnyObserver] | None = None,
     seed: int = 0,
 ) -> dict[str, Tensor]:
     """Gather the second moment C of the gradients with respect to each layer's outputs: an error ΔW costs about ½ tr(C ΔW Σ ΔWᵀ).
@@ -46,6 +48,7 @@ def output_gradients(
         model: run in evaluation mode.
         batches: from :func:`lowrank.calibration.batches.prepare_batches`.
         targets: linear layers and convolutions by name.
+        observers: of these, which say what a row is; else those that fit torch's layers.
         directions: see above.
         output_fn: picks the tensor out of the model's output.
         seed: of the directions.
@@ -65,6 +68,7 @@ def output_gradients(
     if isinstance(directions, str) and directions not in DIRECTIONS:
         raise UsageError(f"directions: must be one of {', '.join(DIRECTIONS)}, got {directions!r}")
     drawn = DIRECTIONS[directions] if isinstance(directions, str) else directions
+    observed = {name: observer_of(module) for name, module in targets.items()} if observers is None else observers
     generator = torch.Generator().manual_seed(seed)
     sums: dict[str, Tensor] = {}
     samples = max(sum(batch.size for batch in batches), 1)
@@ -74,9 +78,7 @@ def output_gradients(
 
     def watch(name: str) -> Callable[[nn.Module, Any, Tensor], Tensor]:
         def add(gradient: Tensor) -> None:
-            if isinstance(targets[name], (nn.Conv1d, nn.Conv2d)):
-                gradient = gradient.movedim(1, -1)
-            rows = gradient[mask] if mask is not None and gradient.shape[:2] == mask.shape else gradient.flatten(0, -2)
+            rows = observed[name].gradient_rows(gradient, mask)
             # A batch is short: its products keep enough digits, their sum over batches is float64.
             sums[name] = sums.get(name, 0.0) + (rows.T @ rows).double()
 

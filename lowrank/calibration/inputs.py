@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
-import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,17 +11,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lowrank.calibration.batches import Batch, evaluating, prepare_batches, sample_count
+from lowrank.calibration.observers import AnyObserver, observer_of
 from lowrank.errors import NumericsError
-from lowrank.numerics.convolutions import ConvGeometry, patches, sample_patches
 from lowrank.numerics.moments import InputStatistics, TokenCounts
 
-__all__ = ["PATCHES_PER_LAYER", "collect_statistics", "first_nonfinite", "no_fast_path"]
-
-# Patches of a convolution that go into its moments. Neighbouring patches overlap, so more add little; at least so many for each
-# feature keep the moment of a wide layer well above its noise. Heuristics both.
-PATCHES_PER_LAYER = 2**14
-PATCHES_PER_FEATURE = 8
-
+__all__ = ["collect_statistics", "first_nonfinite", "no_fast_path"]
 
 class _SharingChanged(Exception):
     """Two modules that shared an input in one batch did not in another."""
@@ -36,88 +28,44 @@ class _NonFinite(Exception):
 class _Collector:
     """Hooks that accumulate what flows into modules; modules that are handed the same tensor share one statistic."""
 
-    def __init__(self, modules: Mapping[str, nn.Module], share: bool, samples: int, seed: int) -> None:
-        self.modules = modules
+    def __init__(self, observers: Mapping[str, AnyObserver], share: bool) -> None:
+        self.observers = observers
         self.share = share
-        self.samples = samples
-        # A generator for each layer, so that what one draws does not depend on which others there are.
-        self.generators = {
-            name: torch.Generator().manual_seed((seed ^ zlib.crc32(name.encode())) & (2**63 - 1))
-            for name, module in modules.items()
-            if isinstance(module, (nn.Conv1d, nn.Conv2d))
-        }
         self.statistics: dict[str, InputStatistics | TokenCounts] = {}
         self.leaders: dict[str, str] = {}
-        self.mask: Tensor | None = None
-        self.batch_size = 1
+        self.batch: Batch | None = None
         self._seen: dict[tuple[object, ...], tuple[str, Tensor]] = {}
 
     def new_batch(self, batch: Batch) -> None:
-        self.mask, self.batch_size = batch.mask, batch.size
+        self.batch = batch
         self._seen = {}
 
     def hook(self, name: str) -> Any:
+        observer: Any = self.observers[name]
+
         def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             value = args[0] if args else next(iter(kwargs.values()))
-            if isinstance(module, nn.Embedding):
-                counts = self.statistics.setdefault(name, TokenCounts(module.num_embeddings, device=value.device))
-                counts.update(self._kept(value[..., None]))
+            if observer.shared and not self._leads(name, observer.key, value):
                 return
-            # The version tells apart two uses of one tensor with an in-place change between them.
-            geometry = ConvGeometry.of(module) if name in self.generators else None
-            leader = name
-            # In inference mode nothing tells, so nothing is shared.
-            if self.share and not value.is_inference():
-                leader = self._seen.setdefault((id(value), value._version, geometry), (name, value))[0]
-            known = self.leaders.setdefault(name, leader)
-            if known != leader:
-                raise _SharingChanged
-            if leader != name:
-                return
-            if not bool(torch.isfinite(value).all()):
-                raise _NonFinite(name)
-            if geometry is not None:
-                self._add_patches(leader, value, geometry)
-                return
-            if leader not in self.statistics:
-                self.statistics[leader] = InputStatistics(value.shape[-1], device=value.device)
-            statistics = self.statistics[leader]
-            assert isinstance(statistics, InputStatistics)
-            statistics.update(self._kept(value))
+            if name not in self.statistics:
+                self.statistics[name] = observer.empty(value)
+            observer.add(self.statistics[name], value, self.batch)
 
         return record
 
-    def _add_patches(self, name: str, value: Tensor, geometry: ConvGeometry) -> None:
-        """Add the patches under the kernel, or an even share of those the layer is allowed, drawn at random."""
-        generator, dims = self.generators[name], geometry.dims
-        channels = value.shape[-dims - 1]
-        features = channels * math.prod(geometry.kernel_size)
-        if name not in self.statistics:
-            self.statistics[name] = InputStatistics(features, device=value.device, blocks=geometry.groups)
-        statistics = self.statistics[name]
-        assert isinstance(statistics, InputStatistics)
-        allowed = max(PATCHES_PER_LAYER, PATCHES_PER_FEATURE * features // geometry.groups)
-        limit = max(allowed * self.batch_size // self.samples, 1)
-        positions = geometry.output_size(value.shape[-dims:])
-        images = value.shape[0] if value.ndim == dims + 2 else 1
-        offered = images * math.prod(positions)
-        mask = self.mask
-        if mask is not None and value.ndim == 3 and (images, *positions) == mask.shape:
-            # A convolution along a text: what lies on padding is left out.
-            rows = patches(value, geometry)[mask.to(value.device)]
-            offered = rows.shape[0]
-            if offered > limit:
-                rows = rows[torch.randperm(offered, generator=generator)[:limit].to(rows.device)]
-        else:
-            rows = sample_patches(value, geometry, limit, generator) if offered > limit else patches(value, geometry)
-        statistics.update(rows, offered)
-
-    def _kept(self, value: Tensor) -> Tensor:
-        """The tokens that are not padding."""
-        mask = self.mask
-        if mask is not None and value.ndim >= 3 and value.shape[:2] == mask.shape:
-            return value[mask.to(value.device)]
-        return value
+    def _leads(self, name: str, key: object, value: Tensor) -> bool:
+        """Whether this module adds the tensor; another one that was handed it before does so for both."""
+        leader = name
+        # The version tells apart two uses of one tensor with an in-place change between them. In inference mode nothing tells, so
+        # nothing is shared.
+        if self.share and not value.is_inference():
+            leader = self._seen.setdefault((id(value), value._version, key), (name, value))[0]
+        known = self.leaders.setdefault(name, leader)
+        if known != leader:
+            raise _SharingChanged
+        if leader == name and not bool(torch.isfinite(value).all()):
+            raise _NonFinite(name)
+        return leader == name
 
 
 @contextlib.contextmanager
@@ -142,14 +90,23 @@ def collect_statistics(
     batches: Sequence[Batch] | Iterable[Any],
     targets: Mapping[str, nn.Module],
     *,
+    observers: Mapping[str, AnyObserver] | None = None,
     progress: bool = False,
     seed: int = 0,
 ) -> dict[str, InputStatistics | TokenCounts]:
     """Run the batches and gather, for each module named, the moments of its inputs (or the look-ups of an embedding).
 
-    For a convolution the moments are those of the patches under its kernel, of at most ``PATCHES_PER_LAYER`` (or 8 a feature) of them,
+    For a convolution the moments are those of the patches under its kernel, of at most 16,384 (or 8 a feature) of them,
     drawn with the seed. Padding (by ``attention_mask``) is left out. Modules that share an input (convolutions: and a geometry) share
     one object. Hooks and modes are restored whatever happens. A module that no input reached is absent from the result.
+
+    Args:
+        model: runs the batches.
+        batches: as for :func:`lowrank.compress_model`.
+        targets: modules by name.
+        observers: of the modules, by name; else the ones that fit torch's layers (:func:`lowrank.calibration.observers.observer_of`).
+        progress: a bar on standard error.
+        seed: of the patches drawn.
 
     Raises:
         NumericsError: NaN or Inf flows into a layer; names the first.
@@ -162,22 +119,26 @@ def collect_statistics(
     listed = list(batches)
     if not all(isinstance(batch, Batch) for batch in listed):
         listed = prepare_batches(model, listed)
+    found = {name: observer_of(module) for name, module in targets.items()} if observers is None else observers
+
+    def collected(share: bool) -> dict[str, InputStatistics | TokenCounts]:
+        for name in targets:
+            found[name].begin(name, seed, max(sample_count(listed), 1))
+        return _collect(model, listed, targets, _Collector(found, share), progress)
+
     try:
-        return _collect(model, listed, targets, share=True, progress=progress, seed=seed)
+        return collected(share=True)
     except _SharingChanged:
-        return _collect(model, listed, targets, share=False, progress=progress, seed=seed)
+        return collected(share=False)
 
 
 def _collect(
     model: nn.Module,
     batches: Sequence[Batch],
     targets: Mapping[str, nn.Module],
-    *,
-    share: bool,
+    collector: _Collector,
     progress: bool,
-    seed: int,
 ) -> dict[str, InputStatistics | TokenCounts]:
-    collector = _Collector(targets, share, max(sample_count(batches), 1), seed)
     culprit: Batch | None = None
     seen_by = ""
     with contextlib.ExitStack() as stack:
@@ -207,7 +168,7 @@ def _collect(
 
 
 def first_nonfinite(model: nn.Module, batch: Batch) -> str | None:
-    """The name of the first module without children whose output is not finite, or None.
+    """Find the first module without children whose output is not finite, by name; ``None`` where there is none.
 
     Example:
         >>> bad = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))

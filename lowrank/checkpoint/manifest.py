@@ -57,16 +57,16 @@ class Manifest:
     folded: tuple[str, ...] = ()
 
     def resolve(self, name: str) -> str:
-        """The stored name behind a name: the owner where it is tied."""
+        """Give the stored name behind a name: the owner where it is tied."""
         return self.ties.get(name, name)
 
     def layer_of(self, name: str) -> str | None:
-        """The compressed layer that a tensor or module of this name lies in."""
+        """Give the compressed layer that a tensor or module of this name lies in."""
         return enclosing(name, self.layers)
 
 
 def enclosing(name: str, modules: Container[str]) -> str | None:
-    """The module among ``modules`` that a tensor or module name lies in, the innermost first; ``""`` is the root.
+    """Find the module among ``modules`` that a tensor or module name lies in, the innermost first; ``""`` is the root.
 
     >>> enclosing("encoder.0.bias", {"encoder.0", "pooler"})
     'encoder.0'
@@ -79,7 +79,7 @@ def enclosing(name: str, modules: Container[str]) -> str | None:
 
 
 def prefix_of(name: str) -> str:
-    """What the tensor names of a module begin with; the root module has no prefix.
+    """Say what the tensor names of a module begin with; the root module has no prefix.
 
     >>> prefix_of("encoder.0"), prefix_of("")
     ('encoder.0.', '')
@@ -88,7 +88,7 @@ def prefix_of(name: str) -> str:
 
 
 def is_scale(leaf: str) -> bool:
-    """Whether a tensor of a compressed layer is a quantisation scale, to be kept in float32."""
+    """Tell whether a tensor of a compressed layer is a quantisation scale, to be kept in float32."""
     own = leaf.rpartition(".")[2]
     return own == "scale" or own.endswith("_scale")
 
@@ -125,7 +125,7 @@ def _likely(directory: Path) -> str:
 
 
 def manifest_limit_bytes(tensors: int) -> int:
-    """The largest manifest that is believed (and written) for a file of so many tensors."""
+    """Give the largest manifest that is believed (and written) for a file of so many tensors."""
     return _MANIFEST_BYTES + _MANIFEST_BYTES_PER_TENSOR * tensors
 
 
@@ -224,12 +224,12 @@ def _check_layer(
 
 
 def layer_tensors(name: str, config: Mapping[str, Any], where: str) -> dict[str, torch.Tensor]:
-    """The tensors that a layer of this configuration stores, on the meta device."""
+    """Give the tensors that a layer of this configuration stores, on the meta device."""
     return dict(build_layer(name, config, where, torch.device("meta")).state_dict())
 
 
 def build_layer(name: str, config: Mapping[str, Any], where: str, device: torch.device | None) -> CompressedLayer:
-    """A layer of the configured kind and shape; its values are unimportant.
+    """Make a layer of the configured kind and shape; its values are unimportant.
 
     Raises:
         CheckpointError: the configuration lacks something or contradicts itself.

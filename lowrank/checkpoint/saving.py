@@ -37,7 +37,7 @@ _SIDE_BYTES = 16 << 20
 
 
 def stored_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The tensors that a file of the model holds: its ``state_dict``, a tied tensor once, under its first name.
+    """Give the tensors that a file of the model holds: its ``state_dict``, a tied tensor once, under its first name.
 
     Args:
         model: any module.
@@ -103,7 +103,7 @@ def save_compressed(
             ``config`` (transformers) gets a ``config.json`` and needs no skeleton to be loaded.
         directory: where to; its parent must exist.
         plan: written by its ``to_json()``.
-        report: written by its ``to_json()``, ``to_markdown()`` and ``to_html()``; its ``run`` goes to ``run.json``.
+        report: written as its ``files()`` gives it: texts by file name.
         overwrite: replace a directory that is not empty, in one step.
         source: the directory of the original model, whose tokenizer and processor files are copied.
         extra: plain JSON for ``lowrank_config.json``, under ``"extra"``; the same for the same run.
@@ -156,10 +156,8 @@ def save_compressed(
         if plan is not None:
             write_text(partial / "plan.json", plan.to_json())
         if report is not None:
-            write_text(partial / "report.json", report.to_json())
-            write_text(partial / "report.md", report.to_markdown())
-            write_text(partial / "report.html", report.to_html())
-            write_text(partial / "run.json", _to_json(report.run, "run.json"))
+            for name, text in report.files().items():
+                write_text(partial / name, text)
         if source is not None and Path(source).is_dir():
             copy_side_files(source, partial)
     return real
@@ -237,7 +235,7 @@ def _write_tensors(directory: Path, tensors: Mapping[str, torch.Tensor], max_sha
 
 
 def hugging_face_config(model: nn.Module) -> dict[str, Any] | None:
-    """``config.json`` of a Hugging Face model as it is now, embeddings tied or not; ``None`` for any other module."""
+    """Give ``config.json`` of a Hugging Face model as it is now, embeddings tied or not; ``None`` for any other module."""
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "to_json_string"):
         return None
@@ -253,7 +251,7 @@ def hugging_face_config(model: nn.Module) -> dict[str, Any] | None:
 
 
 def says_tied_wrongly(model: nn.Module) -> bool:
-    """Whether the configuration calls two embedding tables tied that are not, and may be told so.
+    """Tell whether the configuration calls two embedding tables tied that are not, and may be told so.
 
     Some models (Switch Transformers, UDOP) scale the inputs of their head where the configuration says tied: there the word
     is part of the computation and has to stay. transformers keeps differing tables apart as it loads them all the same.

@@ -21,7 +21,7 @@ from lowrank.cli.benchmark import benchmark_command
 from lowrank.cli.frontier import frontier_command
 from lowrank.cli.models import model_batches, open_model
 from lowrank.cli.options import Fraction, choice_options, common_options, data_options
-from lowrank.cli.shell import check_file, emit, note, run, write_file
+from lowrank.cli.shell import STANDARD_OUTPUT, check_file, emit, emit_report, note, run, write_file
 from lowrank.cli.text import comparison_text, info_text, plan_text
 from lowrank.cli.training import finetune_command, merge_command
 from lowrank.compression.compress import CompressionResult, compress_model, plan_model
@@ -39,7 +39,6 @@ __all__ = ["main"]
 _MAX_PLAN_BYTES = 64 << 20
 _SIDE_BYTES = 16 << 20
 _ANY_PATH = click.Path(path_type=Path)
-_STANDARD_OUTPUT = Path("-")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -103,7 +102,7 @@ def analyze(
     Example: lowrank analyze my-model --html spectra.html
     """
     for path in (json_file, html_file, plot_file):
-        if path is not None and path != _STANDARD_OUTPUT:
+        if path is not None and path != STANDARD_OUTPUT:
             check_file(path)
     if plot_file is not None and plot_file.suffix[1:].lower() not in PLOT_FORMATS:
         raise UsageError(f"--plot {printable(plot_file)}: a plot is a .png, .svg or .pdf file")
@@ -115,13 +114,9 @@ def analyze(
         batches = model_batches(data, calibration, subject, source, max_tokens, batch_size)
     report = analyze_model(subject, calibration=batches, ignore=ignore, progress=not quiet)
     report.totals["source"] = printable(source.resolve().name)
-    if html_file is not None:
-        write_file(html_file, report.to_html().encode())
     if plot_file is not None:
         write_file(plot_file, draw_spectra(report.rows, plot_file.suffix[1:].lower()))
-    if json_file is not None and json_file != _STANDARD_OUTPUT:
-        write_file(json_file, report.to_json().encode())
-    emit(report.to_json() if json_file == _STANDARD_OUTPUT else report.to_text())
+    emit_report(report, json_file, html_file)
 
 
 @app.command(short_help="Make a model as small as an error budget allows.")

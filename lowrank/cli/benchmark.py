@@ -14,7 +14,7 @@ from lowrank.analysis.tuning import measure_timings
 from lowrank.cli import data as cli_data
 from lowrank.cli.models import model_batches, open_model
 from lowrank.cli.options import common_options
-from lowrank.cli.shell import check_file, emit, note, write_file
+from lowrank.cli.shell import STANDARD_OUTPUT, check_file, emit, emit_report, note, write_file
 from lowrank.compression.timings import user_path
 from lowrank.errors import StorageError, UsageError
 from lowrank.io import printable
@@ -22,7 +22,6 @@ from lowrank.io import printable
 __all__ = ["benchmark_command"]
 
 _ANY_PATH = click.Path(path_type=Path)
-_STANDARD_OUTPUT = Path("-")
 # More batches of a data file than this would only be measured again and again.
 _MAX_BATCHES = 4
 
@@ -62,7 +61,7 @@ def benchmark_command(
     \b
     Example: lowrank benchmark smaller --against my-model --batch 32 --tokens 64
     """
-    if json_file is not None and json_file != _STANDARD_OUTPUT:
+    if json_file is not None and json_file != STANDARD_OUTPUT:
         check_file(json_file)
     if compressed is None and not tune:
         raise UsageError("COMPRESSED: name the directory of a model, or give --tune to measure this machine")
@@ -78,9 +77,7 @@ def benchmark_command(
     else:
         inputs = (model_batches(data, data_file, model, compressed, tokens, batch_size) or [])[:_MAX_BATCHES]
     report = benchmark(model, original, inputs=inputs, rounds=rounds, progress=not quiet)
-    if json_file is not None and json_file != _STANDARD_OUTPUT:
-        write_file(json_file, report.to_json().encode())
-    emit(report.to_json() if json_file == _STANDARD_OUTPUT else report.to_text())
+    emit_report(report, json_file)
 
 
 def _tune(quiet: bool) -> None:

@@ -11,7 +11,7 @@ from lowrank.analysis.frontier import POINTS, STATE_NAME, measure_frontier
 from lowrank.cli import data as cli_data
 from lowrank.cli.models import model_batches, open_model
 from lowrank.cli.options import Fraction, choice_options, common_options, data_options
-from lowrank.cli.shell import check_file, emit, note, write_file
+from lowrank.cli.shell import STANDARD_OUTPUT, check_file, emit_report, note
 from lowrank.compression.options import metric_choices, metric_of
 from lowrank.errors import UsageError
 from lowrank.io import check_destination, printable
@@ -19,7 +19,6 @@ from lowrank.io import check_destination, printable
 __all__ = ["frontier_command"]
 
 _ANY_PATH = click.Path(path_type=Path)
-_STANDARD_OUTPUT = Path("-")
 
 
 @click.command("frontier", short_help="Size against error: what several budgets give, each measured.")
@@ -73,7 +72,7 @@ def frontier_command(
     Example: lowrank frontier my-model --calibration texts.txt -o frontier
     """
     for path in (json_file, html_file):
-        if path is not None and path != _STANDARD_OUTPUT:
+        if path is not None and path != STANDARD_OUTPUT:
             check_file(path)
     if calibration is None and metric_of(options["metric"], calibrated=False).needs_data:
         raise UsageError(
@@ -102,13 +101,9 @@ def frontier_command(
         progress=not quiet,
         **options,
     )
-    if html_file is not None:
-        write_file(html_file, report.to_html().encode())
-    if json_file is not None and json_file != _STANDARD_OUTPUT:
-        write_file(json_file, report.to_json().encode())
     if output is not None and not quiet:
         note(f"written to {printable(output)}")
-    emit(report.to_json() if json_file == _STANDARD_OUTPUT else report.to_text())
+    emit_report(report, json_file, html_file)
 
 
 def _numbers(text: str) -> list[float]:

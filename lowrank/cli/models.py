@@ -18,7 +18,7 @@ __all__ = ["model_batches", "open_model"]
 
 
 def open_model(path: Path, device: str | None, quiet: bool, *, compressed: bool = True) -> nn.Module:
-    """The model of a directory: an original or (unless that makes no sense) a compressed one.
+    """Open the model of a directory: an original or (unless that makes no sense) a compressed one.
 
     Raises:
         CheckpointError: tensors without a model, or a directory that cannot be loaded.
@@ -45,7 +45,7 @@ def _check_runnable(path: Path) -> None:
 def model_batches(
     data: cli_data.Data | None, path: Path | None, model: nn.Module, source: Path, max_tokens: int, batch_size: int
 ) -> list[Any] | None:
-    """What was read from a data file as batches for the model; ``None`` where no file was given."""
+    """Turn what was read from a data file into batches for the model; ``None`` where no file was given."""
     if data is None:
         return None
     tokenizer = load_tokenizer(source) if isinstance(data, list) else None

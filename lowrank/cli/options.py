@@ -28,7 +28,7 @@ class Fraction(click.ParamType):
     name = "number"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """The number, or a usage error."""
+        """Read the number, or raise a usage error."""
         text = str(value).strip()
         try:
             number = float(text[:-1]) / 100.0 if text.endswith("%") else float(text)

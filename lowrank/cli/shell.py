@@ -20,8 +20,12 @@ import click
 from lowrank.errors import LowRankError, ResourceError, StorageError
 from lowrank.io import printable
 from lowrank.io.version import PACKAGE
+from lowrank.reporting.report import Report
 
-__all__ = ["check_file", "emit", "note", "run", "write_file"]
+__all__ = ["STANDARD_OUTPUT", "check_file", "emit", "emit_report", "note", "run", "write_file"]
+
+# A file of this name is standard output.
+STANDARD_OUTPUT = Path("-")
 
 INTERRUPTED = 130
 TERMINATED = 143
@@ -83,6 +87,19 @@ def emit(text: str) -> None:
         if sys.stdout is not None:
             sys.stdout.write(text if text.endswith("\n") else text + "\n")
             sys.stdout.flush()
+
+
+def emit_report(report: Report, json_file: Path | None, html_file: Path | None = None) -> None:
+    """Write a report to the files that were asked for, and print it: as JSON where that is to go to ``-``, else as text.
+
+    Raises:
+        StorageError: writing failed.
+    """
+    if html_file is not None:
+        write_file(html_file, report.to_html().encode())
+    if json_file is not None and json_file != STANDARD_OUTPUT:
+        write_file(json_file, report.to_json().encode())
+    emit(report.to_json() if json_file == STANDARD_OUTPUT else report.to_text())
 
 
 def note(text: str) -> None:

@@ -17,7 +17,7 @@ __all__ = ["comparison_text", "info_text", "plan_text"]
 
 
 def plan_text(plan: Plan, model: nn.Module) -> str:
-    """What a plan would do to the model.
+    """Say what a plan would do to the model.
 
     Example:
         >>> print(plan_text(Plan(()), nn.Linear(4, 4)).splitlines()[-1])
@@ -43,7 +43,7 @@ def plan_text(plan: Plan, model: nn.Module) -> str:
 
 
 def comparison_text(found: dict[str, dict[str, float]]) -> str:
-    """A table of what :func:`lowrank.calibration.evaluation.compare_models` found.
+    """Make a table of what :func:`lowrank.calibration.evaluation.compare_models` found.
 
     Example:
         >>> error = {"value": 0.05, "low": 0.04, "high": 0.06}
@@ -76,7 +76,7 @@ def comparison_text(found: dict[str, dict[str, float]]) -> str:
 
 
 def info_text(found: dict[str, Any]) -> str:
-    """What :func:`lowrank.checkpoint.describe` found, one line a fact."""
+    """Say what :func:`lowrank.checkpoint.describe` found, one line a fact."""
     totals = found["totals"] or {}
     rows = [
         ("directory", found["directory"]),

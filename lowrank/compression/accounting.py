@@ -20,6 +20,7 @@ from lowrank.compression.report import CompressionReport, LayerRow, sum_rows
 from lowrank.compression.trial import Outcome, Trial
 from lowrank.io.version import versions
 from lowrank.layers import CompressedLayer
+from lowrank.layers.spec import LayerSpec
 from lowrank.numerics.linalg import fallback_counts
 from lowrank.reporting.points import FrontierPoint
 from lowrank.targets.survey import Survey
@@ -56,7 +57,7 @@ class TargetBytes:
 
 
 def layer_rows(survey: Survey, compressed: nn.Module, layers: Mapping[str, LayerData]) -> list[LayerRow]:
-    """One row for every module that holds weights, sizes counted from the tensors of the two models.
+    """Make one row for every module that holds weights, sizes counted from the tensors of the two models.
 
     A tied tensor counts in the row of its first owner and not in the others.
 
@@ -89,11 +90,13 @@ def layer_rows(survey: Survey, compressed: nn.Module, layers: Mapping[str, Layer
         if isinstance(module, CompressedLayer) and module is not member.module:
             row = replace(
                 row,
-                format=module.format,
-                rank=module.rank,
-                bits=module.bits,
-                activations=getattr(module, "activations", None) if module.bits is not None else None,
-                scheme=getattr(module, "scheme", None),
+                spec=LayerSpec(
+                    module.format,
+                    module.rank,
+                    module.bits,
+                    getattr(module, "activations", None) if module.bits is not None else None,
+                    getattr(module, "scheme", None),
+                ),
                 reason=f"taken with {member.name.rpartition('.')[0]}",
             )
         if isinstance(module, CompressedLayer) and data is not None:
@@ -150,7 +153,7 @@ def _main_tensor(module: nn.Module) -> Tensor:
 def compression_report(
     rows: list[LayerRow], outcome: Outcome, options: Options, notes: Sequence[str]
 ) -> CompressionReport:
-    """Rows, totals that they sum to, and what the reader should know."""
+    """Put together rows, the totals that they sum to, and what the reader should know."""
     chosen = outcome.chosen
     verified = chosen.verified or chosen.searched
     totals = sum_rows(rows) | {

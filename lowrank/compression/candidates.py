@@ -88,7 +88,7 @@ def plan_formats(
     size_budget: int | None = None,
     metadata: Mapping[str, Any] | None = None,
 ) -> Plan:
-    """The cheapest choice of candidates whose errors add up to at most the budget (or: of least error within a size).
+    """Find the cheapest choice of candidates whose errors add up to at most the budget (or: of least error within a size).
 
     Lower convex hull per layer, one multiplier for all, greedy top-up, enumeration where that is quick ; the
     plan carries the duality gap. The same input gives the same plan, ties included.

@@ -25,7 +25,7 @@ from lowrank.compression.accounting import compression_report, layer_rows
 from lowrank.compression.choose import allocator_of, choose, measure_given
 from lowrank.compression.formats import FORMATS, compressing_formats
 from lowrank.compression.latency import speed_of
-from lowrank.compression.options import Metric, Options, default_metric
+from lowrank.compression.options import MOST_SEED, Metric, Options, default_metric
 from lowrank.compression.plan import Plan
 from lowrank.compression.prepare import (
     Preparation,
@@ -39,7 +39,7 @@ from lowrank.compression.prepare import (
 from lowrank.compression.report import CompressionReport
 from lowrank.compression.timings import load_timings
 from lowrank.compression.working_copy import WorkingCopy
-from lowrank.errors import BudgetError, CheckpointError, NumericsError, UsageError
+from lowrank.errors import BudgetError, CheckpointError, NumericsError, UsageError, is_whole
 from lowrank.numerics.linalg import fallback_counts, reset_fallback_counts
 from lowrank.targets import target_names
 from lowrank.targets.model import unwrapped
@@ -221,7 +221,7 @@ def plan_model(
     validation: Iterable[Any] | None = None,
     **options: Any,
 ) -> Plan:
-    """The plan that the predictions alone would choose: for looking before the work (``lowrank compress --dry-run``).
+    """Make the plan that the predictions alone would choose: for looking before the work (``lowrank compress --dry-run``).
 
     Takes the arguments of :func:`compress_model`; nothing is verified, and the plan's error is a prediction.
 
@@ -242,7 +242,7 @@ def apply_plan(
     *,
     output_fn: Callable[[Any], Tensor] | None = None,
 ) -> nn.Module:
-    """A copy of the model with the plan's layers in place. Decides nothing and measures nothing.
+    """Make a copy of the model with the plan's layers in place; nothing is decided and nothing measured.
 
     With the calibration data that the plan was made with, the layers are the same to the last bit. Without any, factors come from
     the plain SVD and a message on the logger "lowrank" says so.
@@ -264,7 +264,7 @@ def apply_plan(
     """
     metadata = plan.metadata
     seed = metadata.get("seed", 0)
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+    if not is_whole(seed, 0, MOST_SEED):
         raise CheckpointError(f"plan: metadata: seed must be an integer from 0, got {seed!r}")
     options = Options(
         seed=seed,

@@ -34,7 +34,7 @@ _BATCHES = 16
 def record_calls(
     model: nn.Module, batches: Sequence[Batch], modules: Mapping[str, nn.Module]
 ) -> dict[str, dict[int, float]]:
-    """How many calls of how many rows (tokens, padding included) one forward makes of each module, on average.
+    """Count how many calls of how many rows (tokens, padding included) one forward makes of each module, on average.
 
     Args:
         model: runs the batches; its modes and hooks are as before afterwards.
@@ -110,7 +110,7 @@ class Speed:
         return total
 
     def priced(self, choices: Sequence[LayerChoices], layers: Mapping[str, LayerData]) -> list[LayerChoices]:
-        """The candidates that are not slower than dense, with seconds as their cost.
+        """Give the candidates that are not slower than dense, with seconds as their cost.
 
         A layer whose choice was forced by ``overrides`` keeps all of its candidates; one that the table does not know
         keeps only dense.
@@ -144,7 +144,7 @@ class Speed:
         }
 
     def notes(self, layers: Mapping[str, LayerData], threads: int) -> list[str]:
-        """What the reader of a report should know about the prices."""
+        """Say what the reader of a report should know about the prices."""
         rows = sorted({rows for calls in self.calls.values() for rows in calls})
         told = [
             f"objective latency: by timings {self.table.name}, at {_span(rows)} rows a call as in the calibration data"

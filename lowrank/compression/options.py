@@ -11,19 +11,21 @@ from torch import Tensor, nn
 
 from lowrank.calibration.metrics import METRICS, OUTPUT, WEIGHT, CallableMetric, ErrorMetric
 from lowrank.compression.formats import FORMATS, check_format, compressing_formats
-from lowrank.errors import UsageError
+from lowrank.errors import UsageError, is_whole
 from lowrank.layers.base import ACTIVATIONS
 from lowrank.targets import target_names
 from lowrank.training.options import HealOptions
 
-__all__ = ["Metric", "Options", "check_budgets", "default_metric", "metric_choices", "metric_of"]
+__all__ = ["MOST_SEED", "Metric", "Options", "check_budgets", "default_metric", "metric_choices", "metric_of"]
 
 Metric = str | Callable[[nn.Module], float]
 AUTO = "auto"
+# What a generator of torch takes.
+MOST_SEED = 2**63 - 1
 
 
 def metric_choices() -> tuple[str, ...]:
-    """The names that ``metric`` takes: "auto", those that need no data, the others.
+    """Give the names that ``metric`` takes: "auto", those that need no data, the others.
 
     Example:
         >>> metric_choices()
@@ -33,7 +35,7 @@ def metric_choices() -> tuple[str, ...]:
 
 
 def default_metric(*, calibrated: bool) -> str:
-    """What "auto" stands for.
+    """Say what "auto" stands for.
 
     Example:
         >>> default_metric(calibrated=True), default_metric(calibrated=False)
@@ -43,7 +45,7 @@ def default_metric(*, calibrated: bool) -> str:
 
 
 def metric_of(metric: Metric, *, calibrated: bool, higher_is_better: bool = False) -> ErrorMetric:
-    """The metric that a name, "auto" or a callable stands for.
+    """Give the metric that a name, "auto" or a callable stands for.
 
     Raises:
         UsageError: it is none of these.
@@ -119,7 +121,7 @@ class Options:
     directions: str | None = None
 
     def checked(self, *, calibrated: bool, planned: bool = False) -> Options:
-        """The same with "auto" and "all" resolved.
+        """Check every argument and resolve "auto" and "all".
 
         Args:
             calibrated: whether calibration data was given.
@@ -153,7 +155,7 @@ class Options:
                 raise UsageError(f"{name}: must be one of {', '.join(allowed)}, got {value!r}")
         if not isinstance(self.fold_batchnorm, bool):
             raise UsageError(f"fold_batchnorm: must be True or False, got {self.fold_batchnorm!r}")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
+        if not is_whole(self.seed, 0, MOST_SEED):
             raise UsageError(f"seed: must be an integer from 0, got {self.seed!r}")
         resolved = {"metric": metric, "formats": self._formats(), "directions": self._directions(measured)}
         return Options(**{**vars(self), **resolved})
@@ -170,7 +172,7 @@ class Options:
         return metric_of(self.metric, calibrated=True, higher_is_better=self.higher_is_better)
 
     def contribution(self, value: float | None) -> float:
-        """A value of the metric in the unit in which layers' contributions add up, its ratio; inf for None.
+        """Give a value of the metric in the unit in which layers' contributions add up, its ratio; inf for None.
 
         Example:
             >>> Options(metric="output").contribution(0.5)
@@ -179,7 +181,7 @@ class Options:
         return math.inf if value is None else self.error_metric.ratio(value)
 
     def value(self, contribution: float) -> float:
-        """The inverse of :meth:`contribution`."""
+        """Undo :meth:`contribution`."""
         return self.error_metric.value(contribution)
 
     def _formats(self) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from typing import Any
 from lowrank.compression.formats import DENSE, FORMATS, Request, WeightFormat, check_format, format_named
 from lowrank.compression.formats.factored import FactoredFormat
 from lowrank.compression.layer_data import LayerData
-from lowrank.errors import UsageError
+from lowrank.errors import UsageError, is_whole
 from lowrank.layers.spec import SPEC_FIELDS, LayerSpec
 from lowrank.numerics.factors import check_rank
 from lowrank.targets.model import matching
@@ -75,8 +75,7 @@ def _spelled(data: LayerData, format: WeightFormat, wanted: Mapping[str, Any], w
     plain = _plain_specs(data, format, wanted, where)
     bits = wanted.get("bits")
     if bits is not None:
-        whole = isinstance(bits, int) and not isinstance(bits, bool)
-        if not format.rounded or not whole or not 2 <= bits <= 8:
+        if not format.rounded or not is_whole(bits, 2, 8):
             rounded = " and ".join(name for name, each in FORMATS.items() if each.rounded)
             raise UsageError(f"{where}: bits must be an integer from 2 to 8, for the formats {rounded}, got {bits!r}")
         plain = [replace(spec, bits=bits) for spec in plain]

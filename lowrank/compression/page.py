@@ -7,44 +7,27 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
 from lowrank.calibration.metrics import METRICS, recorded_metric
-from lowrank.compression.rows import (
-    COLUMNS,
-    FINALIST_COLUMNS,
-    LayerRow,
-    finalist_texts,
-    row_texts,
-    sum_rows,
-    total_texts,
-)
+from lowrank.compression.formats import colour_of
+from lowrank.compression.rows import ARITHMETICS, COLUMNS, LayerRow, row_texts, sum_rows, total_texts
 from lowrank.reporting import charts as report_charts
 from lowrank.reporting import html as report_html
 from lowrank.reporting.html import Cell, Heading
-from lowrank.reporting.points import FRONTIER_COLUMNS, FrontierPoint, frontier_chart, points_texts
-from lowrank.reporting.text import MISSING, human_bytes, one_line, percent
+from lowrank.reporting.points import FrontierPoint, frontier_chart, points_table
+from lowrank.reporting.text import MISSING, human_bytes, one_line, percent, shown_name
 
-__all__ = ["render"]
-
-# Beyond these, colour 4: a format that a later version writes still shows.
-FORMAT_COLOURS = {"dense": "3", "int8": "1", "lowrank-int8": "2", "lowrank": "4"}
-
+__all__ = ["sections"]
 
 # Layers that get bars of their own; the others are summed in one line.
 MOST_BARS = 40
 
 
-def render(
-    rows: Sequence[LayerRow],
-    totals: Mapping[str, Any],
-    notes: Sequence[str],
-    summary: Sequence[str],
-    answer: str,
-    frontier: Sequence[FrontierPoint] = (),
-) -> str:
-    """The page of a :class:`lowrank.CompressionReport`.
+def sections(
+    rows: Sequence[LayerRow], totals: Mapping[str, Any], answer: str, frontier: Sequence[FrontierPoint] = ()
+) -> list[str]:
+    """Draw the parts of a :class:`lowrank.CompressionReport`'s page, as markup.
 
     Args:
-        rows, totals, notes: of the report.
-        summary: its paragraphs.
+        rows, totals: of the report.
         answer: which formats won, in words.
         frontier: what other budgets would have given.
     """
@@ -55,12 +38,8 @@ def render(
     if frontier:
         parts.append(report_html.section("What other budgets would have given", *_frontier(frontier, totals)))
     strip = [
-        (f"{human_bytes(totals.get(key, 0))} {words}", float(totals.get(key) or 0), colour)
-        for key, words, colour in (
-            ("bytes_integer", "integer products", "1"),
-            ("bytes_weight_only", "weight-only int8", "2"),
-            ("bytes_dense", "floating point", "3"),
-        )
+        (f"{human_bytes(totals.get(each.key, 0))} {each.words}", float(totals.get(each.key) or 0), each.colour)
+        for each in ARITHMETICS
     ]
     parts.append(
         report_html.section("How the bytes are computed with", report_html.stacked_bar(strip, "bytes by arithmetic"))
@@ -88,16 +67,7 @@ def render(
             "Click a heading to sort.",
         )
     )
-    tried = finalist_texts(totals, recorded_metric(str(totals.get("metric"))).show)
-    if tried:
-        headings = [Heading(column.title, column.numeric) for column in FINALIST_COLUMNS]
-        cells = [[Cell(text) for text in row] for row in tried]
-        parts.append(report_html.section("Plans that were measured", report_html.table(headings, cells)))
-    if notes:
-        parts.append(report_html.section("Notes", report_html.notes_list(notes)))
-    source = totals.get("source")
-    title = f"Compression report: {one_line(str(source))}" if source else "Compression report"
-    return report_html.page(title, summary, parts, footer=_footer(totals))
+    return parts
 
 
 def _tiles(rows: Sequence[LayerRow], totals: Mapping[str, Any], answer: str) -> list[tuple[str, str, str, str]]:
@@ -118,7 +88,7 @@ def _tiles(rows: Sequence[LayerRow], totals: Mapping[str, Any], answer: str) -> 
         items.append(("At most", show(upper), "with 95 % confidence", tone))
     if budget is not None:
         items.append(("Budget", show(budget), "allowed error", ""))
-    changed = sum(row.format != "dense" for row in rows)
+    changed = sum(row.compressed for row in rows)
     items.append(("Layers compressed", f"{changed} of {len(rows)}", answer, ""))
     return items
 
@@ -153,14 +123,14 @@ def _layer_table(rows: Sequence[LayerRow]) -> str:
     for row in rows:
         sorts: list[float | None] = [None, None, row.rank, row.bytes_before, row.bytes_after, row.bits_per_weight]
         sorts += [row.weight_error, row.activation_error, None, math.prod(row.shape), None]
-        texts = row_texts(row, one_line(row.name))
-        cells = [Cell(text, sort) for text, sort in zip(texts, sorts, strict=True)]
+        name, *texts = row_texts(row)
+        cells = [Cell(text, sort) for text, sort in zip([shown_name(name), *texts], sorts, strict=True)]
         bar = report_html.ratio_bar(row.bytes_after, row.bytes_before)
         cells.insert(spot, Cell("", row.bytes_before - row.bytes_after, markup=bar))
         body.append(cells)
     total = total_texts(rows)
     total.insert(spot, "")
-    muted = [row.format == "dense" for row in rows]
+    muted = [not row.compressed for row in rows]
     return report_html.table(headings, body, total=total, muted=muted)
 
 
@@ -175,22 +145,12 @@ def _frontier(points: Sequence[FrontierPoint], totals: Mapping[str, Any]) -> lis
         suffix=unit.suffix,
         budget=budget if _drawable(budget) else None,
     )
-    headings = [Heading(column.title, column.numeric) for column in FRONTIER_COLUMNS]
-    cells = [
-        [
-            Cell(text, sort)
-            for text, sort in zip(
-                texts, (None, point.budget, point.size_ratio, point.error, point.upper, None), strict=True
-            )
-        ]
-        for point, texts in zip(points, points_texts(points, metric.show), strict=True)
-    ]
     told = (
         "Measured points were put up and run on the samples that the search used; predicted ones are what the planner "
         "expects of other budgets, after those measurements corrected it. lowrank frontier measures such points on data of its own."
     )
     text = report_html.section_text(told)
-    return [text, chart, report_html.details("The points as a table", report_html.table(headings, cells))]
+    return [text, chart, report_html.details("The points as a table", points_table(points, metric.show))]
 
 
 def _layer_bars(rows: Sequence[LayerRow]) -> str:
@@ -198,7 +158,7 @@ def _layer_bars(rows: Sequence[LayerRow]) -> str:
     shown = {id(row) for row in ordered}
     bars = [
         (
-            one_line(row.name) or "(the model itself)",
+            shown_name(one_line(row.name)),
             float(row.bytes_before),
             float(row.bytes_after),
             row.error_share,
@@ -220,7 +180,7 @@ def _layer_bars(rows: Sequence[LayerRow]) -> str:
 
 def _bytes_chart(rows: Sequence[LayerRow]) -> str:
     formats = sorted({row.format for row in rows})
-    colours = {name: FORMAT_COLOURS.get(name, "4") for name in formats}
+    colours = {name: colour_of(name) for name in formats}
     whole = max(sum_rows(rows)["bytes_before"], sum_rows(rows)["bytes_after"])
     before = [(one_line(row.name), row.bytes_before, "3") for row in rows]
     after = [(one_line(row.name), row.bytes_after, colours[row.format]) for row in rows]
@@ -233,14 +193,6 @@ def _bytes_chart(rows: Sequence[LayerRow]) -> str:
         + report_html.segment_bar("after", after, whole)
         + report_html.legend(legend)
     )
-
-
-def _footer(totals: Mapping[str, Any]) -> str:
-    versions = totals.get("versions")
-    parts = [f"{key} {value}" for key, value in sorted(versions.items())] if isinstance(versions, Mapping) else []
-    if totals.get("seed") is not None:
-        parts.append(f"seed {totals['seed']}")
-    return ", ".join(parts)
 
 
 def _drawable(value: object) -> TypeGuard[float]:

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 
 from lowrank.compression.formats import FORMATS
 from lowrank.compression.formats.base import shown
-from lowrank.errors import CheckpointError, LowRankError
+from lowrank.errors import CheckpointError, LowRankError, is_whole
 from lowrank.io import parse_json
 from lowrank.layers.base import FLOAT_ACTIVATIONS
 from lowrank.layers.spec import SPEC_FIELDS, LayerSpec
@@ -59,7 +59,7 @@ class PlanEntry:
         where = f"plan, layer {self.name!r}"
         if not isinstance(self.kind, str) or not self.kind:
             raise LowRankError(f"{where}: kind must be a non-empty string, got {shown(self.kind)}")
-        if not isinstance(self.shape, (list, tuple)) or not self.shape or not all(_whole(n, 0) for n in self.shape):
+        if not isinstance(self.shape, (list, tuple)) or not self.shape or not all(is_whole(n, 0, _LARGEST) for n in self.shape):
             raise LowRankError(f"{where}: shape must be a list of integers from 0, got {shown(self.shape)}")
         object.__setattr__(self, "shape", tuple(self.shape))
         known = FORMATS.get(self.spec.format) if isinstance(self.spec.format, str) else None
@@ -70,7 +70,7 @@ class PlanEntry:
             )
         object.__setattr__(self, "spec", known.completed(self.spec, self.kind, self.shape))
         known.check_fields(self.spec, self.kind, self.shape, where)
-        if not _whole(self.bytes, 0):
+        if not is_whole(self.bytes, 0, _LARGEST):
             raise LowRankError(f"{where}: bytes must be an integer from 0 to {_LARGEST}, got {shown(self.bytes)}")
         if isinstance(self.error, bool) or not isinstance(self.error, (int, float)) or not 0 <= self.error < math.inf:
             raise LowRankError(f"{where}: error must be a finite number from 0, got {shown(self.error)}")
@@ -194,7 +194,7 @@ class Plan:
         return self.duality_gap / self.objective_value if self.objective_value > 0 else 0.0
 
     def entry(self, name: str) -> PlanEntry:
-        """The entry of one layer.
+        """Find the entry of one layer.
 
         Raises:
             LowRankError: the plan has no such layer.
@@ -205,7 +205,7 @@ class Plan:
         raise LowRankError(f"plan: has no layer {name!r} among its {len(self.entries)}")
 
     def with_entry(self, name: str, **changes: Any) -> Plan:
-        """A copy with one entry changed, as by hand.
+        """Make a copy with one entry changed, as by hand.
 
         Fields that a new ``format`` does not take become ``None`` and bits it needs become 8, unless given. ``bytes``
         and ``error`` stay the old predictions unless given: what is built is measured anyway.
@@ -275,7 +275,7 @@ class Plan:
         optional = {"objective", "objective_value", "duality_gap", "metadata", "total_bytes", "total_error"}
         _check_keys(content, {"format_version", "entries"}, optional, source)
         version = content["format_version"]
-        if not _whole(version, 1):
+        if not is_whole(version, 1, _LARGEST):
             raise CheckpointError(f"{source}: format_version must be {PLAN_VERSION}, got {shown(version)}")
         if version > PLAN_VERSION:
             raise CheckpointError(
@@ -319,11 +319,6 @@ def _respelled(spec: LayerSpec, format: object) -> LayerSpec:
 def same_specs(one: Plan, other: Plan) -> bool:
     """Tell whether two plans make every layer the same."""
     return [(entry.name, entry.spec) for entry in one.entries] == [(entry.name, entry.spec) for entry in other.entries]
-
-
-def _whole(value: object, low: int, high: int = _LARGEST) -> bool:
-    """An integer in [low, high]; ``True`` and 8.0 are none."""
-    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
 
 
 def _check_keys(content: object, required: set[str], optional: set[str], where: str) -> None:

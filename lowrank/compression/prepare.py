@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,8 +14,9 @@ from lowrank.calibration.evaluation import Evaluator
 from lowrank.calibration.gradients import DIRECTIONS, output_gradients
 from lowrank.calibration.inputs import collect_statistics
 from lowrank.calibration.metrics import SampledMetric
+from lowrank.calibration.observers import AnyObserver
 from lowrank.compression.candidates import LayerChoices
-from lowrank.compression.formats import REFERENCE, Measured, Request
+from lowrank.compression.formats import FORMATS, REFERENCE, Measured, Request
 from lowrank.compression.latency import Speed
 from lowrank.compression.layer_data import LayerData
 from lowrank.compression.options import Options
@@ -29,7 +30,7 @@ from lowrank.numerics.moments import InputStatistics, TokenCounts
 from lowrank.targets import kind_of, layer_kinds
 from lowrank.targets.batchnorm import fold_sharing
 from lowrank.targets.model import refuse_adapters
-from lowrank.targets.survey import Skipped, Survey, Target, survey
+from lowrank.targets.survey import Member, Skipped, Survey, Target, survey
 
 __all__ = [
     "Preparation",
@@ -68,7 +69,7 @@ class Preparation:
         return any(data.gradients is not None for data in self.copy.layers.values())
 
     def metadata(self, options: Options) -> dict[str, Any]:
-        """What applying a plan again needs to know."""
+        """Say what applying a plan again needs to know."""
         return {
             "data_aware": self.split is not None and not options.error_metric.weights_only,
             "metric": options.error_metric.name,
@@ -82,7 +83,7 @@ class Preparation:
 
 
 def planned(options: Options, metadata: Mapping[str, Any]) -> Options:
-    """The options with what a plan says of how its factors were fitted.
+    """Give the options with what a plan says of how its factors were fitted.
 
     Raises:
         CheckpointError: the plan asks for gradients of an unknown kind.
@@ -111,6 +112,10 @@ def find_work(model: nn.Module, options: Options) -> Survey:
     sound: list[Target] = []
     skipped = list(found.skipped)
     for target in found.targets:
+        if not any(format.builds(target) for format in FORMATS.values() if not format.dense):
+            reason = f"left as it is: no format builds {target.kind.described}"
+            skipped += [Skipped(member, reason) for member in target.members]
+            continue
         try:
             for member in target.members:
                 for name, tensor in member.module.named_parameters():
@@ -132,7 +137,7 @@ def find_work(model: nn.Module, options: Options) -> Survey:
 
 
 def fold_and_find(model: nn.Module, options: Options) -> tuple[nn.Module, Survey, list[str]]:
-    """The model to work on (the original, or a copy with BatchNorm folded), its targets beside the original's modules, and a note.
+    """Give the model to work on (the original, or a copy with BatchNorm folded), its targets beside the original's modules, and a note.
 
     Raises:
         UsageError: nothing to compress, or the model cannot be traced.
@@ -162,7 +167,7 @@ def split_samples(
 
 
 def split_again(batches: Sequence[Batch], metadata: Mapping[str, Any]) -> Split:
-    """The split that a plan's factors were fitted on; all samples where the plan does not say."""
+    """Split as the samples were that a plan's factors were fitted on; all are statistics where the plan does not say."""
     ways = metadata.get("split")
     if ways not in (2, 3):
         return Split(list(batches), [], [])
@@ -183,13 +188,10 @@ def gather(
     statistics: Mapping[str, InputStatistics | TokenCounts] = {}
     data_aware = split is not None and not options.error_metric.weights_only
     if split is not None and data_aware:
-        modules = {
-            member.name: member.module
-            for target in found.targets
-            if target.kind.observed
-            for member in target.members
-        }
-        statistics = collect_statistics(model, split.statistics, modules, progress=options.progress, seed=options.seed)
+        modules, observers = _observed(member for target in found.targets for member in target.members)
+        statistics = collect_statistics(
+            model, split.statistics, modules, observers=observers, progress=options.progress, seed=options.seed
+        )
     gradients: Mapping[str, Tensor] = {}
     notes: list[str] = []
     if split is not None and data_aware and factored and options.directions is not None:
@@ -211,14 +213,9 @@ def _gradients(
 ) -> tuple[Mapping[str, Tensor], list[str]]:
     """C of every linear layer and convolution, and what the report should say of it."""
     assert options.directions is not None
-    modules = {
-        member.name: member.module
-        for target in found.targets
-        if target.kind.differentiated
-        for member in target.multiplying
-    }
-    wide = [name for name, module in modules.items() if _outputs(module) > MAX_GRADIENT_OUTPUTS]
-    modules = {name: module for name, module in modules.items() if name not in wide}
+    members = [member for target in found.targets if target.kind.differentiated for member in target.multiplying]
+    wide = [member.name for member in members if _outputs(member.module) > MAX_GRADIENT_OUTPUTS]
+    modules, observers = _observed(member for member in members if member.name not in wide)
     try:
         gradients = output_gradients(
             model,
@@ -226,6 +223,7 @@ def _gradients(
             modules,
             directions=options.directions,
             output_fn=options.output_fn,
+            observers=observers,
             seed=options.seed,
         )
     except RuntimeError as error:
@@ -248,6 +246,18 @@ def _gradients(
             f"{_named(wide)}: over {MAX_GRADIENT_OUTPUTS:,} outputs, so its factors are fitted to its inputs alone"
         )
     return sound, notes
+
+
+def _observed(members: Iterable[Member]) -> tuple[dict[str, nn.Module], dict[str, AnyObserver]]:
+    """The modules of which something can be gathered, and what says which rows they work on; by name."""
+    modules: dict[str, nn.Module] = {}
+    observers: dict[str, AnyObserver] = {}
+    for member in members:
+        kind = kind_of(member.module)
+        observer = None if kind is None else kind.observer(member.module)
+        if observer is not None:
+            modules[member.name], observers[member.name] = member.module, observer
+    return modules, observers
 
 
 def _outputs(module: nn.Module) -> int:

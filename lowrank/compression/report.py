@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections import Counter
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 from lowrank.calibration.metrics import recorded_metric
-from lowrank.compression import page as report_page
+from lowrank.compression import page
+from lowrank.compression.formats import is_plain_rounding
 from lowrank.compression.rows import (
+    ARITHMETICS,
     COLUMNS,
     FINALIST_COLUMNS,
     LayerRow,
@@ -22,29 +21,18 @@ from lowrank.compression.rows import (
     sum_rows,
     total_texts,
 )
-from lowrank.errors import CheckpointError, LowRankError
-from lowrank.io import parse_json
+from lowrank.errors import LowRankError
+from lowrank.reporting import html
 from lowrank.reporting.points import FrontierPoint, points_as_json, points_from_json
-from lowrank.reporting.text import (
-    human_bytes,
-    markdown_name,
-    markdown_table,
-    one_line,
-    percent,
-    stable_json,
-    terminal_table,
-    wrap,
-    write_files,
-)
+from lowrank.reporting.report import Report, Table
+from lowrank.reporting.text import human_bytes, one_line, percent, stable_json
 
 __all__ = ["CompressionReport", "LayerRow", "sum_rows"]
 
-REPORT_FORMAT_VERSION = 1
-
 
 @dataclass
-class CompressionReport:
-    """Rows, totals, notes and, kept apart because it differs from run to run, ``run``.
+class CompressionReport(Report):
+    """Hold rows, totals, notes and, kept apart because it differs from run to run, ``run``.
 
     Attributes:
         rows: one per module that holds weights, also the skipped.
@@ -55,7 +43,9 @@ class CompressionReport:
         frontier: what other budgets would have given, by size; measured or predicted.
 
     Example:
-        >>> rows = [LayerRow("a", "Linear", (4, 4), "int8", bits=8, bytes_before=64, bytes_after=32, weights=16)]
+        >>> from lowrank.layers.spec import LayerSpec
+        >>> spec = LayerSpec("int8", bits=8, activations="int8")
+        >>> rows = [LayerRow("a", "Linear", (4, 4), spec, bytes_before=64, bytes_after=32, weights=16)]
         >>> report = CompressionReport(rows, sum_rows(rows) | {"metric": "weight", "error_measured": 0.004})
         >>> report.check_totals()
         >>> print(report.summary()[0])
@@ -63,6 +53,10 @@ class CompressionReport:
         >>> CompressionReport.from_json(report.to_json()).rows == rows
         True
     """
+
+    heading = "Compression report"
+    stem = "report"
+    what = "a compression report"
 
     rows: list[LayerRow]
     totals: dict[str, Any] = field(default_factory=dict)
@@ -72,15 +66,16 @@ class CompressionReport:
 
     @property
     def answer(self) -> str:
-        """Which formats won, in words.
+        """Say in words which formats won.
 
         ``"int8, no low rank"`` where every compressed layer is plain int8.
         """
-        formats = Counter(row.format for row in self.rows if row.format != "dense")
+        formats = Counter(row.format for row in self.rows if row.compressed)
         if not formats:
             return "nothing was compressed"
-        if set(formats) == {"int8"}:
-            return "int8, no low rank"
+        first, *others = formats
+        if not others and is_plain_rounding(first):
+            return f"{first}, no low rank"
         parts = [f"{name} in {number} layer{'s' if number > 1 else ''}" for name, number in sorted(formats.items())]
         return ", ".join(parts)
 
@@ -110,7 +105,7 @@ class CompressionReport:
                 )
 
     def summary(self) -> list[str]:
-        """The report in plain sentences: size and error, which formats, how the bytes are used, what was skipped."""
+        """Say the report in plain sentences: size and error, which formats, how the bytes are used, what was skipped."""
         totals = self.totals
         size = (
             f"{percent(totals.get('size_ratio'), 3)} of the original size "
@@ -125,19 +120,12 @@ class CompressionReport:
         lines.append(f"Answer: {self.answer}.")
         after = totals.get("bytes_after") or 0
         if after:
-            shares = [
-                f"{human_bytes(totals.get(key, 0))} in {words}"
-                for key, words in (
-                    ("bytes_integer", "integer products"),
-                    ("bytes_weight_only", "weight-only int8"),
-                    ("bytes_dense", "floating point"),
-                )
-            ]
+            shares = [f"{human_bytes(totals.get(each.key, 0))} in {each.words}" for each in ARITHMETICS]
             lines.append(f"Of the bytes: {', '.join(shares)}.")
-        dense = [row for row in self.rows if row.format == "dense"]
-        if dense:
-            count = f"{len(dense)} of {len(self.rows)} modules"
-            size_text = human_bytes(sum(row.bytes_after for row in dense))
+        left = [row for row in self.rows if not row.compressed]
+        if left:
+            count = f"{len(left)} of {len(self.rows)} modules"
+            size_text = human_bytes(sum(row.bytes_after for row in left))
             lines.append(f"{count} stay as they were ({size_text}); the table says why.")
         return lines
 
@@ -156,52 +144,9 @@ class CompressionReport:
             phrases.append(f"budget {show(totals['error_budget'])}")
         return phrases
 
-    def to_text(self, width: int | None = None) -> str:
-        """For the terminal: summary, table, notes; names shortened from the left to fit.
-
-        Args:
-            width: characters a line; the terminal's (at least 60, at most 160) when ``None``.
-        """
-        if width is None:
-            width = min(max(shutil.get_terminal_size((120, 24)).columns, 60), 160)
-        body = [row_texts(row, one_line(row.name)) for row in self.rows]
-        summary = "\n".join(wrap(line, width) for line in self.summary())
-        parts = [summary, terminal_table(COLUMNS, body, total_texts(self.rows), width=width)]
-        tried = self._finalists()
-        if tried:
-            parts.append("Plans that were measured:\n" + terminal_table(FINALIST_COLUMNS, tried, width=width))
-        if self.notes:
-            parts.append("\n".join(wrap(f"note: {one_line(note)}", width) for note in self.notes))
-        return "\n\n".join(parts) + "\n"
-
-    def to_markdown(self) -> str:
-        """The same with full names, for ``report.md``."""
-        body = []
-        for row in self.rows:
-            texts = [text.replace("|", "\\|").replace("<", "&lt;") for text in row_texts(row, "")]
-            body.append([markdown_name(one_line(row.name)), *texts[1:]])
-        total = [f"**{text}**" if text else "" for text in total_texts(self.rows)]
-        lines = ["# Compression report", "", *(f"{line}  " for line in self.summary()), ""]
-        lines.append(markdown_table(COLUMNS, [*body, total]))
-        tried = self._finalists()
-        if tried:
-            safe = [[text.replace("|", "\\|").replace("<", "&lt;") for text in row] for row in tried]
-            lines += ["", "## Plans that were measured", "", markdown_table(FINALIST_COLUMNS, safe)]
-        if self.notes:
-            lines += ["", *(f"- {one_line(note).replace('<', '&lt;')}" for note in self.notes)]
-        return "\n".join(lines) + "\n"
-
-    def to_json(self) -> str:
-        """Deterministic: sorted keys, exact floats, NaN and infinities as null, nothing of ``run``."""
-        return stable_json(
-            {
-                "format_version": REPORT_FORMAT_VERSION,
-                "rows": [asdict(row) for row in self.rows],
-                "totals": self.totals,
-                "notes": self.notes,
-                "frontier": points_as_json(self.frontier),
-            }
-        )
+    def files(self) -> dict[str, str]:
+        """Render everything that :meth:`save` writes; :attr:`run` stands in ``run.json`` alone."""
+        return super().files() | {"run.json": stable_json(self.run)}
 
     @classmethod
     def from_json(cls, text: str | bytes, *, source: str = "report.json") -> CompressionReport:
@@ -210,49 +155,31 @@ class CompressionReport:
         Raises:
             CheckpointError: not such a text.
         """
-        data = parse_json(text, source=source)
-        if (
-            not isinstance(data, dict)
-            or not isinstance(data.get("rows"), list)
-            or not isinstance(data.get("totals"), dict)
-        ):
-            raise CheckpointError(f"{source}: not a compression report; it must hold 'rows' and 'totals'")
-        if data.get("format_version") != REPORT_FORMAT_VERSION:
-            raise CheckpointError(
-                f"{source}: format_version {data.get('format_version')!r}, this lowrank reads {REPORT_FORMAT_VERSION}; "
-                "it may be written by a newer lowrank"
-            )
-        notes = data.get("notes", [])
-        if not isinstance(notes, list):
-            raise CheckpointError(f"{source}: 'notes' must be a list of texts")
+        data = cls._read(text, source)
         return cls(
             [row_from_json(item, source) for item in data["rows"]],
             data["totals"],
             {},
-            [str(note) for note in notes],
+            data["notes"],
             points_from_json(data.get("frontier", []), source),
         )
 
-    def to_html(self) -> str:
-        """One self-contained page: tiles, budget bar, frontier, where the bytes are and the error comes from, the sortable
-        table with bars, notes."""
-        return report_page.render(self.rows, self.totals, self.notes, self.summary(), self.answer, self.frontier)
+    def _content(self) -> dict[str, Any]:
+        rows = [row.to_json() for row in self.rows]
+        return super()._content() | {"rows": rows, "frontier": points_as_json(self.frontier)}
 
-    def save(self, directory: str | os.PathLike[str]) -> Path:
-        """Write ``report.json``, ``report.md``, ``report.html`` and ``run.json``.
+    def _tables(self, full: bool) -> list[Table]:
+        layers = Table(COLUMNS, [row_texts(row) for row in self.rows], total_texts(self.rows))
+        return [layers, *self._plans_tried()]
 
-        Raises:
-            StorageError: the directory cannot be written.
-        """
-        return write_files(
-            directory,
-            {
-                "report.json": self.to_json(),
-                "report.md": self.to_markdown(),
-                "report.html": self.to_html(),
-                "run.json": stable_json(self.run),
-            },
-        )
+    def _plans_tried(self) -> list[Table]:
+        tried = finalist_texts(self.totals, recorded_metric(str(self.totals.get("metric"))).show)
+        return [Table(FINALIST_COLUMNS, tried, title="Plans that were measured", named=False)] if tried else []
 
-    def _finalists(self) -> list[list[str]]:
-        return finalist_texts(self.totals, recorded_metric(str(self.totals.get("metric"))).show)
+    def _sections(self) -> list[str]:
+        tried = [html.section(table.title, table.to_html()) for table in self._plans_tried()]
+        return page.sections(self.rows, self.totals, self.answer, self.frontier) + tried
+
+    def _footer(self) -> list[str]:
+        seed = self.totals.get("seed")
+        return super()._footer() + ([] if seed is None else [f"seed {seed}"])

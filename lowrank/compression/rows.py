@@ -7,12 +7,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from lowrank.compression.formats import DENSE, is_dense
 from lowrank.errors import CheckpointError
+from lowrank.layers.spec import SPEC_FIELDS, LayerSpec
 from lowrank.reporting.text import Column, count_text, human_bytes, one_line, percent
 
 __all__ = [
+    "ARITHMETICS",
     "COLUMNS",
     "FINALIST_COLUMNS",
+    "Arithmetic",
     "LayerRow",
     "finalist_texts",
     "row_from_json",
@@ -22,7 +26,29 @@ __all__ = [
     "total_texts",
 ]
 
-SUMMED = ("bytes_before", "bytes_after", "weights", "bytes_integer", "bytes_weight_only", "bytes_dense")
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """Say how the products of a layer are made, which is another thing than what the layer is stored as.
+
+    Attributes:
+        key: of the totals, under which the bytes are summed.
+        words: for the bytes.
+        remark: for one layer; empty where there is nothing to say.
+        colour: on the page.
+    """
+
+    key: str
+    words: str
+    remark: str
+    colour: str
+
+
+INTEGER = Arithmetic("bytes_integer", "integer products", "integer", "1")
+WEIGHT_ONLY = Arithmetic("bytes_weight_only", "weight-only int8", "weight-only", "2")
+FLOATING = Arithmetic("bytes_dense", "floating point", "", "3")
+ARITHMETICS = (INTEGER, WEIGHT_ONLY, FLOATING)
+SUMMED = ("bytes_before", "bytes_after", "weights", *(each.key for each in ARITHMETICS))
 COLUMNS = (
     Column("layer", keep="right", least=30),
     Column("format"),
@@ -49,56 +75,95 @@ FINALIST_COLUMNS = (
 
 @dataclass(frozen=True)
 class LayerRow:
-    """One module that holds weights.
+    """State what one module that holds weights was and became.
 
     Attributes:
         name: full module name.
         kind: what it was, e.g. ``"Linear"``.
         shape: of the weight, (out, in) for linear layers.
-        format: ``"dense"``, ``"int8"``, ``"lowrank"``, ``"lowrank-int8"``.
-        rank, bits: ``None`` where the format has none.
+        spec: what it is stored as; by default as it was.
         bytes_before, bytes_after: stored bytes of the module's own tensors; a tied tensor counts in its first row.
         bits_per_weight: 8 · bytes_after / weights.
         weight_error: ‖ΔW‖_F / ‖W‖_F.
         activation_error: the same in the norm of the calibration inputs, of the weights alone.
         reason: why the layer was left alone, or what else is to be said about it.
-        activations: ``"int8"`` (integer products), ``"float"`` (weight-only), ``None`` (neither).
         weights: number of original weights that this row counts.
-        scheme: of a factored convolution, ``"channel"`` or ``"spatial"``; ``None`` for all else.
         error_share: the part of the model's error, in the unit in which layers' errors add up, that the plan predicts from
             this layer; from 0 to 1.
+
+    Example:
+        >>> row = LayerRow("a", "Linear", (4, 4), LayerSpec("lowrank", rank=2), bytes_before=64, bytes_after=64)
+        >>> row.format, row.rank, row.compressed, LayerRow("norm", "LayerNorm", (4,)).compressed
+        ('lowrank', 2, True, False)
     """
 
     name: str
     kind: str
     shape: tuple[int, ...]
-    format: str = "dense"
-    rank: int | None = None
-    bits: int | None = None
+    spec: LayerSpec = DENSE
     bytes_before: int = 0
     bytes_after: int = 0
     bits_per_weight: float | None = None
     weight_error: float | None = None
     activation_error: float | None = None
     reason: str | None = None
-    activations: str | None = None
     weights: int = 0
-    scheme: str | None = None
     error_share: float | None = None
 
     @property
+    def compressed(self) -> bool:
+        """Tell whether the layer is stored otherwise than it was."""
+        return not is_dense(self.spec.format)
+
+    @property
+    def format(self) -> str:
+        """Name the format that the layer is stored in."""
+        return self.spec.format
+
+    @property
+    def rank(self) -> int | None:
+        """Give the number of rank components; ``None`` where the format has none."""
+        return self.spec.rank
+
+    @property
+    def bits(self) -> int | None:
+        """Give the bits that a code uses; ``None`` where the format has no codes."""
+        return self.spec.bits
+
+    @property
+    def activations(self) -> str | None:
+        """Give ``"int8"`` (integer products), ``"float"`` (weight-only) or ``None`` (neither)."""
+        return self.spec.activations
+
+    @property
+    def scheme(self) -> str | None:
+        """Give ``"channel"`` or ``"spatial"`` for a factored convolution, ``None`` for all else."""
+        return self.spec.scheme
+
+    @property
+    def arithmetic(self) -> Arithmetic:
+        """Tell how the layer's products are made."""
+        if self.activations not in (None, "float"):
+            return INTEGER
+        return WEIGHT_ONLY if self.bits is not None else FLOATING
+
+    @property
     def route(self) -> str:
-        """``"integer"``, ``"weight_only"`` or ``"dense"``: what arithmetic the layer's bytes take part in."""
-        if self.activations == "int8":
-            return "integer"
-        return "weight_only" if self.bits is not None else "dense"
+        """Name :attr:`arithmetic` as the totals do: ``"integer"``, ``"weight_only"`` or ``"dense"``."""
+        return self.arithmetic.key.removeprefix("bytes_")
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the row as plain data, the fields of its spec among its own; ``scheme`` stands even where it is null."""
+        own = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "spec"}
+        return own | self.spec.to_json() | {"scheme": self.scheme}
 
 
 def sum_rows(rows: Iterable[LayerRow]) -> dict[str, Any]:
-    """The totals that follow from rows alone: bytes (before, after, by arithmetic), weights, size ratio, bits a weight.
+    """Sum up what follows from rows alone: bytes (before, after, by arithmetic), weights, size ratio, bits a weight.
 
     Example:
-        >>> row = LayerRow("a", "Linear", (2, 2), "int8", None, 8, 16, 12, activations="int8", weights=4)
+        >>> spec = LayerSpec("int8", bits=8, activations="int8")
+        >>> row = LayerRow("a", "Linear", (2, 2), spec, bytes_before=16, bytes_after=12, weights=4)
         >>> totals = sum_rows([row])
         >>> totals["size_ratio"], totals["bits_per_weight"], totals["bytes_integer"]
         (0.75, 24.0, 12)
@@ -108,23 +173,23 @@ def sum_rows(rows: Iterable[LayerRow]) -> dict[str, Any]:
         totals["bytes_before"] += row.bytes_before
         totals["bytes_after"] += row.bytes_after
         totals["weights"] += row.weights
-        totals[f"bytes_{row.route}"] += row.bytes_after
+        totals[row.arithmetic.key] += row.bytes_after
     totals["size_ratio"] = totals["bytes_after"] / totals["bytes_before"] if totals["bytes_before"] else None
     totals["bits_per_weight"] = 8 * totals["bytes_after"] / totals["weights"] if totals["weights"] else None
     return totals
 
 
 def same_total(value: object, expected: float | int | None) -> bool:
-    """Whether a stated total is the sum: integers exactly, ratios up to rounding."""
+    """Tell whether a stated total is the sum: integers exactly, ratios up to rounding."""
     if expected is None or isinstance(expected, int):
         return value == expected
     return isinstance(value, (int, float)) and math.isclose(value, expected, rel_tol=1e-12)
 
 
-def row_texts(row: LayerRow, name: str) -> list[str]:
-    """The cells of one row under :data:`COLUMNS`, with the name as it is to be shown."""
+def row_texts(row: LayerRow) -> list[str]:
+    """Write the cells of one row under :data:`COLUMNS`; the name of the model itself is empty."""
     return [
-        name or "(the model itself)",
+        one_line(row.name),
         _format_text(row),
         "" if row.rank is None else str(row.rank),
         human_bytes(row.bytes_before),
@@ -139,7 +204,7 @@ def row_texts(row: LayerRow, name: str) -> list[str]:
 
 
 def total_texts(rows: Sequence[LayerRow]) -> list[str]:
-    """The cells of the totals line."""
+    """Write the cells of the totals line."""
     sums = sum_rows(rows)
     bits = sums["bits_per_weight"]
     return [
@@ -158,7 +223,7 @@ def total_texts(rows: Sequence[LayerRow]) -> list[str]:
 
 
 def finalist_texts(totals: Mapping[str, Any], show: Callable[[float], str]) -> list[list[str]]:
-    """The cells under :data:`FINALIST_COLUMNS` of the plans that were measured, where the totals tell of any.
+    """Write the cells under :data:`FINALIST_COLUMNS` of the plans that were measured, where the totals tell of any.
 
     Args:
         totals: of a report; ``totals["finalists"]`` holds maps of ``label``, ``size_ratio`` and errors.
@@ -176,20 +241,22 @@ def finalist_texts(totals: Mapping[str, Any], show: Callable[[float], str]) -> l
 
 
 def row_from_json(item: object, source: str) -> LayerRow:
-    """A row from its map in ``report.json``.
+    """Read a row from its map in ``report.json``.
 
     Raises:
         CheckpointError: not such a map.
     """
     if not isinstance(item, dict):
         raise CheckpointError(f"{source}: each row must be a map, got a {type(item).__name__}")
-    known = {entry.name for entry in fields(LayerRow)}
+    own = {entry.name for entry in fields(LayerRow)} - {"spec"}
+    known = own.union(SPEC_FIELDS)
     unknown, missing = sorted(set(item) - known), sorted({"name", "kind", "shape"} - set(item))
     if unknown or missing:
         raise CheckpointError(f"{source}: row {item.get('name')!r} lacks {missing} or has unknown fields {unknown}")
     if not isinstance(item["shape"], list):
         raise CheckpointError(f"{source}: row {item['name']!r}: shape must be a list, got {item['shape']!r}")
-    return LayerRow(**{**item, "shape": tuple(item["shape"])})
+    spec = LayerSpec.from_json({"format": DENSE.format} | item)
+    return LayerRow(**{key: item[key] for key in own & set(item)} | {"shape": tuple(item["shape"]), "spec": spec})
 
 
 def _format_text(row: LayerRow) -> str:
@@ -201,7 +268,5 @@ def _format_text(row: LayerRow) -> str:
 
 
 def _remarks(row: LayerRow) -> str:
-    how = {"integer": "integer", "weight_only": "weight-only", "dense": ""}[row.route]
-    if row.format == "dense":
-        how = ""
+    how = row.arithmetic.remark if row.compressed else ""
     return "; ".join(text for text in (how, one_line(row.reason or "")) if text)

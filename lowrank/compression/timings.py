@@ -22,7 +22,7 @@ import numpy as np
 from scipy.optimize import nnls
 
 from lowrank.compression.formats import FORMATS, WeightFormat, format_named
-from lowrank.errors import CheckpointError, StorageError
+from lowrank.errors import CheckpointError, StorageError, is_whole
 from lowrank.io import parse_json, printable, read_bounded
 from lowrank.io.version import PACKAGE
 
@@ -53,7 +53,7 @@ CONV_PREFIX = "conv-"
 
 
 def timing_key(format: str, activations: str | None, dtype: str) -> str:
-    """The name of a curve.
+    """Give the name of a curve.
 
     Args:
         format: ``"dense"``, ``"lowrank"``, ``"int8"`` or ``"lowrank-int8"``; with ``"conv-"`` before it for
@@ -198,7 +198,7 @@ class TimingTable:
         if not isinstance(content, dict) or set(content) != required:
             raise CheckpointError(f"{where}: a timing table has exactly the fields {', '.join(sorted(required))}")
         version = content["format_version"]
-        if isinstance(version, bool) or not isinstance(version, int) or version < 1:
+        if not is_whole(version, 1):
             raise CheckpointError(f"{where}: format_version must be {TIMINGS_VERSION}, got {printable(version)}")
         if version > TIMINGS_VERSION:
             raise CheckpointError(f"{where}: format_version {version} was written by a newer lowrank; measure again")
@@ -228,7 +228,7 @@ def _read_curve(value: Any, length: int, where: str) -> Curve:
     if not isinstance(value, dict) or set(value) != {"rows", "coefficients"}:
         raise CheckpointError(f"{where}: must have exactly the fields coefficients, rows")
     rows, coefficients = value["rows"], value["coefficients"]
-    whole = isinstance(rows, list) and all(isinstance(n, int) and not isinstance(n, bool) for n in rows)
+    whole = isinstance(rows, list) and all(map(is_whole, rows))
     if not whole or not rows or rows != sorted(set(rows)) or not 1 <= rows[0] <= rows[-1] <= _MAX_ROWS:
         raise CheckpointError(f"{where}: rows must be ascending whole numbers from 1, got {printable(rows)}")
     if not isinstance(coefficients, list) or len(coefficients) != len(rows):
@@ -244,7 +244,7 @@ def _read_curve(value: Any, length: int, where: str) -> Curve:
 def fit_table(
     points: Sequence[Point], host: Mapping[str, Any], accuracy: Mapping[str, float] | None = None
 ) -> TimingTable:
-    """The table of these measurements: relative errors in least squares, no coefficient below 0.
+    """Fit the table of these measurements: relative errors in least squares, no coefficient below 0.
 
     Raises:
         ValueError: no measurement, or one that is not positive.
@@ -268,7 +268,7 @@ def _fit(points: Sequence[Point]) -> tuple[float, ...]:
 
 
 def cross_validate(points: Sequence[Point]) -> dict[str, float]:
-    """How far predictions are off for a shape that the table has not seen, each shape left out in turn.
+    """Say how far predictions are off for a shape that the table has not seen, each shape left out in turn.
 
     Returns:
         ``median_error`` and ``p90_error`` (relative), and ``wrong_order``: the share of measurements of compressed
@@ -319,7 +319,7 @@ def _round(value: Any) -> float:
 
 
 def user_path(environment: Mapping[str, str] | None = None) -> Path:
-    """Where ``lowrank benchmark --tune`` saves: ``$LOWRANK_TIMINGS``, else the platform's directory for settings.
+    """Find where ``lowrank benchmark --tune`` saves: ``$LOWRANK_TIMINGS``, else the platform's directory for settings.
 
     Example:
         >>> str(user_path({"LOWRANK_TIMINGS": "/tmp/mine.json"}))
@@ -339,7 +339,7 @@ def user_path(environment: Mapping[str, str] | None = None) -> Path:
 
 
 def load_timings(environment: Mapping[str, str] | None = None, *, route: str = "native") -> TimingTable:
-    """The user's table where there is one, else the one that comes with the package.
+    """Load the user's table where there is one, else the one that comes with the package.
 
     Args:
         environment: instead of the process's.

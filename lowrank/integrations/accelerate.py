@@ -37,7 +37,7 @@ class Processes:
         return self.rank == 0
 
     def total(self, tensor: Tensor) -> Tensor:
-        """The sum of the tensor over all processes, the same in each."""
+        """Sum the tensor over all processes, the same in each."""
         if self.count == 1:
             return tensor
         from accelerate.utils import reduce
@@ -53,7 +53,7 @@ class Processes:
 
 
 def processes(device: torch.device) -> Processes:
-    """This process among those that ``torchrun`` (or ``accelerate launch``) started; alone, nothing is imported.
+    """Describe this process among those that ``torchrun`` (or ``accelerate launch``) started; alone, nothing is imported.
 
     Args:
         device: of the model: gloo joins processes on the CPU, nccl on CUDA.

@@ -1,19 +1,16 @@
-"""Spectra as a picture, and charts for HTML pages; the only room that imports matplotlib (extra ``plot``)."""
+"""Spectra and training runs as pictures; the only room that imports matplotlib (extra ``plot``)."""
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from html import escape
 from io import BytesIO
-from typing import Any, Protocol
+from typing import Protocol
 
 from lowrank.errors import UsageError
 from lowrank.io.version import PACKAGE
 
-__all__ = ["FORMATS", "Line", "draw_history", "draw_spectra", "page_chart"]
+__all__ = ["FORMATS", "draw_history", "draw_spectra"]
 
 FORMATS = ("png", "svg", "pdf")
 
@@ -143,125 +140,3 @@ def draw_history(
     with rc_context({"svg.hashsalt": PACKAGE}):
         figure.savefig(picture, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
     return picture.getvalue()
-
-
-# Colours that stand for the page's own until they are replaced in the picture's text: nothing else may use them.
-_INK, _GRID = "#010203", "#010204"
-_SERIES = {str(number): f"#01020{number + 4}" for number in range(1, 6)} | {
-    str(number): f"#01030{number}" for number in range(6, 9)
-}
-
-
-@dataclass(frozen=True)
-class Line:
-    """One line, or one set of dots, of a chart in a page.
-
-    Attributes:
-        colour: 1 to 8, of the page's variables ``--s1`` to ``--s8``.
-        x, y: numbers; those that are not finite, or not positive on a logarithmic axis, are left out.
-        dots: draw dots instead of a line; "hollow" or "full".
-    """
-
-    colour: str
-    x: Sequence[float]
-    y: Sequence[float]
-    width: float = 1.2
-    opacity: float = 1.0
-    dots: str | None = None
-
-
-def page_chart(
-    title: str,
-    lines: Sequence[Line],
-    *,
-    x_label: str,
-    y_label: str,
-    log_y: bool = False,
-    y_limits: tuple[float, float] | None = None,
-    whole_x: bool = False,
-) -> str:
-    """A chart as SVG to stand in an HTML page: no background, texts as text, every colour one of the page's variables.
-
-    So it follows the page into the dark and onto paper.
-
-    Args:
-        title: what a screen reader says.
-        log_y: logarithmic.
-        y_limits: range of the y axis.
-        whole_x: ticks of the x axis at whole numbers only.
-
-    Returns:
-        An ``<svg>`` element, the same for the same input.
-
-    Raises:
-        UsageError: matplotlib is not installed.
-
-    Example:
-        >>> chart = page_chart("t", [Line("1", [0, 1], [0, 1])], x_label="x", y_label="y")
-        >>> chart.startswith("<svg"), "var(--s1)" in chart, "#01020" in chart
-        (True, True, False)
-    """
-    try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
-    except ImportError as error:
-        raise UsageError("plots need matplotlib, which is not installed; pip install 'lowrank[plot]'") from error
-    style: Any = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": title,
-        "font.size": 10,
-        "axes.edgecolor": _INK,
-        "axes.labelcolor": _INK,
-        "xtick.color": _INK,
-        "ytick.color": _INK,
-        "grid.color": _GRID,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-    }
-    picture = BytesIO()
-    with rc_context(style):
-        figure = Figure(figsize=(6.0, 3.9), layout="constrained")
-        axes = figure.subplots()
-        for line in lines:
-            colour = _SERIES[line.colour]
-            look: dict[str, Any] = {"color": colour, "alpha": line.opacity, "linewidth": line.width}
-            if line.dots is not None:
-                face = colour if line.dots == "full" else "none"
-                look |= {"marker": "o", "markersize": 5, "linestyle": "none", "markerfacecolor": face}
-            axes.plot(line.x, [_drawable(value, log_y) for value in line.y], **look)
-        axes.set(xlabel=x_label, ylabel=y_label, yscale="log" if log_y else "linear")
-        if y_limits is not None:
-            axes.set_ylim(*y_limits)
-        if whole_x:
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.grid(linewidth=0.8)
-        axes.set_axisbelow(True)
-        figure.savefig(picture, format="svg", transparent=True, metadata={"Date": None})
-    return _for_page(picture.getvalue().decode(), title)
-
-
-def _drawable(value: float, log: bool) -> float:
-    return value if math.isfinite(value) and (value > 0 or not log) else math.nan
-
-
-def _for_page(text: str, title: str) -> str:
-    """An SVG file as an element of a page: its own header, style sheet, fonts, ids and colours taken out."""
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r"<style.*?</style>", "", text, flags=re.DOTALL)
-    text = re.sub(r'<g id="[^"]*">', "<g>", text)
-    # Ids that stay (clip paths, markers) are hashes; one page holds several pictures.
-    text = re.sub(r"font: [^;\"]*;?\s*", "", text)
-    view = re.search(r'viewBox="([^"]*)"', text)
-    assert view is not None
-    text = re.sub(
-        r"<svg[^>]*>",
-        lambda _: f'<svg class="plot" viewBox="{view[1]}" role="img" aria-label="{escape(title)}">',
-        text,
-        count=1,
-    )
-    text = text.replace("xlink:href", "href").replace(_INK, "var(--soft)").replace(_GRID, "var(--line)")
-    for number, colour in _SERIES.items():
-        text = text.replace(colour, f"var(--s{number})")
-    return re.sub(r">\s+<", "><", text).strip() + "\n"

@@ -73,7 +73,7 @@ _TWO_WAY = frozenset({"BertGenerationDecoder", "BertLMHeadModel"})
 
 
 def is_model_directory(path: str | Path) -> bool:
-    """Whether a path is a directory with a ``config.json``.
+    """Tell whether a path is a directory with a ``config.json``.
 
     Example:
         >>> is_model_directory("/nonexistent")
@@ -159,7 +159,7 @@ def load_tokenizer(path: str | Path) -> Any | None:
 
 
 def shifts_labels(model: nn.Module) -> bool:
-    """Whether a model predicts the next token and shifts the labels it is passed: then they are its input ids.
+    """Tell whether a model predicts the next token and shifts the labels it is passed: then they are its input ids.
 
     Said by the names of its classes (also those it derives from) and by transformers' list of causal models, where
     transformers is imported at all. A wrapper that passes attributes on is what it wraps.

@@ -152,7 +152,7 @@ def _shard_path(directory: Path, shard: str) -> Path:
 
 
 def is_contained(path: Path, directory: Path) -> bool:
-    """Whether a path, links followed, ends inside ``directory`` (or in the blobs of the Hugging Face cache it is in).
+    """Tell whether a path, links followed, ends inside ``directory`` (or in the blobs of the Hugging Face cache it is in).
 
     A cache holds ``models--x/snapshots/<revision>/`` with links to ``models--x/blobs/``.
     """

@@ -10,7 +10,7 @@ import stat
 from pathlib import Path
 from typing import Any
 
-from lowrank.errors import CheckpointError, LowRankError, ResourceError, StorageError
+from lowrank.errors import CheckpointError, LowRankError, ResourceError, StorageError, is_whole
 
 __all__ = ["parse_json", "printable", "read_bounded", "read_json", "require_int"]
 
@@ -117,7 +117,7 @@ def require_int(
     8
     """
     legal = f"an integer of at least {low}" if high is None else f"an integer from {low} to {high}"
-    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
+    if not is_whole(value, low, high):
         raise error(f"{name} must be {legal}; got {printable(repr(value)[:60])} ({type(value).__name__})")
     return value
 

@@ -245,7 +245,7 @@ def read_tensor(header: SafetensorsHeader, name: str) -> torch.Tensor:
 
 
 def dtype_name(dtype: torch.dtype) -> str | None:
-    """The name of a torch dtype in a safetensors header, or ``None`` where the format has none."""
+    """Give the name of a torch dtype in a safetensors header, or ``None`` where the format has none."""
     return _DTYPE_NAMES.get(dtype)
 
 

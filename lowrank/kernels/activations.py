@@ -69,7 +69,7 @@ def _nan_for_inf(scale: Tensor) -> Tensor:
 
 
 def to_float(codes: Tensor) -> Tensor:
-    """int32 sums as float32, in place where they are int32 already (a fresh tensor of that size costs more than the
+    """Convert int32 sums to float32, in place where they are int32 already (a fresh tensor of that size costs more than the
     sums).
     """
     if codes.dtype != torch.int32 or not codes.is_contiguous():
@@ -78,7 +78,7 @@ def to_float(codes: Tensor) -> Tensor:
 
 
 def pieces_for(dtype: torch.dtype) -> int:
-    """Number of int8 pieces that hold a token to the precision of its dtype.
+    """Return the number of int8 pieces that hold a token to the precision of its dtype.
 
     Example:
         >>> pieces_for(torch.bfloat16), pieces_for(torch.float32), pieces_for(torch.float64)
@@ -88,7 +88,7 @@ def pieces_for(dtype: torch.dtype) -> int:
 
 
 def split_tokens(x: Tensor, pieces: int) -> tuple[Tensor, Tensor]:
-    """Each token as a fixed-point number of ``pieces`` int8 digits in base 256: ``x ≈ unit · Σ_p digits[p] ·
+    """Split each token into a fixed-point number of ``pieces`` int8 digits in base 256: ``x ≈ unit · Σ_p digits[p] ·
     256^(pieces−1−p)``.
 
     ``unit`` is a power of two, so the only error is the last digit's rounding: half a unit, ``2^(2−8·pieces) ·
@@ -130,7 +130,7 @@ def split_tokens(x: Tensor, pieces: int) -> tuple[Tensor, Tensor]:
 
 
 def wide_matmul(x: Tensor, codes: Tensor, pieces: int) -> tuple[Tensor, Tensor]:
-    """``x @ codesᵀ`` with the activations unrounded, by exact integer products of their int8 pieces.
+    """Multiply ``x @ codesᵀ`` with the activations unrounded, by exact integer products of their int8 pieces.
 
     The error is the last digit's rounding and that of the recombination in x's dtype: norm-wise a few eps.
 

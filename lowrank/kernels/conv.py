@@ -65,7 +65,7 @@ class IntegerConv:
         )
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """(B, in, *size) float32 to (B, out, *output size) float32.
+        """Map (B, in, *size) float32 to (B, out, *output size) float32.
 
         Args:
             bias: (out,) float32, or ``None``.
@@ -105,7 +105,7 @@ class IntegerConv:
         return result.transpose(1, 2).reshape(len(x), len(self._codes), *size).contiguous()
 
     def _integer_sums(self, codes: Tensor, offset: Tensor) -> Tensor:
-        """(B, positions, out) as float32, the offset of each sample taken off."""
+        """Give (B, positions, out) as float32, the offset of each sample taken off."""
         groups, length = self._geometry.groups, self._codes[0].numel()
         if groups > 1 and length <= _FLOAT_EXACT and codes.is_cpu:
             conv = (F.conv1d, F.conv2d)[self._geometry.dims - 1]
@@ -130,7 +130,7 @@ class IntegerConv:
 
 
 def _conv_ready(loaded: native.Library) -> bool:
-    """Whether the native convolution is exact here; tested on the first call."""
+    """Tell whether the native convolution is exact here; tested on the first call."""
     found = _tested.get(loaded)
     if found is None:
         _tested[loaded] = found = _is_exact(loaded)
@@ -140,7 +140,7 @@ def _conv_ready(loaded: native.Library) -> bool:
 @torch.compiler.disable
 @torch.no_grad()
 def _is_exact(loaded: native.Library) -> bool:
-    """Bit for bit against torch's route, full-range codes, on geometries that take different loops."""
+    """Compare bit for bit with torch's route: full-range codes, on geometries that take different loops."""
     generator = torch.Generator().manual_seed(0)
     for batch, shape, geometry in (
         (1, (16, 3, 3, 3), ConvGeometry((3, 3), padding=(1, 1))),

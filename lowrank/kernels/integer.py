@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lowrank.kernels import native
+from lowrank.kernels.tested import note_untested_torch
 
 __all__ = ["count", "int_matmul", "reset_routes", "route", "routes_in_use"]
 
@@ -39,7 +40,7 @@ _calls: dict[str, int] = {}
 
 
 def int_matmul(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ bᵀ`` exactly.
+    """Multiply ``a @ bᵀ`` exactly.
 
     Args:
         a: (M, K) int8.
@@ -72,7 +73,7 @@ def int_matmul(a: Tensor, b: Tensor) -> Tensor:
 
 
 def route(device: torch.device | str = "cpu") -> str:
-    """How :func:`int_matmul` multiplies on a device: ``"int_mm"`` (torch), ``"avx2"`` (C) or ``"float"``; runs the self-test
+    """Name how :func:`int_matmul` multiplies on a device: ``"int_mm"`` (torch), ``"avx2"`` (C) or ``"float"``; runs the self-test
     if it has not run yet.
 
     Example:
@@ -84,12 +85,12 @@ def route(device: torch.device | str = "cpu") -> str:
 
 
 def count(name: str) -> None:
-    """One more product of a route."""
+    """Count one more product of a route."""
     _calls[name] = _calls.get(name, 0) + 1
 
 
 def routes_in_use() -> dict[str, int]:
-    """How many products each route has done in this process."""
+    """Tell how many products each route has done in this process."""
     return dict(_calls)
 
 
@@ -101,6 +102,7 @@ def reset_routes() -> None:
 
 @torch.compiler.disable
 def _choose(device: torch.device) -> tuple[str, _Product]:
+    note_untested_torch()
     candidates: list[tuple[str, _Product]] = [("int_mm", _cuda_product), ("float", _float_product)]
     if device.type == "cpu":
         candidates = [("int_mm", _cpu_product), ("avx2", _narrow_product), ("float", _float_product)]
@@ -118,7 +120,7 @@ def _seconds(product: _Product) -> float:
 
 
 def least_seconds(call: Callable[[], object]) -> float:
-    """Of five calls on one thread: a second one would wait where other work holds its core."""
+    """Time the fastest of five calls on one thread: a second one would wait where other work holds its core."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     taken = []
@@ -133,7 +135,7 @@ def least_seconds(call: Callable[[], object]) -> float:
 
 
 def _is_exact(product: _Product, device: torch.device) -> bool:
-    """Full-range random codes and the extremes that saturate, on shapes that take different inner loops."""
+    """Test full-range random codes and the extremes that saturate, on shapes that take different inner loops."""
     generator = torch.Generator().manual_seed(0)
     for rows, columns, outputs in ((1, 64, 64), (2, 333, 17), (5, 512, 31), (17, 1024, 64), (33, 7, 5), (64, 96, 128)):
         a = torch.randint(-128, 128, (rows, columns), dtype=torch.int8, generator=generator)
@@ -173,7 +175,7 @@ def _narrow_product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _cuda_product(a: Tensor, b: Tensor) -> Tensor:
-    """``torch._int_mm`` with zeros appended to meet its rules: more than 16 rows, other sizes multiples of 8."""
+    """Call ``torch._int_mm`` with zeros appended to meet its rules: more than 16 rows, other sizes multiples of 8."""
     (rows, columns), outputs = a.shape, b.shape[0]
     if 0 in (rows, columns, outputs):
         return torch.zeros(rows, outputs, dtype=torch.int32, device=a.device)

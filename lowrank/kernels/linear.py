@@ -60,7 +60,7 @@ class IntegerWeight:
         )
 
     def product(self, x: Tensor, bias: Tensor | None, pieces: int) -> Tensor:
-        """(..., K) to (..., N) of the same dtype.
+        """Map (..., K) to (..., N) of the same dtype.
 
         Args:
             x: float32; with ``pieces`` also float64.
@@ -130,7 +130,7 @@ class IntegerWeight:
 
 
 def ready_library() -> native.Library | None:
-    """The native library where it is there, switched on, exact and worth it here; tested on the first call."""
+    """Give the native library where it is there, switched on, exact and worth it here; tested on the first call."""
     loaded = native.library()
     if loaded is None:
         return None
@@ -142,7 +142,7 @@ def ready_library() -> native.Library | None:
 
 
 def route(device: torch.device | str = "cpu") -> str:
-    """How layers multiply on a device: ``"native"`` or ``"native-avx2"`` (the C library does all, with AVX512-VNNI or with
+    """Name how layers multiply on a device: ``"native"`` or ``"native-avx2"`` (the C library does all, with AVX512-VNNI or with
     AVX2), ``"int_mm"`` (torch's integer product), ``"avx2"`` (the C library's product alone) or ``"float"``; runs the
     self-tests if they have not run yet.
 
@@ -164,7 +164,7 @@ def reset_routes() -> None:
 @torch.compiler.disable
 @torch.no_grad()
 def _is_worth_it(loaded: native.Library) -> bool:
-    """Not where torch has dot products that the library has not: AVX-VNNI and no AVX512."""
+    """Say no where torch has dot products that the library has not: AVX-VNNI and no AVX512."""
     if loaded.level == native.AVX512_VNNI or integer.route("cpu") != "int_mm":
         return True
     codes, x = torch.ones(256, 512, dtype=torch.int8), torch.ones(64, 512)
@@ -176,7 +176,7 @@ def _is_worth_it(loaded: native.Library) -> bool:
 @torch.compiler.disable
 @torch.no_grad()
 def _is_exact(loaded: native.Library) -> bool:
-    """Against int64 where tokens are their own codes, and bit for bit against torch: full range, extremes, all shapes
+    """Compare with int64 where tokens are their own codes, and bit for bit with torch: full range, extremes, all shapes
     of tiles.
     """
     generator = torch.Generator().manual_seed(0)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lowrank.errors import ResourceError
+from lowrank.kernels.tested import note_untested_torch
 from lowrank.numerics.convolutions import ConvGeometry
 
 __all__ = ["Library", "NativeConv", "NativeLinear", "library", "narrow_product", "torch_route"]
@@ -25,7 +26,7 @@ __all__ = ["Library", "NativeConv", "NativeLinear", "library", "narrow_product",
 # 255 · 128 · 65535 < 2³¹: sums stay in int32 after the zero point is taken off.
 LONGEST = 65_535
 MOST_PIECES = 3
-# As in native/support.c: a library that an older version of the package left behind is passed over.
+# As in csrc/support.c: a library that an older version of the package left behind is passed over.
 _INTERFACE = 4
 AVX2, AVX512_VNNI = 1, 2
 _int64, _address, _int = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int
@@ -63,14 +64,14 @@ _switched_off = 0
 
 
 def library() -> Library | None:
-    """The library for layers, or ``None``: not built, no AVX2, or turned off. Not yet tested: see
+    """Give the library for layers, or ``None``: not built, no AVX2, or turned off. Not yet tested: see
     :func:`lowrank.kernels.route`.
     """
     return None if _switched_off else _allowed()
 
 
 def narrow_product(a: Tensor, b: Tensor) -> Tensor | None:
-    """``a @ bᵀ`` of int8 codes on the CPU by AVX2, exactly; ``None`` where the library or the instructions are not there.
+    """Multiply ``a @ bᵀ`` of int8 codes on the CPU by AVX2, exactly; ``None`` where the library or the instructions are not there.
 
     Args:
         a: (M, K) int8; K at most 131,071.
@@ -91,6 +92,7 @@ def narrow_product(a: Tensor, b: Tensor) -> Tensor | None:
 
 def _allowed() -> Library | None:
     if not _loaded:
+        note_untested_torch()
         found = _load()
         level = 0 if found is None or not _isa_allows("AVX2", "AVX512", "AVX10") else found.lowrank_supported()
         if level == AVX512_VNNI and not _isa_allows("AVX512_CORE_", "AVX10"):
@@ -101,7 +103,7 @@ def _allowed() -> Library | None:
 
 @contextmanager
 def torch_route() -> Iterator[None]:
-    """Within it the layers of the whole process do what lies between products in torch: to compare with.
+    """Make the layers of the whole process do, within it, what lies between products in torch: to compare with.
 
     Example:
         >>> from lowrank.kernels import route
@@ -139,7 +141,7 @@ def _load() -> ctypes.CDLL | None:
 
 
 def _isa_allows(*families: str) -> bool:
-    """Whether oneDNN's limit leaves instructions of these families."""
+    """Tell whether oneDNN's limit leaves instructions of these families."""
     name = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
     return name in ("", "ALL", "DEFAULT") or name.startswith(families)
 
@@ -198,7 +200,7 @@ class NativeLinear:
         self._call = loaded.calls.lowrank_linear
 
     def __call__(self, x: Tensor, bias: Tensor | None, pieces: int) -> Tensor:
-        """(..., K) float32 on the CPU to (..., N) float32.
+        """Map (..., K) float32 on the CPU to (..., N) float32.
 
         Args:
             pieces: 0 rounds each token to int8; 1 to 3 takes it as a fixed-point number of so many digits.
@@ -268,7 +270,7 @@ class NativeConv:
         self._call = loaded.calls.lowrank_conv
 
     def __call__(self, x: Tensor, bias: Tensor | None, size: tuple[int, ...]) -> Tensor:
-        """(B, in, *size before) float32 on the CPU to (B, out, *size) float32.
+        """Map (B, in, *size before) float32 on the CPU to (B, out, *size) float32.
 
         Raises:
             ResourceError: no memory.
@@ -293,7 +295,7 @@ class NativeConv:
 
 
 def pack(loaded: ctypes.CDLL, codes: Tensor) -> tuple[_Matrix, tuple[Tensor, Tensor]]:
-    """The packed form of (N, K) int8 codes, and the tensors that hold it."""
+    """Pack (N, K) int8 codes; gives the packed form and the tensors that hold it."""
     outputs, columns = codes.shape
     filled = -(-columns // 4) * 4
     panels = torch.empty(loaded.lowrank_packed_bytes(outputs, filled), dtype=torch.int8)

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
+from lowrank.lora.adapter_kinds import LoRAConv1d, LoRAConv2d, LoRAEmbedding, LoRALinear
+from lowrank.lora.adapter_layer import LoRALayer
 from lowrank.lora.config import LoRAConfig
 from lowrank.lora.files import load_adapter, save_adapter
-from lowrank.lora.layer import LoRALayer
-from lowrank.lora.layers import LoRAConv1d, LoRAConv2d, LoRAEmbedding, LoRALinear
 from lowrank.lora.merge import MergeReport, merge_lora, merge_report, unload_lora, unmerge_lora
-from lowrank.lora.model import (
-    add_lora,
-    add_weighted_adapter,
-    delete_adapter,
-    disable_adapter,
-    set_adapter,
-    set_form,
-)
+from lowrank.lora.model import add_lora, add_weighted_adapter, delete_adapter, disable_adapter, set_adapter, set_form
 from lowrank.lora.summary import AdapterSummary, adapter_summary, trainable_parameters
 
 __all__ = [

@@ -143,7 +143,7 @@ class LoRAConfig:
         self.layers_to_transform = wanted
 
     def rank_of(self, name: str) -> int:
-        """The rank for a module of this name.
+        """Look up the rank for a module of this name.
 
         Example:
             >>> LoRAConfig(r=4, rank_pattern={"query": 16}).rank_of("layer.0.query")
@@ -153,21 +153,21 @@ class LoRAConfig:
         return self.r if key is None else self.rank_pattern[key]
 
     def alpha_of(self, name: str) -> float:
-        """``lora_alpha`` for a module of this name."""
+        """Look up ``lora_alpha`` for a module of this name."""
         key = pattern_key(self.alpha_pattern, name)
         return self.lora_alpha if key is None else self.alpha_pattern[key]
 
     def scaling_of(self, name: str) -> float:
-        """α/r, or α/√r with ``use_rslora``, for a module of this name."""
+        """Compute α/r, or α/√r with ``use_rslora``, for a module of this name."""
         rank = self.rank_of(name)
         return self.alpha_of(name) / (math.sqrt(rank) if self.use_rslora else rank)
 
     def replace(self, **changes: Any) -> LoRAConfig:
-        """A copy with other values."""
+        """Make a copy with other values."""
         return dataclasses.replace(self, **changes)
 
     def to_peft(self) -> dict[str, Any]:
-        """The fields of PEFT's ``adapter_config.json``, sorted by name.
+        """Give the fields of PEFT's ``adapter_config.json``, sorted by name.
 
         ``init_lora_weights="residual"``, which PEFT does not know, is written as ``true``: it matters only where an
         adapter is made, not where one is loaded.
@@ -183,7 +183,7 @@ class LoRAConfig:
 
     @classmethod
     def from_peft(cls, document: Mapping[str, Any], source: str = "adapter_config.json") -> LoRAConfig:
-        """The configuration in PEFT's fields.
+        """Read the configuration in PEFT's fields.
 
         A field that only describes is kept. One that changes the computation in a way this package does not have is
         accepted at its neutral value alone, and so is a field that no known PEFT has (neutral: null, false, empty).
@@ -220,7 +220,7 @@ class LoRAConfig:
 
 
 def pattern_key(patterns: Mapping[str, Any], name: str) -> str | None:
-    """The first pattern that matches the end of a name, as PEFT does: ``(.*\\.)?(pattern)$``."""
+    """Find the first pattern that matches the end of a name, as PEFT does: ``(.*\\.)?(pattern)$``."""
     for pattern in patterns:
         if re.match(rf"(.*\.)?({pattern})$", name):
             return pattern

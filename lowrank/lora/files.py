@@ -7,6 +7,7 @@ import json
 import logging
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,69 +27,31 @@ from lowrank.io import (
 )
 from lowrank.io.version import __version__
 from lowrank.layers.source import is_conv1d
-from lowrank.lora.bases import require_rank
-from lowrank.lora.config import LoRAConfig
-from lowrank.lora.filling import EMBEDDING_PARTS, fill, fill_saved
-from lowrank.lora.layer import LoRALayer
-from lowrank.lora.layers import LoRAEmbedding
-from lowrank.lora.model import (
-    _check_name,
-    _check_unmerged,
+from lowrank.lora.adapter_layer import LoRALayer
+from lowrank.lora.adapters import (
     activate,
     active_adapters,
     adapter_names,
-    delete_adapter,
-    install,
+    check_new_name,
+    check_unmerged,
     lora_layers,
     require_adapter,
-    saved_modules,
 )
-from lowrank.lora.target import ALL_LINEAR, find_targets
+from lowrank.lora.bases import require_rank
+from lowrank.lora.config import LoRAConfig
+from lowrank.lora.model import delete_adapter, install
+from lowrank.lora.target_modules import ALL_LINEAR, find_targets
+from lowrank.lora.tensors import adapter_tensors, by_layer, fill, fill_saved, rank_of_parts
 from lowrank.targets.model import unwrapped
 
-__all__ = ["CONFIG_NAME", "TENSORS_NAME", "adapter_tensors", "load_adapter", "reread_adapter", "save_adapter"]
+__all__ = ["CONFIG_NAME", "TENSORS_NAME", "load_adapter", "reread_adapter", "save_adapter"]
 
 log = logging.getLogger("lowrank")
 
 CONFIG_NAME = "adapter_config.json"
 TENSORS_NAME = "adapter_model.safetensors"
-PREFIX = "base_model.model."
 _PICKLED = "adapter_model.bin"
 _SIDE_BYTES = 1 << 20
-_TENSOR = re.compile(
-    r"(?P<layer>.*)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_embedding_[AB]|lora_magnitude_vector(\.weight)?)$"
-)
-
-
-def adapter_tensors(model: nn.Module, adapter: str) -> dict[str, Tensor]:
-    """The tensors of an adapter under PEFT's keys; a learned scale is folded into B.
-
-    Example:
-        >>> from lowrank.lora import LoRAConfig, add_lora
-        >>> list(adapter_tensors(add_lora(nn.Sequential(nn.Linear(2, 2)), LoRAConfig(r=1)), "default"))
-        ['base_model.model.0.lora_A.weight', 'base_model.model.0.lora_B.weight']
-    """
-    tensors: dict[str, Tensor] = {}
-    for name, layer in lora_layers(model).items():
-        if adapter not in layer.configs:
-            continue
-        key = f"{PREFIX}{name}."
-        learned = layer.lora_scale[adapter].detach() if adapter in layer.lora_scale else None
-        if isinstance(layer, LoRAEmbedding):
-            down, up = layer.lora_embedding_A[adapter].detach(), layer.lora_embedding_B[adapter].detach()
-            names = EMBEDDING_PARTS
-        else:
-            down, up = layer.lora_A[adapter].weight.detach(), layer.lora_B[adapter].weight.detach()
-            names = ("lora_A.weight", "lora_B.weight")
-        tensors[key + names[0]] = down
-        tensors[key + names[1]] = up if learned is None else up * learned
-        if adapter in layer.lora_magnitude_vector:
-            tensors[key + "lora_magnitude_vector"] = layer.lora_magnitude_vector[adapter].weight.detach()
-    for name, module in saved_modules(model).items():
-        if adapter in module.modules_to_save:
-            for part, tensor in module.modules_to_save[adapter].state_dict().items():
-                tensors[f"{PREFIX}{name}.{part}"] = tensor.detach()
-    return tensors
 
 
 def save_adapter(
@@ -141,15 +104,15 @@ def save_adapter(
 
 
 def reread_adapter(model: nn.Module, adapter: str, file: Path) -> None:
-    """Into an adapter that the model has, what was saved of it; a learned scale becomes 1, since B holds it."""
+    """Read into an adapter that the model has what was saved of it; a learned scale becomes 1, since B holds it."""
     header = read_safetensors_header(file)
-    by_layer, rest = _sorted_by_layer({name.removeprefix(PREFIX): read_tensor(header, name) for name in header.tensors})
+    layers, rest = by_layer({name: read_tensor(header, name) for name in header.tensors})
     for name, layer in lora_layers(model).items():
         if adapter in layer.configs:
             if adapter in layer.lora_scale:
                 torch.nn.init.ones_(layer.lora_scale[adapter])
             where = f"{printable(file)}: layer {printable(name)}"
-            fill(layer, adapter, by_layer.get(name, {}), where, zero_padded=False)
+            fill(layer, adapter, layers.get(name, {}), where, zero_padded=False)
     fill_saved(model, adapter, rest, printable(file))
 
 
@@ -187,72 +150,109 @@ def load_adapter(
             raise CheckpointError(
                 f"{printable(folder / name)}: missing; an adapter has {CONFIG_NAME} and {TENSORS_NAME}"
             )
-    config = LoRAConfig.from_peft(read_json(folder / CONFIG_NAME), printable(folder / CONFIG_NAME))
-    header = read_safetensors_header(folder / TENSORS_NAME)
-    note = _note(header.metadata, printable(folder / TENSORS_NAME))
-    tensors = {name.removeprefix(PREFIX): read_tensor(header, name) for name in header.tensors}
+    file = _AdapterFile.read(folder)
     model = unwrapped(model)
-    _check_name(model, adapter_name)
-    _check_unmerged(model, "load_adapter")
+    check_new_name(model, adapter_name)
+    check_unmerged(model, "load_adapter")
     if not inplace:
         model = copy.deepcopy(model)
-    _load(model, config, adapter_name, tensors, note, printable(folder / TENSORS_NAME))
+    _load(model, adapter_name, file)
     return model
 
 
-def _load(
-    model: nn.Module, config: LoRAConfig, adapter: str, tensors: dict[str, Tensor], note: Mapping[str, Any], where: str
-) -> None:
-    by_layer, rest = _sorted_by_layer(tensors)
-    # The tensors say where adapters go; the names are whole, not suffixes.
-    there = config.replace(target_modules=_exactly(by_layer), layers_to_transform=None, layers_pattern=None)
-    targets = find_targets(model, there if by_layer else config, strict=False)
+@dataclass(frozen=True)
+class _AdapterFile:
+    """What an adapter's directory holds: configuration, tensors by layer, tensors of modules trained whole, our own note."""
+
+    config: LoRAConfig
+    layers: dict[str, dict[str, Tensor]]
+    rest: dict[str, Tensor]
+    note: dict[str, Any]
+    where: str
+
+    @classmethod
+    def read(cls, folder: Path) -> _AdapterFile:
+        """Read both files.
+
+        Raises:
+            CheckpointError: damaged.
+            AdapterError: a configuration that this package does not compute.
+        """
+        config = LoRAConfig.from_peft(read_json(folder / CONFIG_NAME), printable(folder / CONFIG_NAME))
+        where = printable(folder / TENSORS_NAME)
+        header = read_safetensors_header(folder / TENSORS_NAME)
+        note = _note(header.metadata, where)
+        return cls(config, *by_layer({name: read_tensor(header, name) for name in header.tensors}), note, where)
+
+    def check_rank(self, name: str, base: nn.Module) -> None:
+        """Refuse a rank that would take all memory, or that the tensors do not have.
+
+        Raises:
+            RankError, CheckpointError: name the file and the layer.
+        """
+        parts, wanted = self.layers[name], self.config.rank_of(name)
+        try:
+            require_rank(base, wanted, printable(name))
+        except RankError as error:
+            raise RankError(f"{self.where}: {error}") from error
+        has_rank = "lora_A" in parts or "lora_embedding_A" in parts
+        if has_rank and rank_of_parts(parts) != wanted:
+            raise CheckpointError(
+                f"{self.where}: layer {printable(name)}: {CONFIG_NAME} says rank {wanted}, the tensors are of rank "
+                f"{rank_of_parts(parts)}"
+            )
+
+    def exact_config(self) -> LoRAConfig:
+        """The configuration that names the layers the tensors are of, whole and no others."""
+        return self.config.replace(target_modules=_exactly(self.layers), layers_to_transform=None, layers_pattern=None)
+
+    def config_here(self) -> LoRAConfig:
+        """The same with the rank and alpha of each layer, and our own note."""
+        longest_first = sorted(self.layers, key=lambda name: -len(name))
+        return self.exact_config().replace(
+            rank_pattern={re.escape(name): rank_of_parts(self.layers[name]) for name in longest_first},
+            alpha_pattern={re.escape(name): self.config.alpha_of(name) for name in longest_first},
+            learnable_scale=bool(self.note.get("learnable_scale", False)),
+        )
+
+    def is_zero_padded(self, name: str) -> bool:
+        """Whether the adapter of a convolution pads with zeros whatever its base does: all of PEFT's do."""
+        return not self.note or name in self.note["zero_padded"]
+
+
+def _load(model: nn.Module, adapter: str, file: _AdapterFile) -> None:
+    # The tensors say where adapters go.
+    targets = find_targets(model, file.exact_config() if file.layers else file.config, strict=False)
     places = {name: place for place in targets.adapted for name in place.names}
-    names = {name: place.name for name, place in places.items()}
-    missing = [layer for layer in by_layer if layer not in names]
+    missing = [layer for layer in file.layers if layer not in places]
     if missing:
         reason = targets.left.get(missing[0]) or _why_not(model, missing[0])
         raise CheckpointError(
-            f"{where}: holds an adapter for {printable(missing[0])} ({len(missing)} such layers), which this model cannot "
-            f"take: {reason}"
+            f"{file.where}: holds an adapter for {printable(missing[0])} ({len(missing)} such layers), which this model "
+            f"cannot take: {reason}"
         )
     if not targets.adapted and not targets.saved:
         raise CheckpointError(
-            f"{where}: holds no adapter of a layer, and no module of its configuration is in this model"
+            f"{file.where}: holds no adapter of a layer, and no module of its configuration is in this model"
         )
     before = active_adapters(model)
     trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    for name, parts in by_layer.items():
+    for name in file.layers:
         module = places[name].module
-        try:
-            base = module.base_layer if isinstance(module, LoRALayer) else module
-            require_rank(base, config.rank_of(name), printable(name))
-        except RankError as error:
-            raise RankError(f"{where}: {error}") from error
-        has_rank = "lora_A" in parts or "lora_embedding_A" in parts
-        if has_rank and _rank(parts) != config.rank_of(name):
-            raise CheckpointError(
-                f"{where}: layer {printable(name)}: {CONFIG_NAME} says rank {config.rank_of(name)}, the tensors are of rank "
-                f"{_rank(parts)}"
-            )
-    ranks = {re.escape(name): _rank(parts) for name, parts in sorted(by_layer.items(), key=lambda item: -len(item[0]))}
-    alphas = {re.escape(name): config.alpha_of(name) for name in by_layer}
-    here = there.replace(
-        rank_pattern=ranks,
-        alpha_pattern=dict(sorted(alphas.items(), key=lambda item: -len(item[0]))),
-        learnable_scale=bool(note.get("learnable_scale", False)),
-    )
+        file.check_rank(name, module.base_layer if isinstance(module, LoRALayer) else module)
+    here = file.config_here()
     install(model, here, adapter, targets)
     try:
-        for name, layer in lora_layers(model).items():
-            layer_name = next((key for key, first in names.items() if first == name and key in by_layer), None)
-            if adapter in layer.configs and layer_name is not None:
-                padded = not note or layer_name in note["zero_padded"]
-                fill(
-                    layer, adapter, by_layer[layer_name], f"{where}: layer {printable(layer_name)}", zero_padded=padded
-                )
-                layer.configs[adapter] = config.replace(learnable_scale=here.learnable_scale)
-        fill_saved(model, adapter, rest, where)
+        for place in targets.adapted:
+            layer = model.get_submodule(place.name)
+            key = next((name for name in place.names if name in file.layers), None)
+            if key is None:
+                continue
+            assert isinstance(layer, LoRALayer)
+            where = f"{file.where}: layer {printable(key)}"
+            fill(layer, adapter, file.layers[key], where, zero_padded=file.is_zero_padded(key))
+            layer.configs[adapter] = file.config.replace(learnable_scale=here.learnable_scale)
+        fill_saved(model, adapter, file.rest, file.where)
     except CheckpointError:
         delete_adapter(model, adapter)
         activate(model, before)
@@ -271,23 +271,6 @@ def _why_not(model: nn.Module, name: str) -> str:
         return f"no adapter fits a {type(model.get_submodule(name)).__name__}"
     except AttributeError:
         return "the model has no such module"
-
-
-def _sorted_by_layer(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    by_layer: dict[str, dict[str, Tensor]] = {}
-    rest: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        found = _TENSOR.match(name)
-        if found is None:
-            rest[name] = tensor
-        else:
-            by_layer.setdefault(found["layer"], {})[found["part"].removesuffix(".weight")] = tensor
-    return by_layer, rest
-
-
-def _rank(parts: Mapping[str, Tensor]) -> int:
-    down = parts.get("lora_A", parts.get("lora_embedding_A"))
-    return int(down.shape[0]) if down is not None and down.ndim else 1
 
 
 def _note(metadata: Mapping[str, str], where: str) -> dict[str, Any]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +14,13 @@ from lowrank.errors import AdapterError, UsageError
 from lowrank.layers import CompressedLayer
 from lowrank.layers.linear import balanced
 from lowrank.layers.source import is_conv1d
+from lowrank.lora.adapter_layer import LoRALayer
 from lowrank.lora.bases import base_bias, base_weight, exact_weight, family
-from lowrank.lora.layer import LoRALayer
 from lowrank.numerics.factors import Factors, RankCurve, factorize, factorize_embedding
 from lowrank.numerics.linalg import safe_svd
 from lowrank.numerics.moments import InputStatistics, TokenCounts
 
-__all__ = ["drawn_from", "start_from_residual", "start_from_singular_vectors"]
+__all__ = ["Residual", "drawn_from", "start_from_residual", "start_from_singular_vectors"]
 
 # Relative to the mean diagonal, for the one inverse below. The mean lies in the gram's range, so that a singular gram needs
 # no more than to be invertible in float64; 1e-6 already cost 3e-4 of the error on inputs of condition 4^11.
@@ -28,7 +29,7 @@ _RIDGE = 1e-10
 
 @contextlib.contextmanager
 def drawn_from(seed: int | None) -> Iterator[None]:
-    """Random numbers of this seed within it, on the CPU and on CUDA devices; the caller's come back."""
+    """Draw random numbers of this seed within it, on the CPU and on CUDA devices; the caller's come back."""
     if seed is None:
         yield
         return
@@ -45,7 +46,7 @@ def drawn_from(seed: int | None) -> Iterator[None]:
 
 
 def start_from_singular_vectors(layer: LoRALayer, adapter: str, name: str) -> None:
-    """PiSSA: the leading singular vectors become the adapter, and the base keeps the rest.
+    """Make the leading singular vectors the adapter and leave the base the rest (PiSSA, Meng et al. 2024).
 
     ``W = U S Vᵀ``: ``scaling · B A = U_r S_r V_rᵀ``, base ``W − scaling · B A``; the sum is W to rounding. The base weight
     is changed for good: without the adapter the layer is only the rest (as in PEFT).
@@ -77,29 +78,48 @@ def start_from_singular_vectors(layer: LoRALayer, adapter: str, name: str) -> No
     stored.data = (rest.T if is_conv1d(base) else rest).to(stored.dtype).contiguous()
 
 
-def start_from_residual(
-    layer: LoRALayer,
-    adapter: str,
-    name: str,
-    original: nn.Module,
-    statistics: InputStatistics | TokenCounts | None,
-) -> None:
-    """The best adapter of its rank for what compression removed, in the metric of the calibration inputs.
+@dataclass(frozen=True)
+class Residual:
+    """What an adapter is fitted to that starts from what compression removed.
+
+    Attributes:
+        original: the model before compression.
+        statistics: of the layers' inputs by name (look-ups, of an embedding); empty for a plain SVD of the weights' difference.
+    """
+
+    original: nn.Module
+    statistics: Mapping[str, InputStatistics | TokenCounts] = field(default_factory=dict)
+
+    def dense_layer(self, name: str) -> nn.Module:
+        """Find the dense layer of this name.
+
+        Raises:
+            AdapterError: the original has none.
+        """
+        try:
+            found = self.original.get_submodule(name)
+        except AttributeError as error:
+            raise AdapterError(f"original: has no module {name}") from error
+        return found.unmerged_base if isinstance(found, LoRALayer) else found
+
+
+def start_from_residual(layer: LoRALayer, adapter: str, name: str, residual: Residual) -> None:
+    """Fit the best adapter of its rank to what compression removed, in the metric of the calibration inputs.
 
     With W the original weight, W' the compressed one and δ the shift of the bias, it minimises the mean square of
     ``(W − W')x − δ − scaling · B A x``. Regressing the target on x gives ``M = W − W' − δ μᵀ G⁻¹`` (G the gram), and the
     best rank-r map is that of M in the metric G. Without statistics G = I and δ is left out: a plain SVD of W − W'.
 
     Args:
-        original: the dense layer of the same name.
-        statistics: of the layer's inputs, or the look-ups of an embedding.
+        layer: with the adapter, as yet at random.
+        adapter: its name.
+        name: of the layer, in this model and in the original.
+        residual: the original, and statistics of the layers' inputs.
 
     Raises:
         AdapterError: the original is not a dense layer of the same shape.
     """
-    base = layer.base_layer
-    if isinstance(original, LoRALayer):
-        original = original.unmerged_base
+    base, original, statistics = layer.base_layer, residual.dense_layer(name), residual.statistics.get(name)
     if isinstance(original, CompressedLayer) or family(original) != family(base):
         raise AdapterError(
             f"layer {name}: its original must be a dense {family(base)}, got a {type(original).__name__}"
@@ -114,18 +134,18 @@ def start_from_residual(
             f'layer {name}: init_lora_weights="residual" fits a weight, and the adapter of a convolution with groups is none; '
             "exclude the layer"
         )
-    residual = (wanted.to(has.device) - has).flatten(1)
-    if not bool(residual.any()):
+    missing = (wanted.to(has.device) - has).flatten(1)
+    if not bool(missing.any()):
         return
     if layer.family == "embedding":
         counts = statistics if isinstance(statistics, TokenCounts) else None
-        flipped = _best(factorize_embedding(residual.T, counts, name=name), layer.rank_of(adapter))
+        flipped = _best(factorize_embedding(missing.T, counts, name=name), layer.rank_of(adapter))
         _write(layer, adapter, flipped.right.T, flipped.left.T, name)
         return
     moments = statistics if isinstance(statistics, InputStatistics) and statistics.count else None
     if moments is not None:
-        residual = residual - _bias_as_weight(base_bias(original), base_bias(base), moments, residual)
-    best = _best(factorize(residual, moments, shift_bias=False, name=name), layer.rank_of(adapter))
+        missing = missing - _bias_as_weight(base_bias(original), base_bias(base), moments, missing)
+    best = _best(factorize(missing, moments, shift_bias=False, name=name), layer.rank_of(adapter))
     _write(layer, adapter, best.left, best.right, name)
 
 

@@ -13,11 +13,11 @@ from torch import nn
 from lowrank.checkpoint.saving import says_tied_wrongly
 from lowrank.errors import AdapterError, RankError, UsageError
 from lowrank.layers import CompressedLayer
-from lowrank.lora.layer import LoRALayer, MergeRow
-from lowrank.lora.merging import MergeOptions, merged_base
-from lowrank.lora.model import activate, lora_layers, require_adapter
+from lowrank.lora.adapter_layer import LoRALayer, MergeRow
+from lowrank.lora.adapters import activate, lora_layers, require_adapter
+from lowrank.lora.base_update import MergeOptions, merged_base
 from lowrank.lora.saved_module import SavedModule
-from lowrank.lora.target import outer_modules
+from lowrank.lora.target_modules import outer_modules
 from lowrank.targets.model import replace_module
 
 __all__ = ["MergeReport", "merge_lora", "merge_report", "unload_lora", "unmerge_lora"]
@@ -172,13 +172,13 @@ def unmerge_lora(model: nn.Module) -> nn.Module:
 
 
 def merge_report(model: nn.Module) -> MergeReport:
-    """What the adapters that are merged at the moment cost."""
+    """Report what the adapters that are merged at the moment cost."""
     rows = [layer.merge_row for layer in lora_layers(model).values()]
     return MergeReport(tuple(row for row in rows if row is not None))
 
 
 def unload_lora(model: nn.Module) -> nn.Module:
-    """The model without adapter layers: merged adapters stay in the weights, others are dropped. Acts on the model itself.
+    """Take the adapter layers off the model itself: merged adapters stay in the weights, others are dropped.
 
     A module trained whole stays as trained where its adapter is active. Where merging changed one end of a tied pair, the model's
     configuration says so from here on (``tie_word_embeddings`` false), so that transformers keeps both; what else of a dense

@@ -1,4 +1,4 @@
-"""Adapters on a whole model: add, switch, disable, delete, combine, count."""
+"""Adapters on a whole model: add, switch, disable, delete, combine."""
 
 from __future__ import annotations
 
@@ -7,31 +7,37 @@ import copy
 import math
 import re
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 from torch import nn
 
 from lowrank.errors import AdapterError, UsageError
+from lowrank.lora.adapter_kinds import adapted
+from lowrank.lora.adapter_layer import FORMS, LoRALayer
+from lowrank.lora.adapters import (
+    activate,
+    active_adapters,
+    check_new_name,
+    check_unmerged,
+    lora_layers,
+    require_adapter,
+    saved_modules,
+)
 from lowrank.lora.bases import largest_rank, require_rank
 from lowrank.lora.config import LoRAConfig
-from lowrank.lora.initialise import drawn_from, start_from_residual, start_from_singular_vectors
-from lowrank.lora.layer import FORMS, LoRALayer
-from lowrank.lora.layers import adapted
+from lowrank.lora.initialise import Residual, drawn_from, start_from_residual, start_from_singular_vectors
 from lowrank.lora.saved_module import SavedModule
-from lowrank.lora.target import Place, Targets, find_targets, outer_modules
+from lowrank.lora.target_modules import Targets, find_targets, outer_modules
 from lowrank.numerics.moments import InputStatistics, TokenCounts
 from lowrank.targets.model import replace_module, unwrapped
 
 __all__ = [
-    "activate",
-    "active_adapters",
-    "adapter_names",
     "add_lora",
     "add_weighted_adapter",
     "delete_adapter",
     "disable_adapter",
-    "lora_layers",
-    "saved_modules",
+    "install",
     "set_adapter",
     "set_form",
 ]
@@ -78,8 +84,8 @@ def add_lora(
     """
     config = LoRAConfig() if config is None else config
     model = unwrapped(model)
-    _check_name(model, adapter_name)
-    _check_unmerged(model, "add_lora")
+    check_new_name(model, adapter_name)
+    check_unmerged(model, "add_lora")
     if config.init_lora_weights == "residual" and original is None:
         raise UsageError('init_lora_weights="residual": needs original=, the model before compression')
     for place in find_targets(model, config).adapted:  # before a copy is made for nothing
@@ -88,7 +94,8 @@ def add_lora(
     if not inplace:
         model = copy.deepcopy(model)
     with drawn_from(seed):
-        wide = install(model, config, adapter_name, find_targets(model, config), original, statistics)
+        residual = None if original is None else Residual(original, statistics or {})
+        wide = install(model, config, adapter_name, find_targets(model, config), residual)
     if wide:
         warnings.warn(
             f"r: over min(out, in) on {len(wide)} layers (first {wide[0]}), where the rest adds parameters but no freedom",
@@ -99,20 +106,22 @@ def add_lora(
 
 
 def install(
-    model: nn.Module,
-    config: LoRAConfig,
-    adapter: str,
-    targets: Targets,
-    original: nn.Module | None = None,
-    statistics: Mapping[str, InputStatistics | TokenCounts] | None = None,
+    model: nn.Module, config: LoRAConfig, adapter: str, targets: Targets, residual: Residual | None = None
 ) -> list[str]:
     """Add the adapter at these places; the model is as it was where that fails.
+
+    Args:
+        model: changed in place.
+        config: of the adapter.
+        adapter: its name.
+        targets: of :func:`lowrank.lora.target_modules.find_targets`.
+        residual: for ``init_lora_weights="residual"``, what it is fitted to.
 
     Returns:
         Names of the layers whose smaller side is below the rank.
     """
-    shared = _shared_weights(model) if config.init_lora_weights == "pissa" else {}
     active = active_adapters(model)
+    tied = _tied_weights(model) if config.init_lora_weights == "pissa" else frozenset()
     with contextlib.ExitStack() as undo:
         for parameter in model.parameters():
             undo.callback(parameter.requires_grad_, parameter.requires_grad)
@@ -124,7 +133,11 @@ def install(
             layer.add_adapter(adapter, config, place.name)
             if layer.rank_of(adapter) > largest_rank(layer.unmerged_base):
                 wide.append(place.name)
-            _start(layer, adapter, place, original, statistics, shared, undo)
+            if config.init_lora_weights == "pissa":
+                _keep_weight(undo, layer, place.name, tied)
+                start_from_singular_vectors(layer, adapter, place.name)
+            elif config.init_lora_weights == "residual" and residual is not None:
+                start_from_residual(layer, adapter, place.name, residual)
             layer.start_magnitude(adapter)
             if layer is not place.module:
                 undo.callback(replace_module, model, place.names, place.module)
@@ -142,76 +155,26 @@ def install(
     return wide
 
 
-def _start(
-    layer: LoRALayer,
-    adapter: str,
-    place: Place,
-    original: nn.Module | None,
-    statistics: Mapping[str, InputStatistics | TokenCounts] | None,
-    shared: Mapping[int, int],
-    undo: contextlib.ExitStack,
-) -> None:
-    how = layer.configs[adapter].init_lora_weights
-    if how == "pissa":
-        weight = getattr(layer.base_layer, "weight", None)
-        if isinstance(weight, nn.Parameter):
-            if shared.get(id(weight), 1) > 1:
-                raise AdapterError(
-                    f'layer {place.name}: its weight is tied, and init_lora_weights="pissa" would change both ends'
-                )
-            undo.callback(setattr, weight, "data", weight.data)
-        start_from_singular_vectors(layer, adapter, place.name)
-    elif how == "residual" and original is not None:
-        try:
-            dense = original.get_submodule(place.name)
-        except AttributeError as error:
-            raise AdapterError(f"original: has no module {place.name}") from error
-        start_from_residual(layer, adapter, place.name, dense, (statistics or {}).get(place.name))
+def _keep_weight(undo: contextlib.ExitStack, layer: LoRALayer, name: str, tied: frozenset[int]) -> None:
+    """Note the weight that PiSSA is about to change; refuse one that another module shares."""
+    weight = getattr(layer.base_layer, "weight", None)
+    if isinstance(weight, nn.Parameter):
+        if id(weight) in tied:
+            raise AdapterError(
+                f'layer {name}: its weight is tied, and init_lora_weights="pissa" would change both ends'
+            )
+        undo.callback(setattr, weight, "data", weight.data)
 
 
-def _shared_weights(model: nn.Module) -> dict[int, int]:
-    counts: dict[int, int] = {}
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                counts[id(parameter)] = counts.get(id(parameter), 0) + 1
-    return counts
-
-
-def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
-    """The adapted layers by their first names."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALayer)}
-
-
-def saved_modules(model: nn.Module) -> dict[str, SavedModule]:
-    """The modules that are trained whole, by their first names."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, SavedModule)}
-
-
-def adapter_names(model: nn.Module) -> list[str]:
-    """The adapters on a model, in the order they were added.
-
-    Example:
-        >>> adapter_names(add_lora(nn.Sequential(nn.Linear(2, 2)), LoRAConfig(r=1), "task"))
-        ['task']
-    """
-    names: dict[str, None] = {}
-    for layer in lora_layers(model).values():
-        names |= dict.fromkeys(layer.configs)
-    for module in saved_modules(model).values():
-        names |= dict.fromkeys(module.modules_to_save)
-    return list(names)
-
-
-def active_adapters(model: nn.Module) -> list[str]:
-    """The adapters that count at the moment."""
-    names: dict[str, None] = {}
-    for layer in lora_layers(model).values():
-        names |= dict.fromkeys(layer.active_adapters)
-    for module in saved_modules(model).values():
-        if module.active is not None:
-            names[module.active] = None
-    return list(names)
+def _tied_weights(model: nn.Module) -> frozenset[int]:
+    """The ids of the parameters that several modules hold."""
+    counts = Counter(
+        id(parameter)
+        for module in model.modules()
+        for parameter in module._parameters.values()
+        if parameter is not None
+    )
+    return frozenset(key for key, count in counts.items() if count > 1)
 
 
 def set_adapter(model: nn.Module, adapter: str | Sequence[str] | None) -> None:
@@ -224,21 +187,13 @@ def set_adapter(model: nn.Module, adapter: str | Sequence[str] | None) -> None:
     wanted = [] if adapter is None else [adapter] if isinstance(adapter, str) else list(adapter)
     for name in wanted:
         require_adapter(model, name)
-    _check_unmerged(model, "set_adapter")
+    check_unmerged(model, "set_adapter")
     activate(model, wanted)
-
-
-def activate(model: nn.Module, adapters: Sequence[str]) -> None:
-    """Let these adapters count and be trained, and no others; nothing is checked."""
-    for layer in lora_layers(model).values():
-        layer.set_active(adapters)
-    for module in saved_modules(model).values():
-        module.set_active(list(adapters))
 
 
 @contextlib.contextmanager
 def disable_adapter(model: nn.Module) -> Iterator[None]:
-    """The base model within the ``with``, merged or not; adapters count again after it.
+    """Run the base model within the ``with``, merged or not; adapters count again after it.
 
     Example:
         >>> model = add_lora(nn.Sequential(nn.Linear(2, 2)), LoRAConfig(r=1))
@@ -271,7 +226,7 @@ def delete_adapter(model: nn.Module, adapter: str) -> None:
         UsageError: adapters are merged; unmerge first.
     """
     require_adapter(model, adapter)
-    _check_unmerged(model, "delete_adapter")
+    check_unmerged(model, "delete_adapter")
     for layer in lora_layers(model).values():
         layer.delete_adapter(adapter)
     for module in saved_modules(model).values():
@@ -291,7 +246,7 @@ def _drop_empty(model: nn.Module) -> None:
 def add_weighted_adapter(
     model: nn.Module, adapters: Sequence[str], weights: Sequence[float], adapter_name: str
 ) -> None:
-    """A new adapter that is exactly ``Σ weight · adapter``, by concatenation; its rank is the sum of theirs.
+    """Add an adapter that is exactly ``Σ weight · adapter``, by concatenation; its rank is the sum of theirs.
 
     It becomes the active one.
 
@@ -314,8 +269,8 @@ def add_weighted_adapter(
         require_adapter(model, adapter)
         if any(adapter in module.modules_to_save for module in saved_modules(model).values()):
             raise AdapterError(f"adapter {adapter!r}: has whole modules (modules_to_save), which cannot be combined")
-    _check_name(model, adapter_name)
-    _check_unmerged(model, "add_weighted_adapter")
+    check_new_name(model, adapter_name)
+    check_unmerged(model, "add_weighted_adapter")
     sums = {}
     for name, layer in lora_layers(model).items():
         pairs = [pair for pair in zip(adapters, weights, strict=True) if pair[0] in layer.configs]
@@ -364,33 +319,3 @@ def set_form(model: nn.Module, form: str) -> None:
         raise UsageError(f"form: must be one of {', '.join(FORMS)}, got {form!r}")
     for layer in lora_layers(model).values():
         layer.form = "separate" if getattr(layer.unmerged_base, "_is_integer", False) else form
-
-
-def require_adapter(model: nn.Module, adapter: str) -> None:
-    """Refuse a name that no adapter of the model has."""
-    known = adapter_names(model)
-    if adapter not in known:
-        raise AdapterError(f"adapter {adapter!r}: not on this model, which has {', '.join(known) or 'none'}")
-
-
-def _check_name(model: nn.Module, adapter: object) -> None:
-    if (
-        not isinstance(adapter, str)
-        or not adapter
-        or "." in adapter
-        or hasattr(nn.ModuleDict(), adapter)
-        or hasattr(nn.ParameterDict(), adapter)
-    ):
-        raise UsageError(
-            f"adapter_name: must be a non-empty text without dots that is no attribute of a module, got {adapter!r}"
-        )
-    if adapter in adapter_names(model):
-        raise UsageError(f"adapter_name: the model already has an adapter {adapter!r}; delete it or take another name")
-
-
-def _check_unmerged(model: nn.Module, what: str) -> None:
-    for name, layer in lora_layers(model).items():
-        if layer.merged_adapters:
-            raise UsageError(
-                f"{what}: adapters are merged (layer {name}: {', '.join(layer.merged_adapters)}); unmerge_lora first"
-            )

@@ -67,7 +67,7 @@ class SavedModule(nn.Module):
         return self.original_module if self.active is None else self.modules_to_save[self.active]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The running module's."""
+        """Run the running module."""
         return self.running(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from torch import nn
 
 from lowrank.layers import CompressedLayer
+from lowrank.lora.adapter_layer import LoRALayer
+from lowrank.lora.adapters import active_adapters, lora_layers, saved_modules
 from lowrank.lora.config import LoRAConfig
-from lowrank.lora.layer import LoRALayer
-from lowrank.lora.model import active_adapters, lora_layers, saved_modules
-from lowrank.lora.target import find_targets
+from lowrank.lora.target_modules import find_targets
 
 __all__ = ["AdapterSummary", "adapter_summary", "trainable_parameters"]
 
@@ -44,7 +44,7 @@ class AdapterSummary:
 
 
 def trainable_parameters(model: nn.Module) -> tuple[int, int]:
-    """Parameters that train, and all parameters; shared ones once, each integer code of a compressed layer as one.
+    """Count the parameters that train, and all parameters; shared ones once, each integer code of a compressed layer as one.
 
     Example:
         >>> from lowrank.lora import LoRAConfig, add_lora
@@ -64,7 +64,7 @@ def trainable_parameters(model: nn.Module) -> tuple[int, int]:
 
 
 def adapter_summary(model: nn.Module) -> AdapterSummary:
-    """What was adapted, what was not and why; ``print`` it for a table that ends in PEFT's line on parameters.
+    """Sum up what was adapted, what was not and why; printed it ends in PEFT's line on parameters.
 
     Example:
         >>> from lowrank.lora import LoRAConfig, add_lora

@@ -67,7 +67,7 @@ class ConvCurve:
         return self.errors.numel() - 1
 
     def factors(self, rank: int) -> ConvFactors:
-        """The best factors of this rank that are known.
+        """Give the best factors of this rank that are known.
 
         Raises:
             RankError: the rank is not an integer in [1, max_rank].
@@ -84,7 +84,7 @@ class ConvCurve:
         return ConvFactors(first, second, torch.cat(shifts) if shifts else None)
 
     def rank_for_error(self, max_error: float) -> int:
-        """The smallest rank (at least 1) whose error is at most ``max_error``."""
+        """Find the smallest rank (at least 1) whose error is at most ``max_error``."""
         enough = torch.nonzero(self.errors[1:] <= max_error)
         return int(enough[0]) + 1 if enough.numel() else self.max_rank
 
@@ -99,10 +99,11 @@ def factorize_conv(
     shift_bias: bool = True,
     name: str = "weight",
 ) -> ConvCurve:
-    """Every rank's factors of one convolution.
+    """Find every rank's factors of one convolution.
 
-    The channel form is :func:`lowrank.numerics.factors.factorize` on ``weight.flatten(1)``, group by group, exactly. The spatial form is
-    the truncated SVD of the (out · width, in · height) matrix; with statistics see :class:`SpatialCurve`.
+    The channel form is :func:`lowrank.numerics.factors.factorize` on ``weight.flatten(1)``, group by group, exactly. The spatial form
+    (Jaderberg, Vedaldi and Zisserman 2014) is the truncated SVD of the (out · width, in · height) matrix; with statistics see
+    :class:`SpatialCurve`.
 
     Args:
         weight: (out, in / groups, *kernel), any floating dtype; computed in float64.
@@ -157,7 +158,7 @@ def factorize_conv(
 
 
 def check_scheme(scheme: object, dims: int) -> str:
-    """The form as a string.
+    """Return the form as a string.
 
     Raises:
         UsageError: unknown, or not for so many spatial dimensions.
@@ -170,7 +171,7 @@ def check_scheme(scheme: object, dims: int) -> str:
 
 
 def compose(first: Tensor, second: Tensor, groups: int = 1) -> Tensor:
-    """The kernel (out, in / groups, *kernel) that two convolutions in a row make together, in either form.
+    """Multiply out the kernel (out, in / groups, *kernel) that two convolutions in a row make together, in either form.
 
     Args:
         first: (rank · groups, in / groups, *kernel).

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from lowrank.errors import UsageError
+from lowrank.errors import UsageError, is_whole
 
 __all__ = ["ConvGeometry", "pad_input", "patches", "sample_patches"]
 
@@ -33,7 +33,7 @@ class ConvGeometry:
         UsageError: a value out of range.
 
     Example:
-        >>> geometry = ConvGeometry.of(nn.Conv2d(4, 8, (2, 3), padding="same"))
+        >>> geometry = ConvGeometry.of(torch.nn.Conv2d(4, 8, (2, 3), padding="same"))
         >>> geometry.pads, geometry.output_size((10, 7))
         (((0, 1), (1, 1)), (10, 7))
     """
@@ -56,14 +56,14 @@ class ConvGeometry:
                 raise UsageError(f'padding: "same" is defined for a stride of 1 only, got stride {self.stride}')
         else:
             object.__setattr__(self, "padding", _sizes(self.padding or (0,) * dims, dims, 0, "padding"))
-        if isinstance(self.groups, bool) or not isinstance(self.groups, int) or self.groups < 1:
+        if not is_whole(self.groups, 1):
             raise UsageError(f"groups: must be an integer of at least 1, got {self.groups!r}")
         if self.padding_mode not in PADDING_MODES:
             raise UsageError(f"padding_mode: must be one of {', '.join(PADDING_MODES)}, got {self.padding_mode!r}")
 
     @classmethod
-    def of(cls, conv: nn.Module) -> ConvGeometry:
-        """The geometry of a convolution, or of a layer that has taken the place of one.
+    def of(cls, conv: Any) -> ConvGeometry:
+        """Read off the geometry of a convolution, or of a layer that has taken the place of one.
 
         Raises:
             UsageError: another module.
@@ -71,7 +71,10 @@ class ConvGeometry:
         known = getattr(conv, "geometry", None)
         if isinstance(known, ConvGeometry):
             return known
-        if not isinstance(conv, (nn.Conv1d, nn.Conv2d)):
+        # By what it holds, since only arrays are known here: a transposed one, a pooling or a packed one is another thing.
+        sizes, weight = getattr(conv, "kernel_size", ()), getattr(conv, "weight", None)
+        plain = getattr(conv, "transposed", None) is False and isinstance(weight, Tensor)
+        if not plain or len(sizes) not in (1, 2):
             raise UsageError(f"conv: must be an nn.Conv1d or nn.Conv2d, got {type(conv).__name__}")
         # Sizes that a model worked out may be numpy's integers.
         whole = [tuple(map(operator.index, sizes)) for sizes in (conv.kernel_size, conv.stride, conv.dilation)]
@@ -99,7 +102,7 @@ class ConvGeometry:
         return tuple(step * (size - 1) + 1 for size, step in zip(self.kernel_size, self.dilation, strict=True))
 
     def output_size(self, size: Sequence[int]) -> tuple[int, ...]:
-        """Spatial size of the output for one of the input.
+        """Compute the spatial size of the output for one of the input.
 
         Raises:
             UsageError: the kernel is larger than the padded input.
@@ -115,7 +118,7 @@ class ConvGeometry:
         )
 
     def along(self, dim: int) -> ConvGeometry:
-        """The same along one spatial dimension and a kernel of 1 along the others: half of a separable convolution.
+        """Make the same along one spatial dimension, with a kernel of 1 along the others: half of a separable convolution.
 
         Example:
             >>> ConvGeometry((3, 5), (1, 2), (1, 2)).along(1)
@@ -134,16 +137,16 @@ class ConvGeometry:
         )
 
     def pointwise(self) -> ConvGeometry:
-        """A kernel of 1 and nothing else, with the same groups."""
+        """Make a kernel of 1 and nothing else, with the same groups."""
         return ConvGeometry((1,) * self.dims, groups=self.groups)
 
     def to_json(self) -> dict[str, Any]:
-        """What JSON can hold; :meth:`from_json` makes the same geometry again."""
+        """Write it as what JSON can hold; :meth:`from_json` makes the same geometry again."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ConvGeometry:
-        """See :meth:`to_json`.
+        """Read what :meth:`to_json` wrote.
 
         Raises:
             UsageError: a key is missing, or a value out of range.
@@ -161,13 +164,13 @@ class ConvGeometry:
 def _sizes(values: Any, dims: int, low: int, name: str) -> tuple[int, ...]:
     if not isinstance(values, tuple) or len(values) != dims or dims == 0:
         raise UsageError(f"{name}: must be {dims or 'one or two'} whole numbers, got {values!r}")
-    if any(isinstance(value, bool) or not isinstance(value, int) or value < low for value in values):
+    if not all(is_whole(value, low) for value in values):
         raise UsageError(f"{name}: every number must be an integer of at least {low}, got {values!r}")
     return values
 
 
 def pad_input(x: Tensor, geometry: ConvGeometry, value: float = 0.0) -> Tensor:
-    """The input with its margins; the input itself where there are none.
+    """Put the margins around the input; gives the input itself where there are none.
 
     Args:
         x: (B, channels, *size), any dtype that torch can pad.
@@ -187,7 +190,7 @@ def pad_input(x: Tensor, geometry: ConvGeometry, value: float = 0.0) -> Tensor:
 
 
 def patches(x: Tensor, geometry: ConvGeometry) -> Tensor:
-    """What lies under the kernel at each of its positions, in the order of ``weight.flatten(1)``; all groups.
+    """Cut out what lies under the kernel at each of its positions, in the order of ``weight.flatten(1)``; all groups.
 
     Args:
         x: (B, channels, *size), or (channels, *size) for one sample.
@@ -208,7 +211,7 @@ def patches(x: Tensor, geometry: ConvGeometry) -> Tensor:
 
 
 def sample_patches(x: Tensor, geometry: ConvGeometry, limit: int, generator: torch.Generator) -> Tensor:
-    """At most ``limit`` patches at random places of random samples, each place at most once.
+    """Draw at most ``limit`` patches at random places of random samples, each place at most once.
 
     Args:
         x: as for :func:`patches`.
@@ -232,7 +235,7 @@ def sample_patches(x: Tensor, geometry: ConvGeometry, limit: int, generator: tor
 
 
 def _windows(x: Tensor, geometry: ConvGeometry) -> Tensor:
-    """(B, *positions, channels, *kernel), a view of the padded input."""
+    """Give (B, *positions, channels, *kernel), a view of the padded input."""
     dims = geometry.dims
     if x.ndim == dims + 1:
         x = x[None]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowrank.errors import RankError
+from lowrank.errors import RankError, is_whole
 from lowrank.numerics.linalg import safe_eigh, safe_svd
 from lowrank.numerics.moments import InputStatistics, TokenCounts
 
@@ -64,7 +64,7 @@ class RankCurve:
         return self.errors.numel() - 1
 
     def factors(self, rank: int) -> Factors:
-        """The best factors of this rank.
+        """Give the best factors of this rank.
 
         Raises:
             RankError: the rank is not an integer in [1, max_rank].
@@ -77,18 +77,31 @@ class RankCurve:
         return Factors(left, right, shift)
 
     def rank_for_error(self, max_error: float) -> int:
-        """The smallest rank (at least 1) whose error is at most ``max_error``."""
+        """Find the smallest rank (at least 1) whose error is at most ``max_error``."""
         enough = torch.nonzero(self.errors[1:] <= max_error)
         return int(enough[0]) + 1 if enough.numel() else self.max_rank
 
 
 def check_rank(rank: object, max_rank: int, name: str = "rank") -> int:
-    """The rank as an int, refused where it is not an integer in [1, max_rank]."""
-    if isinstance(rank, bool) or not isinstance(rank, int):
+    """Return the rank as an int.
+
+    Args:
+        rank: what was asked for.
+        max_rank: the largest one the layer allows: the smaller side of its weight.
+        name: for messages.
+
+    Raises:
+        RankError: not an integer in [1, max_rank].
+
+    Example:
+        >>> check_rank(3, 8)
+        3
+    """
+    if not is_whole(rank):
         raise RankError(
             f"{name}: must be an integer from 1 to {max_rank} (the smaller side of the weight), got {rank!r}"
         )
-    if not 1 <= rank <= max_rank:
+    if not is_whole(rank, 1, max_rank):
         raise RankError(f"{name}: must be from 1 to {max_rank} (the smaller side of the weight), got {rank}")
     return rank
 
@@ -101,11 +114,12 @@ def factorize(
     shift_bias: bool = True,
     name: str = "weight",
 ) -> RankCurve:
-    """Every rank's best factors of one weight.
+    """Find every rank's best factors of one weight.
 
-    Without statistics the truncated SVD (Eckart-Young). With them the minimiser of the layer's mean squared output error,
-    ``W' = U Uᵀ W`` with U the leading eigenvectors of ``W Σ Wᵀ`` and the mean corrected in the bias (DESIGN §4); no inverse is
-    taken, so a singular Σ is fine. Directions that no input reached are ordered by the plain SVD of what is left.
+    Without statistics the truncated SVD (Eckart and Young 1936). With them the minimiser of the layer's mean squared output error
+    ``tr(ΔW Σ ΔWᵀ)``: by the same theorem the best rank-r ``W'`` has ``W' Σ^½`` equal to the truncated SVD of ``W Σ^½``, which is
+    ``W' = U Uᵀ W`` with U the leading eigenvectors of ``W Σ Wᵀ``. With Σ the covariance the best bias adds ``(W − W')μ``. No inverse
+    is taken, so a singular Σ is fine. Directions that no input reached are ordered by the plain SVD of what is left.
 
     Args:
         weight: (out, in), any floating dtype; computed in float64.
@@ -135,7 +149,7 @@ def factorize(
 def factorize_in_metric(
     matrix: Tensor, moment: Tensor, mean: Tensor | None = None, *, name: str = "weight"
 ) -> RankCurve:
-    """Every rank's best factors in the metric of a given moment; see :func:`factorize`.
+    """Find every rank's best factors in the metric of a given moment; see :func:`factorize`.
 
     Args:
         matrix: (out, in) float64.
@@ -178,7 +192,7 @@ def factorize_in_metric(
 
 
 def factorize_embedding(weight: Tensor, counts: TokenCounts | None = None, *, name: str = "embedding") -> RankCurve:
-    """Every rank's best factors of an embedding table, rows weighted by how often they are looked up.
+    """Find every rank's best factors of an embedding table, rows weighted by how often they are looked up.
 
     Minimises ``Σ_v p_v ‖e_v − ê_v‖²``: ``right`` holds the leading eigenvectors of ``Eᵀ diag(p) E``, ``left = E rightᵀ``.
 
@@ -225,7 +239,7 @@ def _plain(matrix: Tensor, name: str) -> RankCurve:
 
 
 def _tails(squares: Tensor) -> Tensor:
-    """Relative error of keeping the first r of these squared values, for r = 0 … n; 1 at 0 unless all are 0."""
+    """Sum up the relative error of keeping the first r of these squared values, for r = 0 … n; 1 at 0 unless all are 0."""
     total = float(squares.sum())
     if not total > 0.0 or not math.isfinite(total):
         return torch.zeros(squares.numel() + 1, dtype=torch.float64)

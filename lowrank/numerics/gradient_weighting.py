@@ -53,11 +53,11 @@ class GradientWeighting:
         self.root, self.inverse = torch.block_diag(*roots), torch.block_diag(*inverses)
 
     def of(self, matrix: Tensor) -> Tensor:
-        """``C^½ matrix``; the first dimension of a tensor with more is the outputs'."""
+        """Return ``C^½ matrix``; the first dimension of a tensor with more is the outputs'."""
         product: Tensor = self.root.to(matrix.device) @ matrix.to(torch.float64).flatten(1)
         return product.view(matrix.shape)
 
     def back(self, matrix: Tensor) -> Tensor:
-        """``C^-½ matrix``: what :meth:`of` undoes."""
+        """Return ``C^-½ matrix``: what :meth:`of` undoes."""
         product: Tensor = self.inverse.to(matrix.device) @ matrix.flatten(1)
         return product.view(matrix.shape)

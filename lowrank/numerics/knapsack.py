@@ -62,7 +62,7 @@ class _Segments:
 
 
 def allocate(cost: _Floats, weight: _Floats, budget: float) -> Allocation:
-    """Least total cost with total weight at most ``budget``, one column from every row.
+    """Choose the least total cost with total weight at most ``budget``, one column from every row.
 
     Every row's lower convex hull in (weight, cost); all hull steps of all rows sorted by cost saved per weight (what
     bisection on one Lagrange multiplier converges to, with deterministic ties); what is left of the budget goes to
@@ -112,13 +112,13 @@ def allocate(cost: _Floats, weight: _Floats, budget: float) -> Allocation:
 
 
 def _lightest(cost: _Floats, weight: _Floats) -> _Ints:
-    """The lightest column of each row; of equally light ones the cheapest, of those the first."""
+    """Find the lightest column of each row; of equally light ones the cheapest, of those the first."""
     lightest = weight.min(axis=1, keepdims=True)
     return np.asarray(np.where(weight == lightest, cost, np.inf).argmin(axis=1), dtype=np.int64)
 
 
 def _hull_segments(cost: _Floats, weight: _Floats, start: _Ints) -> _Segments:
-    """From ``start`` (each row's lightest column) along the lower hull to its cheapest; steepest steps first."""
+    """Walk from ``start`` (each row's lightest column) along the lower hull to its cheapest; steepest steps first."""
     active = np.arange(start.size)
     at = start
     steepest = np.full(start.size, np.inf)
@@ -194,7 +194,7 @@ def top_up(cost: _Floats, limits: Sequence[tuple[_Floats, float]], choice: _Ints
 
 
 def _enumerate(cost: _Floats, weight: _Floats, choice: _Ints, budget: float, rate: float) -> tuple[_Ints, bool]:
-    """The best choice among all that could beat ``choice``, and whether that proves it optimal.
+    """Find the best choice among all that could beat ``choice``, and whether that proves it optimal.
 
     A choice that is cheaper than this one has a sum of reduced costs ``c + λw − min(c + λw)`` below the duality gap, so
     partial choices above it are dropped, as are those that another partial choice beats in both cost and weight. With

@@ -35,7 +35,7 @@ _fallbacks: Counter[str] = Counter()
 
 
 def fallback_counts() -> dict[str, int]:
-    """How often each fallback was used since the last reset, keyed ``"svd:gesvd"``, ``"svd:gram"``, ``"eigh:ev"``.
+    """Count how often each fallback was used since the last reset, keyed ``"svd:gesvd"``, ``"svd:gram"``, ``"eigh:ev"``.
 
     Example:
         >>> reset_fallback_counts()
@@ -93,7 +93,7 @@ def check_finite(tensor: Tensor, name: str = "matrix") -> None:
 
 
 def power_of_two_scale(matrix: Tensor) -> int:
-    """The exponent e with ``max|matrix| · 2^-e`` in [½, 1); 0 for a zero or empty matrix.
+    """Find the exponent e with ``max|matrix| · 2^-e`` in [½, 1); 0 for a zero or empty matrix.
 
     Example:
         >>> power_of_two_scale(torch.tensor([[6.0, 1.0]]))
@@ -104,7 +104,7 @@ def power_of_two_scale(matrix: Tensor) -> int:
 
 
 def scale_by_power_of_two(values: Tensor, exponent: int) -> Tensor:
-    """``values · 2^exponent``, exact in float64 unless the result itself over- or underflows.
+    """Return ``values · 2^exponent``, exact in float64 unless the result itself over- or underflows.
 
     Example:
         >>> float(scale_by_power_of_two(torch.tensor([5e-324], dtype=torch.float64), 1074))
@@ -116,7 +116,7 @@ def scale_by_power_of_two(values: Tensor, exponent: int) -> Tensor:
 
 
 def safe_svd(matrix: Tensor, *, strict: bool = False, name: str = "matrix") -> tuple[Tensor, Tensor, Tensor]:
-    """Thin singular value decomposition ``matrix = U @ diag(S) @ Vh`` in float64.
+    """Decompose a matrix by its thin singular value decomposition ``matrix = U @ diag(S) @ Vh`` in float64.
 
     Drivers: torch's default (gesdd on a CPU), LAPACK gesvd (scipy), eigenvectors of the gram on the smaller side, then
     QR. The last is good to about 1e-8 · S[0] in the small singular values.
@@ -153,7 +153,7 @@ def safe_svd(matrix: Tensor, *, strict: bool = False, name: str = "matrix") -> t
 
 
 def singular_values(matrix: Tensor, *, strict: bool = False, name: str = "matrix") -> Tensor:
-    """The singular values alone: (min(m, n),) float64, descending.
+    """Compute the singular values alone: (min(m, n),) float64, descending.
 
     Of float32, bfloat16 and float16 they are roots of the eigenvalues of the gram on the smaller side, formed in float64: several
     times faster than an SVD, and good to ``2^-50 · max(m, n) · σ₁² / σ``, a 1e-4 of the smallest σ that such a dtype can tell
@@ -197,7 +197,7 @@ def singular_values(matrix: Tensor, *, strict: bool = False, name: str = "matrix
 
 
 def _gram_values(matrix: Tensor) -> Tensor:
-    """Roots of the eigenvalues of the gram on the smaller side, descending. No float32 is too large or small for float64 squares."""
+    """Take roots of the eigenvalues of the gram on the smaller side, descending. No float32 is too large or small for float64 squares."""
     tall = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T
     gram = matrix.new_zeros(tall.shape[1], tall.shape[1], dtype=torch.float64)
     for rows in tall.split(GRAM_ROWS):
@@ -216,7 +216,7 @@ def _not_converged(matrix: Tensor) -> tuple[Tensor, ...]:
 def safe_eigh(
     symmetric: Tensor, *, psd: bool = True, strict: bool = False, name: str = "matrix"
 ) -> tuple[Tensor, Tensor]:
-    """Eigenvalues, largest first, and eigenvectors of a symmetric matrix in float64.
+    """Decompose a symmetric matrix into eigenvalues, largest first, and eigenvectors, in float64.
 
     Drivers: torch's default (syevd on a CPU), LAPACK syev (scipy). The symmetric part ``(A + Aᵀ)/2`` is what is
     decomposed, so rounding in a product such as ``W Σ Wᵀ`` does no harm.
@@ -286,7 +286,7 @@ def _first_that_works(
     strict: bool,
     name: str,
 ) -> tuple[Tensor, ...]:
-    """The first driver's finite result; later drivers are fallbacks, counted, or refused under ``strict``."""
+    """Return the first driver's finite result; later drivers are fallbacks, counted, or refused under ``strict``."""
     tried: list[str] = []
     for driver, decompose in drivers:
         if tried and strict:

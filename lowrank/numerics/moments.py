@@ -16,7 +16,8 @@ class InputStatistics:
     """Mean and uncentred second moment (``gram``) of a layer's inputs.
 
     With tokens as rows of X: ``mean = Xᵀ1 / tokens``, ``gram = XᵀX / tokens``, ``covariance = gram − mean meanᵀ``.
-    Sums are kept in float64 whatever the model's dtype: a float32 gram has negative eigenvalues (DESIGN §5).
+    Sums are kept in float64 whatever the model's dtype: a float32 gram has negative
+    eigenvalues of the size of its rounding, about 1e-7 of the largest.
 
     Args:
         n_features: number of input features of the layer.
@@ -44,7 +45,7 @@ class InputStatistics:
 
     @classmethod
     def from_samples(cls, samples: Tensor) -> InputStatistics:
-        """Statistics of one tensor of shape (..., n_features)."""
+        """Make statistics of one tensor of shape (..., n_features)."""
         statistics = cls(samples.shape[-1], device=samples.device)
         statistics.update(samples)
         return statistics
@@ -71,7 +72,7 @@ class InputStatistics:
         self._outer.baddbmm_(parts.transpose(1, 2), parts)
 
     def block(self, index: int, of: int) -> InputStatistics:
-        """The statistics of the features of one group out of ``of``, as a convolution with groups cuts them.
+        """Cut out the statistics of the features of one group out of ``of``, as a convolution with groups cuts them.
 
         Example:
             >>> InputStatistics.from_samples(torch.eye(4)).block(1, 2)
@@ -104,7 +105,7 @@ class InputStatistics:
         return self.gram - torch.outer(mean, mean)
 
     def moment(self, *, centred: bool, ridge: float = 0.0) -> Tensor:
-        """The metric of a layer's inputs: covariance or gram, plus ``ridge · mean(diagonal) · I``."""
+        """Return the metric of a layer's inputs: covariance or gram, plus ``ridge · mean(diagonal) · I``."""
         moment = self.covariance if centred else self.gram
         if ridge:
             # A relative ridge: the same factor does the same whatever the scale of the inputs.
@@ -145,7 +146,7 @@ class TokenCounts:
 
 
 def activation_error(weight: Tensor, approximation: Tensor, moment: Tensor) -> float:
-    """‖ΔW Σ^½‖_F / ‖W Σ^½‖_F for weights (out, in) and an input moment Σ (in, in); 0 where both norms are 0.
+    """Compute ‖ΔW Σ^½‖_F / ‖W Σ^½‖_F for weights (out, in) and an input moment Σ (in, in); 0 where both norms are 0.
 
     Example:
         >>> activation_error(torch.eye(2), torch.diag(torch.tensor([1.0, 0.0])), torch.eye(2))

@@ -7,10 +7,21 @@ import math
 import torch
 from torch import Tensor
 
-from lowrank.errors import NumericsError, RankError
+from lowrank.errors import NumericsError, RankError, is_whole
 
-__all__ = ["check_bits", "dequantize_rows", "largest_code", "quantize_rows", "require_finite", "rounding_bound"]
+__all__ = [
+    "LEAST_BITS",
+    "MOST_BITS",
+    "check_bits",
+    "dequantize_rows",
+    "largest_code",
+    "quantize_rows",
+    "require_finite",
+    "rounding_bound",
+]
 
+# Of a code: with one bit there would be no codes but 0, and a byte holds eight.
+LEAST_BITS, MOST_BITS = 2, 8
 # The smallest normal float32. A smaller scale would lose digits, and its reciprocal would overflow.
 SMALLEST_SCALE = 2.0**-126
 # The scale's own rounding to float32 can move the outermost code by 127 · eps / 2 steps beyond half a step.
@@ -18,7 +29,7 @@ _SLACK = 1.0 + 128.0 * torch.finfo(torch.float32).eps
 
 
 def check_bits(bits: object, name: str = "bits") -> int:
-    """The number of bits as an int.
+    """Return the number of bits as an int.
 
     Raises:
         RankError: not an integer from 2 to 8.
@@ -27,15 +38,15 @@ def check_bits(bits: object, name: str = "bits") -> int:
         >>> check_bits(4)
         4
     """
-    if isinstance(bits, bool) or not isinstance(bits, int):
-        raise RankError(f"{name}: must be an integer from 2 to 8, got {bits!r}")
-    if not 2 <= bits <= 8:
-        raise RankError(f"{name}: must be from 2 to 8, got {bits}")
+    if not is_whole(bits):
+        raise RankError(f"{name}: must be an integer from {LEAST_BITS} to {MOST_BITS}, got {bits!r}")
+    if not is_whole(bits, LEAST_BITS, MOST_BITS):
+        raise RankError(f"{name}: must be from {LEAST_BITS} to {MOST_BITS}, got {bits}")
     return bits
 
 
 def largest_code(bits: int) -> int:
-    """``2**(bits - 1) - 1``: codes are symmetric, so the most negative integer is never used.
+    """Return ``2**(bits - 1) - 1``: codes are symmetric, so the most negative integer is never used.
 
     Example:
         >>> largest_code(8), largest_code(2)
@@ -83,7 +94,7 @@ def quantize_rows(weight: Tensor, bits: int = 8, *, name: str = "weight") -> tup
 
 
 def dequantize_rows(codes: Tensor, scale: Tensor) -> Tensor:
-    """``codes[i] · scale[i]`` as float32.
+    """Return ``codes[i] · scale[i]`` as float32.
 
     Args:
         codes: (rows, columns) int8.
@@ -97,7 +108,7 @@ def dequantize_rows(codes: Tensor, scale: Tensor) -> Tensor:
 
 
 def rounding_bound(scale: Tensor, columns: int) -> float:
-    """Largest Frobenius error that :func:`quantize_rows` can make: half a step in every entry, ``½ √(columns · Σ
+    """Bound the Frobenius error that :func:`quantize_rows` can make: half a step in every entry, ``½ √(columns · Σ
     scale²)``.
 
     Args:
@@ -112,7 +123,7 @@ def rounding_bound(scale: Tensor, columns: int) -> float:
 
 
 def require_finite(tensor: Tensor, name: str) -> Tensor:
-    """The tensor itself.
+    """Return the tensor itself, if it is finite.
 
     Raises:
         NumericsError: it holds NaN or Inf; the index of the first is named.

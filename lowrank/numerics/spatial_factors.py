@@ -84,7 +84,7 @@ class SpatialCurve:
         return self.errors.numel() - 1
 
     def factors(self, rank: int) -> Factors:
-        """left (out · width, rank), right (rank, in · height), and the shift of the bias."""
+        """Give left (out · width, rank), right (rank, in · height), and the shift of the bias."""
         left, right = self._plain.left[:, :rank], self._plain.right[:rank]
         if self._moment is not None and rank < self.max_rank:
             left, right = self._refined(rank, left, right)
@@ -98,7 +98,7 @@ class SpatialCurve:
         return (left @ right).view(outputs, width, inputs, height).permute(0, 2, 3, 1)
 
     def _error(self, left: Tensor, right: Tensor) -> float:
-        """‖(W − W') Σ^½‖²."""
+        """Compute ‖(W − W') Σ^½‖²."""
         assert self._moment is not None
         lost = (self._kernel - self._product(left, right)).flatten(1)
         return float(((lost @ self._moment) * lost).sum())
@@ -116,7 +116,7 @@ class SpatialCurve:
         return best
 
     def _normal(self, right: Tensor) -> Tensor:
-        """(r · width, r · width): Σ between the horizontally shifted rows of ``right``."""
+        """Give (r · width, r · width): Σ between the horizontally shifted rows of ``right``."""
         rank, width = right.shape[0], self._kernel.shape[3]
         shifted = (right @ self._by_offset).view(rank, width, width, self._tall)
         gram = (shifted @ right.T).permute(0, 1, 3, 2).reshape(rank * width, rank * width)
@@ -125,7 +125,7 @@ class SpatialCurve:
         return gram
 
     def _fitted_left(self, left: Tensor, right: Tensor) -> Tensor:
-        """The least-squares ``left`` for this ``right``; where it is undetermined, the one given."""
+        """Fit ``left`` to this ``right`` by least squares; where it is undetermined, the one given."""
         outputs, _, _, width = self._kernel.shape
         rank = right.shape[0]
         lost = self._lost(left, right)
@@ -137,13 +137,13 @@ class SpatialCurve:
         return left + step.transpose(1, 2).reshape(outputs * width, rank)
 
     def _lost(self, left: Tensor, right: Tensor) -> Tensor:
-        """(W − W') Σ as (out, in · height, width)."""
+        """Give (W − W') Σ as (out, in · height, width)."""
         assert self._moment is not None
         product = self._product(left, right).flatten(1) @ self._moment
         return self._target - product.view(self._target.shape)
 
     def _fitted_right(self, left: Tensor, right: Tensor) -> Tensor:
-        """A few steps of preconditioned conjugate gradients towards the least-squares ``right`` for this ``left``."""
+        """Take a few steps of preconditioned conjugate gradients towards the least-squares ``right`` for this ``left``."""
         outputs, _, _, width = self._kernel.shape
         rank = right.shape[0]
         parts = left.view(outputs, width, rank)
@@ -174,7 +174,7 @@ class SpatialCurve:
         return right
 
     def _plain_errors(self) -> Tensor:
-        """Error of the truncated SVD in the metric: what is left out at rank r are the components from r on."""
+        """Compute the error of the truncated SVD in the metric: what is left out at rank r are the components from r on."""
         width = self._kernel.shape[3]
         left, right = self._plain.left, self._plain.right
         rank = right.shape[0]
@@ -190,7 +190,7 @@ class SpatialCurve:
         return self._relative(torch.cat([tails, tails.new_zeros(1)]))
 
     def _nested_errors(self) -> Tensor:
-        """Error after fitting ``left`` to the first r rows of ``right``, for every r from one Cholesky factor."""
+        """Compute the error after fitting ``left`` to the first r rows of ``right``, for every r from one Cholesky factor."""
         outputs, _, _, width = self._kernel.shape
         right = self._nested.right
         rank = right.shape[0]
@@ -209,7 +209,7 @@ class SpatialCurve:
 
 
 def _regular(matrix: Tensor) -> Tensor:
-    """Positive definite, for a preconditioner."""
+    """Make it positive definite, for a preconditioner."""
     matrix = matrix.clone()
     matrix.diagonal().add_(1e-6 * matrix.diagonal().mean())
     return matrix

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowrank.errors import LowRankError, NumericsError, RankError, UsageError
+from lowrank.errors import LowRankError, NumericsError, RankError, UsageError, is_whole
 from lowrank.numerics.linalg import check_finite, power_of_two_scale, safe_eigh, scale_by_power_of_two, singular_values
 from lowrank.numerics.moments import InputStatistics
 
@@ -50,7 +50,7 @@ class Spectrum:
         return min(self.shape)
 
     def energy_rank(self, fraction: float = 0.99) -> int:
-        """Fewest singular values that hold this fraction of Σσ².
+        """Count the fewest singular values that hold this fraction of Σσ².
 
         Args:
             fraction: from 0 to 1; 1 gives the number of σ that are not 0.
@@ -131,7 +131,7 @@ class Spectrum:
         return (tails / total).sqrt() if total > 0.0 else torch.zeros_like(tails)
 
     def tail_error(self, rank: int) -> float:
-        """‖W − W_r‖_F / ‖W‖_F of the best rank-r approximation (Eckart and Young 1936): 1 at rank 0, 0 at full rank.
+        """Return ‖W − W_r‖_F / ‖W‖_F of the best rank-r approximation (Eckart and Young 1936): 1 at rank 0, 0 at full rank.
 
         Raises:
             RankError: a rank that is not an integer from 0 to min(m, n).
@@ -144,7 +144,7 @@ class Spectrum:
         return float(self.tail_errors[rank])
 
     def rank_for_error(self, max_error: float) -> int:
-        """The smallest rank whose :meth:`tail_error` is at most ``max_error``.
+        """Find the smallest rank whose :meth:`tail_error` is at most ``max_error``.
 
         Raises:
             UsageError: a negative or NaN error.
@@ -158,7 +158,7 @@ class Spectrum:
         return int((self.tail_errors > max_error).sum())
 
     def parameter_ratio(self, rank: int) -> float:
-        """Numbers in the factors over numbers in the matrix, ``rank · (m+n) / (m·n)``; 0 for an empty matrix.
+        """Return numbers in the factors over numbers in the matrix, ``rank · (m+n) / (m·n)``; 0 for an empty matrix.
 
         Raises:
             RankError: a rank that is not an integer from 0 to min(m, n).
@@ -168,7 +168,7 @@ class Spectrum:
         return rank * (m + n) / (m * n) if m * n else 0.0
 
     def summary(self, energy: float = 0.99) -> dict[str, Any]:
-        """The classic analysis at one energy, as plain data.
+        """Give the classic analysis at one energy, as plain data.
 
         Returns:
             ``original_params`` mn, ``full_rank`` min(m, n), ``effective_rank`` here the :meth:`energy_rank` r at this
@@ -202,7 +202,7 @@ class Spectrum:
         return torch.where(sigma > floor, sigma, 0.0)
 
     def _check_rank(self, rank: int) -> None:
-        if isinstance(rank, bool) or not isinstance(rank, int) or not 0 <= rank <= self.full_rank:
+        if not is_whole(rank, 0, self.full_rank):
             raise RankError(
                 f"rank: must be an integer from 0 to {self.full_rank} (the smaller side of shape {list(self.shape)}), "
                 f"got {rank!r}"
@@ -212,7 +212,7 @@ class Spectrum:
 def analyze_weight(
     weight: Tensor, statistics: InputStatistics | None = None, *, strict: bool = False, name: str = "weight"
 ) -> Spectrum:
-    """The spectrum of a weight, or of ``W Σ^½`` with Σ the gram of its inputs, which is what its output feels.
+    """Compute the spectrum of a weight, or of ``W Σ^½`` with Σ the gram of its inputs, which is what its output feels.
 
     Args:
         weight: (out, in), any real dtype and device; kernels of more dimensions are flattened to (out, rest).
@@ -247,7 +247,7 @@ def analyze_weight(
 
 
 def _felt_values(matrix: Tensor, statistics: InputStatistics, *, strict: bool, name: str) -> Tensor:
-    """Singular values of W Σ^½, from the gram on the smaller side."""
+    """Compute the singular values of W Σ^½, from the gram on the smaller side."""
     moment = statistics.gram.to(matrix.device)
     check_finite(moment, f"{name} (input moment)")
     weight_scale, moment_scale = power_of_two_scale(matrix.double()), power_of_two_scale(moment)
@@ -272,13 +272,13 @@ def _felt_values(matrix: Tensor, statistics: InputStatistics, *, strict: bool, n
 
 @lru_cache(maxsize=1024)
 def _omega(beta: float) -> float:
-    """ω(β) of Gavish and Donoho (2014): threshold over the median singular value; 2.858 at β = 1."""
+    """Compute ω(β) of Gavish and Donoho (2014): threshold over the median singular value; 2.858 at β = 1."""
     threshold = math.sqrt(2.0 * (beta + 1.0) + 8.0 * beta / (beta + 1.0 + math.sqrt(beta * beta + 14.0 * beta + 1.0)))
     return threshold / math.sqrt(marchenko_pastur_median(beta))
 
 
 def marchenko_pastur_median(beta: float) -> float:
-    """Median of the Marchenko-Pastur law ``√((β₊−t)(t−β₋)) / (2πβt)`` on ``[β₋, β₊] = [(1−√β)², (1+√β)²]``.
+    """Compute the median of the Marchenko-Pastur law ``√((β₊−t)(t−β₋)) / (2πβt)`` on ``[β₋, β₊] = [(1−√β)², (1+√β)²]``.
 
     By numerical integration: midpoint rule in the angle θ of ``t = 1 + β + 2√β cos θ``, which removes the square roots
     at the ends. Good to about 1e-8.

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -23,7 +22,6 @@ __all__ = [
     "details",
     "figure",
     "legend",
-    "line_chart",
     "notes_list",
     "page",
     "ratio_bar",
@@ -36,13 +34,9 @@ __all__ = [
 ]
 
 
-# Grey (3) is kept for what was left alone.
-LINE_COLOURS = ("1", "2", "4", "5", "6", "7", "8")
-
-
 @dataclass(frozen=True)
 class Heading:
-    """A column's heading; ``hint`` is shown when the pointer rests on it."""
+    """Head a column; ``hint`` is shown when the pointer rests on it."""
 
     title: str
     numeric: bool = False
@@ -52,7 +46,7 @@ class Heading:
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell's text (escaped here), what it sorts by, and optionally markup made by this module in its place."""
+    """Fill a cell: its text (escaped here), what it sorts by, and optionally markup made by this module in its place."""
 
     text: str
     sort: float | str | None = None
@@ -60,7 +54,7 @@ class Cell:
 
 
 def page(title: str, summary: Sequence[str], parts: Sequence[str], *, footer: str = "") -> str:
-    """The whole document.
+    """Compose the whole document.
 
     Args:
         title: plain text.
@@ -88,23 +82,23 @@ def page(title: str, summary: Sequence[str], parts: Sequence[str], *, footer: st
 
 
 def section(title: str, *parts: str, text: str = "") -> str:
-    """A card with a heading; ``text`` is plain, ``parts`` are markup of this module."""
+    """Make a card with a heading; ``text`` is plain, ``parts`` are markup of this module."""
     intro = f'<p class="soft">{escape(text)}</p>\n' if text else ""
     return f"<section>\n<h2>{escape(title)}</h2>\n{intro}{''.join(parts)}</section>\n"
 
 
 def section_text(text: str) -> str:
-    """A plain paragraph inside a card."""
+    """Make a plain paragraph inside a card."""
     return f'<p class="soft">{escape(text)}</p>\n'
 
 
 def details(title: str, markup: str) -> str:
-    """Markup of this module behind a heading that opens it."""
+    """Put markup of this module behind a heading that opens it."""
     return f"<details>\n<summary>{escape(title)}</summary>\n{markup}</details>\n"
 
 
 def tiles(items: Sequence[tuple[str, str, str, str]]) -> str:
-    """Summary tiles: (label, value, hint, tone) with tone one of ``""``, ``"good"``, ``"bad"``."""
+    """Make summary tiles: (label, value, hint, tone) with tone one of ``""``, ``"good"``, ``"bad"``."""
     cells = "".join(
         f'<li><span>{escape(label)}</span><strong class="{escape(tone)}">{escape(value)}</strong>'
         f"<span>{escape(hint)}</span></li>\n"
@@ -114,7 +108,7 @@ def tiles(items: Sequence[tuple[str, str, str, str]]) -> str:
 
 
 def stacked_bar(parts: Sequence[tuple[str, float, str]], label: str) -> str:
-    """One bar cut into (label, size, colour 1 to 5) with its legend; the labels carry the numbers."""
+    """Draw one bar cut into (label, size, colour 1 to 5) with its legend; the labels carry the numbers."""
     whole = sum(size for _, size, _ in parts) or 1.0
     strip = "".join(
         f'<i style="width:{100 * size / whole:.3f}%;background:var(--s{colour})"></i>'
@@ -126,7 +120,7 @@ def stacked_bar(parts: Sequence[tuple[str, float, str]], label: str) -> str:
 
 
 def bullet_bar(measured: float, upper: float, budget: float, labels: tuple[str, str, str]) -> str:
-    """Measured value (solid), its upper bound (pale), and the budget as a mark; all on one scale.
+    """Draw a measured value (solid), its upper bound (pale), and the budget as a mark; all on one scale.
 
     Args:
         measured, upper, budget: the same unit, finite and at least 0.
@@ -151,13 +145,13 @@ def bullet_bar(measured: float, upper: float, budget: float, labels: tuple[str, 
 
 
 def ratio_bar(part: float, whole: float) -> str:
-    """A thin bar of which ``part / whole`` is filled (all of it above 1, none where the whole is 0)."""
+    """Draw a thin bar of which ``part / whole`` is filled (all of it above 1, none where the whole is 0)."""
     share = min(max(part / whole, 0.0), 1.0) if whole > 0 else 0.0
     return f'<span class="bar"><b style="width:{100 * share:.2f}%"></b></span>'
 
 
 def segment_bar(label: str, segments: Sequence[tuple[str, int, str]], whole: float) -> str:
-    """One bar of (name, bytes, colour 1 to 5) segments, as long as their sum is of ``whole``; names show on hover."""
+    """Draw one bar of (name, bytes, colour 1 to 5) segments, as long as their sum is of ``whole``; names show on hover."""
     merged: list[tuple[str, int, str, int]] = []
     for name, size, colour in segments:
         # Segments too thin to be seen are drawn together with their neighbours of the same colour.
@@ -179,12 +173,12 @@ def segment_bar(label: str, segments: Sequence[tuple[str, int, str]], whole: flo
 
 
 def figure(title: str, text: str, markup: str) -> str:
-    """A chart made elsewhere in this package, with a title and a plain sentence above it."""
+    """Frame a chart made elsewhere in this package, with a title and a plain sentence above it."""
     return f'<figure><figcaption>{escape(title)}</figcaption>\n<p class="soft">{escape(text)}</p>{markup}</figure>\n'
 
 
 def legend(items: Sequence[tuple[str, str]]) -> str:
-    """(text, colour) pairs under a chart."""
+    """List (text, colour) pairs under a chart."""
     keys = "".join(
         f'<li><span class="key" style="background:var(--s{colour})"></span>{escape(text)}</li>'
         for text, colour in items
@@ -199,7 +193,7 @@ def table(
     total: Sequence[str] | None = None,
     muted: Sequence[bool] | None = None,
 ) -> str:
-    """A sortable table whose first column holds names; ``muted`` rows are printed softly."""
+    """Make a sortable table whose first column holds names; ``muted`` rows are printed softly."""
 
     def head(heading: Heading) -> str:
         classes = " ".join([*(["n"] if heading.numeric else []), *(["w"] if heading.wide else [])])
@@ -238,71 +232,5 @@ def table(
 
 
 def notes_list(notes: Sequence[str]) -> str:
-    """Plain-text notes as a list."""
+    """List plain-text notes."""
     return '<ul class="notes">' + "".join(f"<li>{escape(one_line(note))}</li>\n" for note in notes) + "</ul>\n"
-
-
-def line_chart(
-    title: str,
-    lines: Sequence[tuple[str, Sequence[tuple[float, float]]]],
-    *,
-    x_label: str,
-    y_label: str,
-    x_ticks: Sequence[tuple[float, str]],
-    y_ticks: Sequence[tuple[float, str]],
-    log_y: bool = False,
-    dots: bool = False,
-    colours: Sequence[str] = LINE_COLOURS,
-) -> str:
-    """A chart as inline SVG: a line a colour of (x, y); ticks give the range; points outside are clipped to it.
-
-    Example:
-        >>> ticks = [(0, "0"), (1, "1")]
-        >>> line = ("a", [(0, 0), (1, 1)])
-        >>> chart = line_chart("t", [line], x_label="x", y_label="y", x_ticks=ticks, y_ticks=ticks)
-        >>> chart.count("<polyline")
-        1
-    """
-    width, height, left, top, right, bottom = 460, 270, 56, 12, 14, 44
-
-    def warp(value: float) -> float:
-        return math.log10(max(value, 1e-300)) if log_y else value
-
-    x_low, x_high = x_ticks[0][0], x_ticks[-1][0]
-    y_low, y_high = warp(y_ticks[0][0]), warp(y_ticks[-1][0])
-
-    def x_of(x: float) -> float:
-        share = (x - x_low) / ((x_high - x_low) or 1.0)
-        return left + (width - left - right) * min(max(share, 0.0), 1.0)
-
-    def y_of(y: float) -> float:
-        share = (warp(y) - y_low) / ((y_high - y_low) or 1.0)
-        return height - bottom - (height - top - bottom) * min(max(share, 0.0), 1.0)
-
-    marks = [
-        f'<line class="grid" x1="{left}" x2="{width - right}" y1="{y_of(y):.1f}" y2="{y_of(y):.1f}"/>'
-        f'<text x="{left - 7}" y="{y_of(y) + 4:.1f}" text-anchor="end">{escape(text)}</text>'
-        for y, text in y_ticks
-    ]
-    marks += [
-        f'<text x="{x_of(x):.1f}" y="{height - bottom + 17}" text-anchor="middle">{escape(text)}</text>'
-        for x, text in x_ticks
-    ]
-    marks.append(f'<line class="axis" x1="{left}" x2="{width - right}" y1="{height - bottom}" y2="{height - bottom}"/>')
-    marks.append(
-        f'<text x="{(left + width - right) / 2}" y="{height - 6}" text-anchor="middle">{escape(x_label)}</text>'
-    )
-    for colour, (_, points) in zip(colours, lines, strict=False):
-        spots = [(x_of(x), y_of(y)) for x, y in points if math.isfinite(x) and math.isfinite(y)]
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in spots)
-        if dots:
-            marks += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.2" style="fill:var(--s{colour})"/>' for x, y in spots]
-        else:
-            marks.append(f'<polyline class="line" points="{path}" style="stroke:var(--s{colour})"/>')
-    keys = legend([(name, colour) for colour, (name, _) in zip(colours, lines, strict=False) if name])
-    return (
-        f"<figure><figcaption>{escape(title)}</figcaption>\n"
-        f'<p class="soft">{escape(y_label)}</p>'
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">{"".join(marks)}</svg>\n'
-        f"{keys}</figure>\n"
-    )

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from lowrank.errors import CheckpointError
-from lowrank.reporting import charts as report_charts
+from lowrank.reporting import charts, html
 from lowrank.reporting.text import Column, one_line, percent
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "lowest",
     "points_as_json",
     "points_from_json",
+    "points_table",
     "points_texts",
 ]
 
@@ -33,7 +34,7 @@ FRONTIER_COLUMNS = (
 
 @dataclass(frozen=True)
 class FrontierPoint:
-    """What one plan makes of the model.
+    """State what one plan makes of the model.
 
     Attributes:
         size_ratio: stored bytes after / before, of the whole model.
@@ -59,7 +60,7 @@ class FrontierPoint:
 
 
 def points_as_json(points: Sequence[FrontierPoint]) -> list[dict[str, Any]]:
-    """Plain data, in the points' order."""
+    """Return plain data, in the points' order."""
     return [asdict(point) | {"formats": [list(item) for item in point.formats]} for point in points]
 
 
@@ -107,7 +108,7 @@ def _number(value: object) -> bool:
 
 
 def lowest(points: Sequence[FrontierPoint]) -> list[FrontierPoint]:
-    """The points that no other of the same kind beats in both size and error, by size ascending.
+    """Pick the points that no other of the same kind beats in both size and error, by size ascending.
 
     Example:
         >>> points = [FrontierPoint(0.5, 0.1, True), FrontierPoint(0.6, 0.2, True), FrontierPoint(0.7, 0.05, True)]
@@ -122,7 +123,7 @@ def lowest(points: Sequence[FrontierPoint]) -> list[FrontierPoint]:
 
 
 def points_texts(points: Sequence[FrontierPoint], show: Callable[[float], str]) -> list[list[str]]:
-    """Cells under :data:`FRONTIER_COLUMNS`."""
+    """Write the cells under :data:`FRONTIER_COLUMNS`."""
     return [
         [
             one_line(point.label) + ("" if point.measured else " (predicted)"),
@@ -136,6 +137,29 @@ def points_texts(points: Sequence[FrontierPoint], show: Callable[[float], str]) 
     ]
 
 
+def points_table(points: Sequence[FrontierPoint], show: Callable[[float], str], *, wide: bool = False) -> str:
+    """Draw the points as a sortable table of a page.
+
+    Args:
+        show: an error as text.
+        wide: lets the column of formats break into lines.
+    """
+    headings = [
+        html.Heading(column.title, column.numeric, wide and column is FRONTIER_COLUMNS[-1])
+        for column in FRONTIER_COLUMNS
+    ]
+    cells = [
+        [
+            html.Cell(text, sort)
+            for text, sort in zip(
+                texts, (None, point.budget, point.size_ratio, point.error, point.upper, None), strict=True
+            )
+        ]
+        for point, texts in zip(points, points_texts(points, show), strict=True)
+    ]
+    return html.table(headings, cells)
+
+
 def frontier_chart(
     points: Sequence[FrontierPoint],
     show: Callable[[float], str],
@@ -145,7 +169,7 @@ def frontier_chart(
     suffix: str = " %",
     budget: float | None = None,
 ) -> str:
-    """An inline SVG of error over size: measured points filled and joined along the lowest, predicted ones hollow.
+    """Draw error over size as inline SVG: measured points filled and joined along the lowest, predicted ones hollow.
 
     Args:
         points: at least one; those of error 0 stand on the axis.
@@ -155,27 +179,22 @@ def frontier_chart(
         suffix: behind a number of that axis.
         budget: drawn as a line across.
     """
-    named: list[report_charts.Series] = []
+    named: list[charts.Series] = []
     for measured, title, colour in ((False, "predicted", "3"), (True, "measured", "1")):
         alike = [point for point in points if point.measured is measured]
-        if alike:
-            named.append(
-                report_charts.Series(
-                    title,
-                    colour,
-                    [
-                        report_charts.Dot(
-                            100 * point.size_ratio,
-                            factor * point.error,
-                            f"{one_line(point.label) or title}: {percent(point.size_ratio, 3)} of the bytes, error {show(point.error)}",
-                        )
-                        for point in alike
-                    ],
-                    [(100 * point.size_ratio, factor * point.error) for point in lowest(alike)],
-                    hollow=not measured,
-                )
+        dots = [
+            charts.Dot(
+                100 * point.size_ratio,
+                factor * point.error,
+                f"{one_line(point.label) or title}: {percent(point.size_ratio, 3)} of the bytes, error {show(point.error)}",
+                hollow=not measured,
             )
-    return report_charts.scatter(
+            for point in alike
+        ]
+        line = [(100 * point.size_ratio, factor * point.error) for point in lowest(alike)]
+        if dots:
+            named.append(charts.Series(title, colour, dots, [line], dashed=not measured))
+    return charts.scatter(
         "Size against error",
         named,
         x_label="stored bytes, % of the original",

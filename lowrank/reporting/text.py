@@ -27,6 +27,7 @@ __all__ = [
     "percent",
     "plain",
     "shorten",
+    "shown_name",
     "stable_json",
     "terminal_table",
     "wrap",
@@ -54,7 +55,7 @@ class Column:
 
 
 def human_bytes(size: float | None) -> str:
-    """Bytes in decimal units, three digits.
+    """Write bytes in decimal units, three digits.
 
     Example:
         >>> human_bytes(90_868_376), human_bytes(512), human_bytes(999_950)
@@ -73,7 +74,7 @@ def human_bytes(size: float | None) -> str:
 
 
 def one_line(text: str) -> str:
-    """The text with everything a terminal would act on (control characters, line ends, lone surrogates) escaped.
+    """Escape everything in a text that a terminal would act on (control characters, line ends, lone surrogates).
 
     Example:
         >>> one_line("a\\x1b[31mb")
@@ -83,7 +84,7 @@ def one_line(text: str) -> str:
 
 
 def count_text(number: int | float | None) -> str:
-    """A number with thousands separators; one decimal where it is not whole.
+    """Write a number with thousands separators; one decimal where it is not whole.
 
     Example:
         >>> count_text(30522), count_text(12.34), count_text(None)
@@ -109,8 +110,18 @@ def shorten(text: str, width: int, keep: str = "left") -> str:
     return f"{text[:kept].rstrip()}..." if keep == "left" else f"...{text[len(text) - kept :]}"
 
 
+def shown_name(name: str) -> str:
+    """Name a module for the reader: by its path, or as the model itself where that is empty.
+
+    Example:
+        >>> shown_name("encoder.0"), shown_name("")
+        ('encoder.0', '(the model itself)')
+    """
+    return name or "(the model itself)"
+
+
 def wrap(text: str, width: int) -> str:
-    """A paragraph broken into lines, never between a number and its per cent sign.
+    """Break a paragraph into lines, never between a number and its per cent sign.
 
     Example:
         >>> print(wrap("an error of 9 % or so", 13))
@@ -123,7 +134,7 @@ def wrap(text: str, width: int) -> str:
 def terminal_table(
     columns: Sequence[Column], rows: Sequence[Sequence[str]], total: Sequence[str] | None = None, *, width: int = 120
 ) -> str:
-    """A table no wider than ``width`` where that is possible: texts are shortened first, then columns left out.
+    """Make a table no wider than ``width`` where that is possible: texts are shortened first, then columns left out.
 
     Example:
         >>> columns = [Column("layer", keep="right"), Column("rank", numeric=True)]
@@ -175,17 +186,17 @@ def terminal_table(
 
 
 def markdown_name(name: str) -> str:
-    """A name as a code span that can neither end its table cell nor start markup.
+    """Write a name as a code span that can neither end its table cell nor start markup.
 
     Example:
         >>> markdown_name("a.b"), markdown_name("a|b`c")
         ('`a.b`', "`a\\\\|b'c`")
     """
-    return "`" + name.replace("`", "'").replace("|", "\\|") + "`" if name else "(the model itself)"
+    return "`" + name.replace("`", "'").replace("|", "\\|") + "`" if name else shown_name(name)
 
 
 def markdown_table(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table of texts; pipes must be escaped already (see :func:`markdown_name`)."""
+    """Make a Markdown table of texts; pipes must be escaped already (see :func:`markdown_name`)."""
     return tabulate(
         rows,
         headers=[column.title for column in columns],
@@ -196,7 +207,7 @@ def markdown_table(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> 
 
 
 def plain(value: object) -> Any:
-    """The value as JSON knows it: tuples as lists, NaN and infinities as null, tensors of one element as numbers.
+    """Give the value as JSON knows it: tuples as lists, NaN and infinities as null, tensors of one element as numbers.
 
     Example:
         >>> plain({"error": float("nan"), "shape": (2, 3)})

@@ -35,7 +35,7 @@ class FoldedBatchNorm(nn.Identity):
 
 
 def fold_batchnorm(model: nn.Module) -> tuple[nn.Module, list[tuple[str, str]]]:
-    """A copy of the model in which each BatchNorm is taken into the convolution before it.
+    """Make a copy of the model in which each BatchNorm is taken into the convolution before it.
 
     With running mean μ and variance σ², weight γ and bias β of the BatchNorm, row o of the kernel becomes ``W·γ/√(σ² + ε)`` and the bias
     ``(b − μ)·γ/√(σ² + ε) + β``, computed in float64: the same outputs in eval mode, up to rounding. Pairs are found by

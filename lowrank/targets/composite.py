@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from lowrank.calibration.observers import AnyObserver
 from lowrank.targets.kind import LayerKind
 
 __all__ = ["Composite"]
@@ -23,7 +24,6 @@ class Composite(LayerKind):
     """
 
     composite: ClassVar[bool] = True
-    observed: ClassVar[bool] = False
     target: ClassVar[str] = "linear"
     parameter_name: ClassVar[re.Pattern[str]]
 
@@ -46,6 +46,10 @@ class Composite(LayerKind):
         return {
             name: tensor.detach()[None] for name, tensor in self.parameters(module).items() if tensor is not None
         }
+
+    def observer(self, module: nn.Module) -> AnyObserver | None:
+        """Gather nothing: what flows between the matrices is not seen from outside."""
+        return None
 
     def matrix(self, module: nn.Module) -> Tensor:
         """Give one row with all weights: norms are sums over it."""

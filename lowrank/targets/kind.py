@@ -15,6 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from lowrank.calibration.observers import AnyObserver, observer_of
 from lowrank.errors import UsageError
 from lowrank.numerics.conv_factors import ConvCurve
 from lowrank.numerics.factors import RankCurve, factorize, factorize_embedding
@@ -33,7 +34,6 @@ class LayerKind(ABC):
         types: the classes whose modules belong to the kind; not their subclasses, whose forward may differ.
         multiplies: whether rows are multiplied with the weight; else they are looked up in it.
         composite: whether a module holds several matrices, which are taken or left together.
-        observed: whether the moments (or look-ups) of what flows into a module are worth gathering.
         differentiated: whether gradients at a module's outputs tell what an error of it costs.
         weight_only: whether activations are never rounded, whatever is asked.
     """
@@ -44,7 +44,6 @@ class LayerKind(ABC):
     types: ClassVar[tuple[type[nn.Module], ...]] = ()
     multiplies: ClassVar[bool] = True
     composite: ClassVar[bool] = False
-    observed: ClassVar[bool] = True
     differentiated: ClassVar[bool] = False
     weight_only: ClassVar[bool] = False
 
@@ -96,6 +95,10 @@ class LayerKind(ABC):
         """Give the weight as (out, in · kernel) or (num_embeddings, embedding_dim); of several one row with all of them."""
         stack = next(iter(self.weights(module).values()))
         return stack.reshape(-1, stack.shape[2])
+
+    def observer(self, module: nn.Module) -> AnyObserver | None:
+        """Give what says which rows of an input meet the weight; ``None`` where nothing is to be gathered."""
+        return observer_of(module)
 
     def rows(self, module: nn.Module, output: Tensor) -> int:
         """Count the rows (tokens, positions, look-ups) that a call with this output has worked on."""

@@ -32,7 +32,7 @@ def refuse_adapters(model: nn.Module, who: str) -> None:
 
 
 def unwrapped(model: object) -> nn.Module:
-    """The model, refused where it is wrapped in something that replaces its forward.
+    """Refuse what is no model, or one that is wrapped in something that replaces its forward.
 
     Raises:
         UsageError: not a module, a bare layer, or wrapped by torch.compile, DataParallel, DDP or FSDP.

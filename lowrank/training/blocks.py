@@ -14,7 +14,7 @@ __all__ = ["checkpointed", "repeated_blocks"]
 
 
 def repeated_blocks(model: nn.Module) -> list[str]:
-    """Names of the modules that a model repeats: members of the outermost ``ModuleList`` or ``Sequential`` whose
+    """Name the modules that a model repeats: members of the outermost ``ModuleList`` or ``Sequential`` whose
     members (two at least) are of one class and hold parameters. Empty where there is no such list.
 
     Example:

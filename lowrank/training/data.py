@@ -42,7 +42,7 @@ class Example:
     own_loss: bool = False
 
     def share(self, rank: int, count: int) -> Example | None:
-        """Every ``count``-th sample from ``rank`` on; ``None`` where there is none."""
+        """Take every ``count``-th sample from ``rank`` on; ``None`` where there is none."""
         if count == 1:
             return self
         if self.batch.size == 1:
@@ -58,7 +58,7 @@ class Example:
         return Example(self.batch.select(mine), _each_tensor(self.labels, pick), self.own_loss)
 
     def to(self, device: torch.device) -> Example:
-        """The example on another device."""
+        """Move the example to another device."""
         return Example(
             self.batch.to(device), _each_tensor(self.labels, lambda tensor: tensor.to(device)), self.own_loss
         )
@@ -76,7 +76,7 @@ def _each_tensor(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 def read_example(item: Any, name: str, *, own_loss: bool) -> Example:
-    """One item of the data: a pair (inputs, labels), a dict that may hold ``labels``, or inputs alone.
+    """Read one item of the data: a pair (inputs, labels), a dict that may hold ``labels``, or inputs alone.
 
     Args:
         item: inputs are a tensor, a tuple of positional arguments or a dict of keyword arguments.
@@ -124,7 +124,7 @@ def read_example(item: Any, name: str, *, own_loss: bool) -> Example:
 
 
 def read_examples(data: Iterable[Any], name: str, *, own_loss: bool) -> list[Example]:
-    """All items of the data, read once.
+    """Read all items of the data, once.
 
     Raises:
         CalibrationError: as :func:`read_example`, or no item.
@@ -172,7 +172,7 @@ class TrainingData:
         return self._count
 
     def group(self, epoch: int, index: int, size: int) -> list[Example]:
-        """The ``index``-th group of ``size`` batches of an epoch; the last may hold fewer."""
+        """Take the ``index``-th group of ``size`` batches of an epoch; the last may hold fewer."""
         start = index * size
         if self._position[0] != epoch or self._position[1] > start:
             self._items, self._position = self._epoch(epoch), (epoch, 0)
@@ -192,7 +192,7 @@ class TrainingData:
         return found
 
     def look_through(self) -> Iterator[Example]:
-        """The batches as they were given, or those of epoch 0; every epoch is afterwards what it would have been."""
+        """Yield the batches as they were given, or those of epoch 0; every epoch is afterwards what it would have been."""
         if self._listed:
             for index, item in enumerate(self.data):
                 yield read_example(item, f"train: batch {index}", own_loss=self.own_loss)
@@ -201,7 +201,7 @@ class TrainingData:
                 yield self.group(0, index, 1)[0]
 
     def fingerprint(self) -> str:
-        """SHA-256 of all batches where they are a sequence; else of their number and the first one of epoch 0."""
+        """Compute the SHA-256 of all batches where they are a sequence; else of their number and the first one of epoch 0."""
         known = [read_example(item, "train", own_loss=self.own_loss) for item in self.data] if self._listed else None
         return f"{self._count}:{examples_fingerprint(known or self.group(0, 0, 1))}"
 
@@ -222,7 +222,7 @@ class TrainingData:
 
 
 def examples_fingerprint(examples: Iterable[Example]) -> str:
-    """SHA-256 of the tensors of the examples."""
+    """Compute the SHA-256 of the tensors of the examples."""
     digest = hashlib.sha256()
 
     def add(tensor: Tensor) -> Tensor:
@@ -252,7 +252,7 @@ class seeded_numbers:
 
 
 def derived_seed(seed: int, *parts: int) -> int:
-    """A seed that any change of the parts changes: 63 bits of their SHA-256.
+    """Derive a seed that any change of the parts changes: 63 bits of their SHA-256.
 
     Example:
         >>> derived_seed(0, 1) != derived_seed(0, 2) != derived_seed(1, 2)
@@ -263,7 +263,7 @@ def derived_seed(seed: int, *parts: int) -> int:
 
 
 def language_model_batches(batches: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Tokenised text as training data of a causal language model: labels are the ids, padding is left out.
+    """Make training data of a causal language model out of tokenised text: labels are the ids, padding is left out.
 
     Args:
         batches: dicts of ``input_ids`` and maybe ``attention_mask``, (samples, positions).

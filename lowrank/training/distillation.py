@@ -22,7 +22,7 @@ KEPT_BYTES = 2**30
 
 
 def tapped_modules(compressed: nn.Module, original: nn.Module) -> list[str]:
-    """Names of the modules whose outputs are compared: repeated blocks that both models have; else the compressed layers.
+    """Name the modules whose outputs are compared: repeated blocks that both models have; else the compressed layers.
 
     Example:
         >>> tapped_modules(nn.Sequential(nn.Linear(2, 2)), nn.Sequential(nn.Linear(2, 2)))
@@ -68,7 +68,7 @@ class Distillation:
         self._kept: dict[int, tuple[Batch, tuple[Tensor, bool, dict[str, Tensor]]]] = {}
 
     def loss(self, batch: Batch) -> Tensor:
-        """A scalar with a gradient; the original runs without one."""
+        """Compute a scalar with a gradient; the original runs without one."""
         reference, logits, wanted = self._of_original(batch)
         with _recorded(self.compressed, self.taps) as found:
             output = batch.run(self.compressed)
@@ -111,7 +111,7 @@ class Distillation:
 
 
 def is_logits(output: Any) -> bool:
-    """Whether a model calls its output logits; only then is it read as such."""
+    """Say whether a model calls its output logits; only then is it read as such."""
     return "logits" in output if isinstance(output, Mapping) else isinstance(getattr(output, "logits", None), Tensor)
 
 

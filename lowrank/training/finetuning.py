@@ -16,12 +16,11 @@ from tqdm import tqdm
 
 from lowrank import lora
 from lowrank.errors import CalibrationError, UsageError
-from lowrank.integrations.accelerate import Processes, processes
+from lowrank.integrations.accelerate import processes
 from lowrank.io import lock_destination
+from lowrank.lora.adapters import lora_layers, saved_modules
 from lowrank.lora.files import reread_adapter
-from lowrank.lora.model import lora_layers, saved_modules
 from lowrank.training.blocks import checkpointed
-from lowrank.training.checkpoints import HISTORY_NAME, RunDirectory, model_fingerprint
 from lowrank.training.data import (
     Example,
     TrainingData,
@@ -34,6 +33,7 @@ from lowrank.training.history import TrainingResult
 from lowrank.training.losses import LossFn, check_validation, require_counting
 from lowrank.training.optimizer import changing_tensors, optimizer_tensors, restore_optimizer, trainable_named
 from lowrank.training.options import TrainingOptions
+from lowrank.training.run_directory import HISTORY_NAME, RunDirectory, model_fingerprint
 from lowrank.training.trainer import Trainer
 
 __all__ = ["finetune"]
@@ -166,7 +166,8 @@ def finetune(
         directory = RunDirectory(Path(output_dir), facts, resume=resume, overwrite=overwrite)
     elif resume or overwrite:
         raise UsageError("output_dir: resume and overwrite need one")
-    run = _Run(model, data, checks, loss_fn, options, directory, team, progress)
+    total = options.total_steps(-(-len(data) // gradient_accumulation))
+    run = _Run(Trainer(model, options, loss_fn, total, team), data, checks, directory, progress)
     if directory is not None and directory.finished:
         return run.reread()
     started = time.perf_counter()
@@ -190,29 +191,30 @@ class _Run:
 
     def __init__(
         self,
-        model: nn.Module,
+        trainer: Trainer,
         data: TrainingData,
         checks: list[Example] | None,
-        loss_fn: LossFn | None,
-        options: TrainingOptions,
         directory: RunDirectory | None,
-        team: Processes,
         progress: bool,
     ) -> None:
-        self.model, self.data, self.checks, self.options = model, data, checks, options
-        self.directory, self.team, self.progress = directory, team, progress and team.first
-        self.per_epoch = -(-len(data) // options.gradient_accumulation)
-        self.total = options.steps if options.steps is not None else options.epochs * self.per_epoch  # type: ignore[operator]
-        self.trainer = Trainer(model, options, loss_fn, self.total, team)
-        self.judged = callable(options.metric) or checks is not None
-        self.tensors = changing_tensors(model)
+        self.trainer, self.data, self.checks, self.directory = trainer, data, checks, directory
+        self.model, self.options, self.team, self.total = (
+            trainer.model,
+            trainer.options,
+            trainer.processes,
+            trainer.total,
+        )
+        self.progress = progress and self.team.first
+        self.per_epoch = -(-len(data) // self.options.gradient_accumulation)
+        self.judged = callable(self.options.metric) or checks is not None
+        self.tensors = changing_tensors(self.model)
         self.best = _copies(self.tensors)
         self.stale = 0
-        counts = lora.trainable_parameters(model)
-        self.result = TrainingResult(metric=options.metric_name, trainable=counts[0], total=counts[1])
+        counts = lora.trainable_parameters(self.model)
+        self.result = TrainingResult(metric=self.options.metric_name, trainable=counts[0], total=counts[1])
 
     def train(self) -> None:
-        """All steps that are left, and the best tensors back in the model, whatever happens."""
+        """Run all steps that are left, and put the best tensors back in the model, whatever happens."""
         first = self._restore()
         try:
             if first == 0 and self.judged:
@@ -292,7 +294,7 @@ class _Run:
         return self.result.steps
 
     def finish(self) -> None:
-        """The outcome to the directory."""
+        """Write the outcome to the directory."""
         if self.directory is None:
             return
         if self.team.first:
@@ -304,7 +306,7 @@ class _Run:
         self.result.directory = self.directory.directory
 
     def reread(self) -> TrainingResult:
-        """The outcome of a run that has come to its end before."""
+        """Read the outcome of a run that has come to its end before."""
         assert self.directory is not None
         file = self.directory.adapter_file
         if file is not None:

@@ -21,7 +21,7 @@ from lowrank.training.data import derived_seed
 from lowrank.training.distillation import Distillation, is_logits
 from lowrank.training.forms import TrainableForm
 from lowrank.training.options import HealOptions, check_seed, learning_rate_factor
-from lowrank.training.pool import SamplePool
+from lowrank.training.sample_pool import SamplePool
 
 __all__ = ["HealReport", "HealResult", "heal", "heal_batches"]
 
@@ -64,11 +64,11 @@ class HealReport:
     run: dict[str, float] = field(default_factory=dict, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """All but how long it took, which differs between equal runs."""
+        """Give all but how long it took, which differs between equal runs."""
         return {key: value for key, value in asdict(self).items() if key != "run"}
 
     def to_json(self) -> str:
-        """:meth:`to_dict` as JSON."""
+        """Write :meth:`to_dict` as JSON."""
         return json.dumps(self.to_dict(), indent=1)
 
 
@@ -161,7 +161,7 @@ def heal_batches(
     seed: int = 0,
     progress: bool = True,
 ) -> HealResult:
-    """:func:`heal` on batches that are prepared, and set aside, already.
+    """Heal as :func:`heal` does, on batches that are prepared, and set aside, already.
 
     Args:
         train: to learn from.
@@ -190,7 +190,8 @@ def heal_batches(
         fixed = () if pool.varies else tuple(pool.epoch(options.batch_size, _generator(seed, 0)))
         loss = Distillation(healed, teacher, options.hidden_weight, output_fn, fixed)
         drawn = _shuffled(fixed, seed) if fixed else _varied(pool, options.batch_size, seed)
-        losses = _train(form, loss, drawn, total, options.lr, options.max_grad_norm, progress)
+        bar = tqdm(range(total), desc="heal", disable=not progress)
+        losses = _train(form, loss, drawn, bar, options)
     finally:
         form.close()
         for module, mode in original_modes:
@@ -234,29 +235,27 @@ def _train(
     form: TrainableForm,
     distillation: Distillation,
     drawn: Iterator[Batch],
-    total: int,
-    lr: float,
-    max_grad_norm: float,
-    progress: bool,
+    steps: tqdm[int],
+    options: HealOptions,
 ) -> list[float]:
-    optimizer = torch.optim.AdamW(form.parameters, lr=lr, betas=BETAS, weight_decay=0.0, foreach=False)
+    total = len(steps)
+    optimizer = torch.optim.AdamW(form.parameters, lr=options.lr, betas=BETAS, weight_decay=0.0, foreach=False)
     losses: list[float] = []
-    with torch.enable_grad(), tqdm(total=total, desc="heal", disable=not progress) as bar:
-        for step in range(total):
+    with torch.enable_grad(), steps:
+        for step in steps:
             loss = distillation.loss(next(drawn))
             value = float(loss.detach())
             if not math.isfinite(value):
-                raise NumericsError(f"heal: the loss is {value} at step {step + 1}; lower lr (now {lr:g})")
+                raise NumericsError(f"heal: the loss is {value} at step {step + 1}; lower lr (now {options.lr:g})")
             for parameter in form.parameters:
                 parameter.grad = None
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(form.parameters, max_grad_norm)
+            torch.nn.utils.clip_grad_norm_(form.parameters, options.max_grad_norm)
             factor = learning_rate_factor(step, total, math.ceil(WARMUP * total), "cosine")
-            optimizer.param_groups[0]["lr"] = lr * factor
+            optimizer.param_groups[0]["lr"] = options.lr * factor
             optimizer.step()
             losses.append(value)
-            bar.set_postfix(loss=f"{value:.4g}", refresh=False)
-            bar.update()
+            steps.set_postfix(loss=f"{value:.4g}", refresh=False)
     return losses
 
 

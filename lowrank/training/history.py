@@ -54,7 +54,7 @@ class TrainingResult:
     run: dict[str, float] = field(default_factory=dict, compare=False)
 
     def to_json(self) -> str:
-        """All but where it was written and how long it took, which differ between equal runs."""
+        """Write all but where it was written and how long it took, which differ between equal runs."""
         return json.dumps(
             {key: value for key, value in asdict(self).items() if key not in ("directory", "run")},
             indent=1,
@@ -63,7 +63,7 @@ class TrainingResult:
 
     @classmethod
     def from_json(cls, text: str, source: str = "history.json") -> TrainingResult:
-        """What :meth:`to_json` wrote.
+        """Read what :meth:`to_json` wrote.
 
         Raises:
             CheckpointError: not JSON, or no such history.
@@ -74,7 +74,7 @@ class TrainingResult:
         return cls(**found)
 
     def plot(self, kind: str = "png") -> bytes:
-        """Loss, evaluations and learning rate over the steps as a picture (extra ``plot``).
+        """Draw loss, evaluations and learning rate over the steps as a picture (extra ``plot``).
 
         Args:
             kind: png, svg or pdf.

@@ -68,7 +68,7 @@ def run_example(model: nn.Module, example: Example, loss_fn: LossFn | None, *, c
 
 
 def item_count(model: nn.Module, example: Example) -> int:
-    """What the loss is a mean over: label entries that count, for a causal model without the first of each row; else
+    """Count what the loss is a mean over: label entries that count, for a causal model without the first of each row; else
     samples.
 
     Example:
@@ -88,7 +88,7 @@ def _shifted(model: nn.Module, example: Example) -> Tensor:
 
 
 def is_causal(model: nn.Module) -> bool:
-    """Whether the model predicts the next token and shifts its labels itself."""
+    """Say whether the model predicts the next token and shifts its labels itself."""
     return shifts_labels(model)
 
 
@@ -134,7 +134,7 @@ def check_validation(model: nn.Module, checks: Sequence[Example], metric: str, *
 
 
 def metric_value(metric: Callable[[nn.Module], Any], model: nn.Module) -> float:
-    """What a metric of the caller's own says of a model.
+    """Ask a metric of the caller's own what it says of a model.
 
     Raises:
         UsageError: no number.

@@ -14,7 +14,7 @@ __all__ = ["build_optimizer", "changing_tensors", "optimizer_tensors", "restore_
 
 
 def trainable_named(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that ask for a gradient, a shared one once, by name.
+    """Find the parameters that ask for a gradient, a shared one once, by name.
 
     Raises:
         UsageError: there is none.
@@ -33,7 +33,7 @@ def trainable_named(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def changing_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """What training changes: trainable parameters, and the buffers of modules that own one (running statistics).
+    """Find what training changes: trainable parameters, and the buffers of modules that own one (running statistics).
 
     Example:
         >>> list(changing_tensors(nn.BatchNorm1d(2)))
@@ -48,12 +48,12 @@ def changing_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def has_trainable(module: nn.Module) -> bool:
-    """Whether the module itself owns a trainable parameter."""
+    """Say whether the module itself owns a trainable parameter."""
     return any(parameter.requires_grad for parameter in module.parameters(recurse=False))
 
 
 def build_optimizer(model: nn.Module, options: TrainingOptions) -> torch.optim.AdamW:
-    """AdamW; biases, norms and other vectors without decay, ``lora_B`` at ``lora_plus_ratio`` times the learning rate.
+    """Build AdamW; biases, norms and other vectors without decay, ``lora_B`` at ``lora_plus_ratio`` times the learning rate.
 
     Raises:
         UsageError: ``lora_plus_ratio`` for a model without ``lora_B``.
@@ -81,7 +81,7 @@ def build_optimizer(model: nn.Module, options: TrainingOptions) -> torch.optim.A
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
-    """The moments and step counts, named ``<parameter>/<moment>``."""
+    """Give the moments and step counts, named ``<parameter>/<moment>``."""
     return {
         f"{name}/{key}": value
         for name, parameter in trainable_named(model).items()

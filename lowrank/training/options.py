@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from lowrank.errors import UsageError
+from lowrank.errors import UsageError, is_whole
 
 __all__ = ["SCHEDULES", "HealOptions", "TrainingOptions", "learning_rate_factor"]
 
@@ -79,12 +79,19 @@ class TrainingOptions:
         """For the history."""
         return getattr(self.metric, "__name__", "metric") if callable(self.metric) else self.metric
 
+    def total_steps(self, per_epoch: int) -> int:
+        """Count the steps of the run, given those of an epoch."""
+        if self.steps is not None:
+            return self.steps
+        assert self.epochs is not None
+        return self.epochs * per_epoch
+
     def warmup_steps(self, total: int) -> int:
-        """Steps over which the learning rate rises."""
+        """Count the steps over which the learning rate rises."""
         return math.ceil(self.warmup * total) if isinstance(self.warmup, float) else self.warmup
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data: what two runs must have in common for one to go on where the other stopped."""
+        """Give as plain data what two runs must have in common for one to go on where the other stopped."""
         return {entry.name: getattr(self, entry.name) for entry in fields(self)} | {"metric": self.metric_name}
 
 
@@ -121,7 +128,7 @@ class HealOptions:
 
     @classmethod
     def of(cls, given: bool | Mapping[str, Any]) -> HealOptions:
-        """From ``True`` or a dict of arguments.
+        """Read ``True`` or a dict of arguments.
 
         Raises:
             UsageError: an argument that there is not.
@@ -134,7 +141,7 @@ class HealOptions:
         return cls(**arguments)
 
     def total_steps(self, samples: int) -> int:
-        """As asked for; by default 20 epochs, but 100 to 400 steps."""
+        """Count the steps: as asked for; by default 20 epochs, but 100 to 400 steps."""
         per_epoch = max(math.ceil(samples / self.batch_size), 1)
         if self.steps is not None:
             return self.steps
@@ -142,7 +149,7 @@ class HealOptions:
 
 
 def learning_rate_factor(step: int, total: int, warmup: int, schedule: str) -> float:
-    """What the learning rate of a step (counted from 0) is multiplied by.
+    """Compute what the learning rate of a step (counted from 0) is multiplied by.
 
     Linear from 1 / warmup to 1 over the warm-up; then ``(1 + cos πx) / 2``, ``1 − x`` or 1, x the share of what is left.
 
@@ -164,9 +171,7 @@ def check_seed(seed: object) -> None:
 
 
 def _whole(value: object, name: str, low: int) -> None:
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+    if value is not None and not is_whole(value, low):
         raise UsageError(f"{name}: must be an integer of at least {low}, got {value!r}")
 
 

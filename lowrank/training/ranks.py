@@ -35,7 +35,7 @@ def allocate_ranks(
     ranks: Sequence[int] | None = None,
     seed: int = 0,
 ) -> dict[str, int]:
-    """Ranks where they count: a ``rank_pattern`` for :class:`lowrank.LoRAConfig`.
+    """Give ranks where they count: a ``rank_pattern`` for :class:`lowrank.LoRAConfig`.
 
     Adapters of rank ``config.r`` are put everywhere (on a copy), trained for a few steps, and scored layer by layer with
     Σ|gradient · weight| over the batches. Ranks go one step at a time to the layer with the most score a rank, so that
@@ -85,8 +85,12 @@ def rank_scores(
     *,
     seed: int = 0,
 ) -> tuple[dict[str, float], dict[str, int], dict[str, int]]:
-    """Σ|gradient · weight| of each layer's adapter over the batches, the largest rank it can use, min(out, in · kernel), and what
-    its rank must be a multiple of (the groups of a convolution)."""
+    """Score each layer by its adapter's Σ|gradient · weight| over the batches.
+
+    Returns:
+        The scores, the largest rank each layer can use, min(out, in · kernel), and what its rank must be a multiple of (the
+        groups of a convolution).
+    """
     config = LoRAConfig() if config is None else config
     if config.rank_pattern:
         raise UsageError("config: has a rank_pattern already, which is what this function is to find; leave it out")

@@ -54,7 +54,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=options.mixed_precision == "fp16")
 
     def step(self, step: int, group: Sequence[Example]) -> Row:
-        """Step ``step`` (from 0) on a group of batches: the mean over all their items.
+        """Take step ``step`` (from 0) on a group of batches: the mean over all their items.
 
         Without an item that counts, and where float16 overflows at the present loss scale, nothing is updated; the row
         says ``skipped``.
@@ -122,7 +122,7 @@ class Trainer:
         return float(norm) if bool(torch.isfinite(norm)) else None
 
     def evaluate(self, examples: Sequence[Example]) -> float:
-        """The metric of the options: over the validation batches, or of the model where it is a callable.
+        """Measure the metric of the options: over the validation batches, or of the model where it is a callable.
 
         Raises:
             NumericsError: it is NaN or infinite.
@@ -156,7 +156,7 @@ class Trainer:
         return torch.tensor([loss, outcome.items, outcome.right or 0], dtype=torch.float64)
 
     def training_mode(self) -> None:
-        """Dropout on; running statistics of norms whose own parameters are frozen stay as they are."""
+        """Switch dropout on; running statistics of norms whose own parameters are frozen stay as they are."""
         self.model.train()
         for module in self.model.modules():
             if isinstance(module, nn.modules.batchnorm._NormBase) and not has_trainable(module):

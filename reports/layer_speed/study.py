@@ -5,12 +5,8 @@ Run: ``python reports/layer_speed/study.py`` (resumes where it stopped; ``--fres
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import platform
 import statistics
-import tempfile
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -20,7 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowrank.kernels import route
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from _shared import harness
+from _shared.host import host
+
 from lowrank.layers import QuantizedConv2d, QuantizedLinear, QuantizedLowRankLayer, SVDCompressedLinear
 
 HERE = Path(__file__).resolve().parent
@@ -164,23 +164,8 @@ def measure_overhead(rounds: int, at_least: float) -> dict[str, Any]:
 
 
 def _spread(values: list[float]) -> dict[str, float]:
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return {"median": round(middle, 2), "lower_quartile": round(low, 2), "upper_quartile": round(high, 2)}
-
-
-def host() -> dict[str, Any]:
-    """What the numbers depend on."""
-    model = platform.processor()
-    if os.path.exists("/proc/cpuinfo"):
-        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-        model = names[0].split(":", 1)[1].strip() if names else model
-    return {
-        "cpu": model,
-        "threads": torch.get_num_threads(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "route": route(),
-        "torch": torch.__version__,
-    }
+    low, middle, high = harness.quartiles(values, 2)
+    return {"median": middle, "lower_quartile": low, "upper_quartile": high}
 
 
 def render(results: dict[str, Any]) -> str:
@@ -214,7 +199,7 @@ def render(results: dict[str, Any]) -> str:
 
 
 def _cell(spread: dict[str, float]) -> str:
-    return f"{spread['median']:.2f} ({spread['lower_quartile']:.2f}–{spread['upper_quartile']:.2f})"
+    return harness.middle_and_quartiles([spread[part] for part in ("lower_quartile", "median", "upper_quartile")], 2)
 
 
 def _name_of(case: dict[str, Any]) -> str:
@@ -265,29 +250,26 @@ def _findings(results: dict[str, Any]) -> list[str]:
 
 def main() -> None:
     """Measure what is missing, write after every case."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--smoke", action="store_true", help="tiny shapes, results to a temporary folder")
+    parser = harness.options_of(__doc__)
     parser.add_argument("--fresh", action="store_true", help="measure everything anew")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=15)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.set_grad_enabled(False)
-    folder = Path(tempfile.mkdtemp(prefix="layer_speed_")) if arguments.smoke else HERE
+    folder = harness.folder_for(HERE, arguments.smoke)
     shapes, tokens = ([(64, 96, 16)], [1, 4]) if arguments.smoke else (SHAPES, TOKENS)
     convolutions, images = ([(8, 4, 3, 1, 6)], [1]) if arguments.smoke else (CONVOLUTIONS, IMAGES)
     rounds, at_least = (3, 0.001) if arguments.smoke else (arguments.rounds, 0.05)
-    path = folder / "results.json"
-    results: dict[str, Any] = {"host": host(), "cases": [], "convolutions": [], "overhead": None}
-    if path.exists() and not arguments.fresh:
-        kept = json.loads(path.read_text())
-        # Cases of another machine or library do not belong in one table.
-        if kept["host"] == results["host"]:
-            results = kept
+    about = host("cpu", "threads", "capability", "route", "torch")
+    results: dict[str, Any] = {"host": about, "cases": [], "convolutions": [], "overhead": None}
+    kept = harness.read_results(folder, results)
+    # Cases of another machine or library do not belong in one table.
+    if kept["host"] == about and not arguments.fresh:
+        results = kept
 
     def keep(message: str) -> None:
-        path.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
-        (folder / "table.md").write_text(render(results))
+        harness.write_results(folder, results, render)
         print(message, flush=True)
 
     if results["overhead"] is None:

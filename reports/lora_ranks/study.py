@@ -6,14 +6,11 @@ taken at the end, with nothing else running; ``--again timing`` takes them anew.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import math
 import os
-import platform
 import resource
-import statistics
 import subprocess
 import sys
 import time
@@ -22,112 +19,25 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from tabulate import tabulate
 from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from _shared import data as shared
+from _shared import harness
+from _shared.characters import LETTERS, gpt, ids_of, perplexity, pretrained, stretches, texts
+from _shared.host import host
 
 import lowrank
 
 HERE = Path(__file__).resolve().parent
-SHARED = HERE.parents[2] / "shared"
-CACHE = HERE / ".cache"
 # A rank, "8 by score" (ranks of 8 on average, given by lowrank.allocate_ranks), or None for the whole model.
 Rank = int | str | None
 BY_SCORE = "8 by score"
 RANKS: tuple[Rank, ...] = (4, 8, BY_SCORE, 16, 32, None)
 TARGETS = ["c_attn", "c_proj", "c_fc"]
-CONTEXT = 128
-PRETRAINING, ADAPTATION = 600, 100
-# Printable ASCII and the line end; anything else becomes a question mark.
-LETTERS = "\n" + "".join(map(chr, range(32, 127)))
+ADAPTATION = 100
 LORA_RATE, FULL_RATE = 2e-3, 5e-4
-
-
-def ids_of(text: str) -> Tensor:
-    """Characters as numbers."""
-    number = {letter: index for index, letter in enumerate(LETTERS)}
-    return torch.tensor([number.get(letter, number["?"]) for letter in text])
-
-
-def texts() -> dict[str, dict[str, Tensor]]:
-    """For each task what is trained on, what chooses the best step, and what no step saw."""
-
-    def read(name: str) -> str:
-        return (SHARED / "data" / name).read_text(encoding="utf-8")
-
-    train = read("shakespeare/train.txt")
-    cut = int(0.8 * len(train))
-    wiki = read("wikitext2/valid.txt")
-    first, second = int(0.8 * len(wiki)), int(0.9 * len(wiki))
-    return {
-        "pretraining": {"train": ids_of(train[:cut])},
-        "shakespeare": {
-            "train": ids_of(train[cut:]),
-            "valid": ids_of(read("shakespeare/valid.txt")),
-            "test": ids_of(read("shakespeare/test.txt")),
-        },
-        "wikitext2": {
-            "train": ids_of(wiki[:first]),
-            "valid": ids_of(wiki[first:second])[:60_000],
-            "test": ids_of(wiki[second:])[:60_000],
-        },
-    }
-
-
-def language_model(layers: int = 4, width: int = 256) -> nn.Module:
-    """A GPT-2 over characters; 3.2 million parameters at the default size."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=len(LETTERS),
-        n_positions=CONTEXT,
-        n_embd=width,
-        n_layer=layers,
-        n_head=4,
-        bos_token_id=0,
-        eos_token_id=0,
-        resid_pdrop=0.1,
-        embd_pdrop=0.1,
-        attn_pdrop=0.1,
-    )
-    return GPT2LMHeadModel(config)
-
-
-def stretches(ids: Tensor, size: int, count: int | None = None, seed: int = 0) -> list[dict[str, Tensor]]:
-    """Batches of stretches of the text: random ones where a count of batches is given, else all in a row."""
-    if count is None:
-        rows = ids[: len(ids) // CONTEXT * CONTEXT].view(-1, CONTEXT)
-    else:
-        starts = torch.randint(0, len(ids) - CONTEXT, (count * size,), generator=torch.Generator().manual_seed(seed))
-        rows = torch.stack([ids[start : start + CONTEXT] for start in starts])
-    return [{"input_ids": part, "labels": part} for part in rows.split(size)]
-
-
-@torch.no_grad()
-def perplexity(model: nn.Module, ids: Tensor) -> float:
-    """exp of the mean negative log-likelihood a character."""
-    model.eval()
-    total = count = 0.0
-    for batch in stretches(ids, 32):
-        rows = batch["labels"].shape[0] * (CONTEXT - 1)
-        total += float(model(**batch).loss) * rows
-        count += rows
-    return math.exp(total / count)
-
-
-def pretrained(data: Tensor, steps: int) -> nn.Module:
-    """The language model after training on 80 % of the plays; kept in ``.cache``."""
-    from safetensors.torch import load_model, save_model
-
-    model = language_model()
-    stored = CACHE / f"gpt-{steps}.safetensors"
-    if stored.exists():
-        load_model(model, stored)
-        return model.eval()
-    lowrank.finetune(model, stretches(data, 32, steps), steps=steps, lr=1e-3, weight_decay=0.1, warmup=50, seed=0)
-    CACHE.mkdir(exist_ok=True)
-    save_model(model, str(stored))
-    return model.eval()
 
 
 @torch.no_grad()
@@ -204,7 +114,7 @@ def run_language(base: nn.Module, task: str, rank: Rank, data: dict[str, Tensor]
 
 def peak_memory(rank: Rank, steps: int = 3) -> dict[str, int]:
     """Resident bytes of this process before training, and at the peak of a few steps. Run in a process of its own."""
-    base, data = pretrained(torch.empty(0, dtype=torch.long), PRETRAINING), texts()["wikitext2"]["train"]
+    base, data = pretrained(torch.empty(0, dtype=torch.long)), texts()["wikitext2"]["train"]
     train = stretches(data, 32, steps, seed=1)
     model = adapt(base, rank, TARGETS, train)
     del base
@@ -240,13 +150,8 @@ def memory(ranks: tuple[Rank, ...]) -> dict[str, dict[str, int]]:
 
 def digits() -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, tuple[Tensor, Tensor]]]:
     """scikit-learn's digits enlarged to 28 × 28, upright and turned by 90 degrees: three fifths, a fifth, a fifth."""
-    from sklearn.datasets import load_digits
-
-    images, labels = load_digits(return_X_y=True)
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    small = torch.tensor(images, dtype=torch.float32)[order].view(-1, 1, 8, 8) / 16
-    large = F.interpolate(small, size=(28, 28), mode="bilinear", align_corners=False)
-    classes = torch.tensor(labels)[order]
+    small, classes = shared.digits(shuffled=True)
+    large = F.interpolate(small.view(-1, 1, 8, 8), size=(28, 28), mode="bilinear", align_corners=False)
     fifth = len(large) // 5
     parts = {"train": slice(0, 3 * fifth), "valid": slice(3 * fifth, 4 * fifth), "test": slice(4 * fifth, None)}
 
@@ -305,11 +210,11 @@ def render(results: dict[str, Any]) -> str:
 
     def spread(rank: Any) -> list[str]:
         taken = results["timing"]["seconds"][str(rank)]
-        low, middle, high = (1e3 * value for value in statistics.quantiles(taken, n=4))
+        milliseconds = [1e3 * value for value in harness.quartiles(taken, inside=False)]
         grown = results["memory"][str(rank)]
         # Scoring the layers trains too, and leaves memory behind that the rise then does not show.
         rise = "" if isinstance(rank, str) else f"{(grown['peak'] - grown['before']) / 1e6:.0f}"
-        return [f"{middle:.0f} ({low:.0f} to {high:.0f})", rise]
+        return [harness.middle_and_quartiles(milliseconds, 0, " to "), rise]
 
     lines: list[str] = []
     for task in ("shakespeare", "wikitext2"):
@@ -338,8 +243,7 @@ def render(results: dict[str, Any]) -> str:
             "distinct words / 2-grams / 3-grams",
             "its samples under the full model",
         ]
-        table = tabulate(body, header, "github", disable_numparse=True)
-        lines += [f"**{task}** (perplexity a character)", "", table, ""]
+        lines += [f"**{task}** (perplexity a character)", "", harness.table(body, header), ""]
     body = [
         [label(row["rank"]), f"{row['trainable']:,}", f"{row['turned']:.1%}", f"{row['upright']:.1%}"]
         for row in results["digits"]
@@ -348,7 +252,7 @@ def render(results: dict[str, Any]) -> str:
     lines += [
         "**MLP 784-128-256-10, digits turned by 90°**",
         "",
-        tabulate(body, header, "github", disable_numparse=True),
+        harness.table(body, header),
         "",
         "Samples (the first of sixteen):",
         "",
@@ -362,14 +266,13 @@ def render(results: dict[str, Any]) -> str:
 
 def main() -> None:
     """Run what is missing and write the table anew."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--smoke", action="store_true")
+    parser = harness.options_of(__doc__)
     parser.add_argument("--memory", help="print the peak memory of training at this rank (JSON); what the study calls")
     parser.add_argument("--again", choices=["timing"], help="take times and memory anew")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.smoke:
-        base = language_model(1, 32)
+        base = gpt(len(LETTERS), 1, 32)
         data = {part: torch.arange(2000) % len(LETTERS) for part in ("train", "valid", "test")}
         for rank in (4, BY_SCORE):
             print(run_language(base, "shakespeare", rank, data, 4))
@@ -379,14 +282,13 @@ def main() -> None:
     if options.memory is not None:
         print(json.dumps(peak_memory(json.loads(options.memory))))
         return
-    path = HERE / "results.json"
-    results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    results["host"] = {"machine": platform.machine(), "torch": torch.__version__, "threads": torch.get_num_threads()}
+    results = harness.read_results(HERE, {})
+    results["host"] = host("machine", "torch", "threads")
     data = texts()
-    base = pretrained(data["pretraining"]["train"], PRETRAINING)
+    base = pretrained(data["pretraining"]["train"])
 
     def keep() -> None:
-        path.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        harness.write_results(HERE, results, None)
 
     if "base" not in results:
         results["base"] = {
@@ -417,7 +319,7 @@ def main() -> None:
         results["timing"] = timing(base, data["wikitext2"]["train"], RANKS)
         results["memory"] = memory(RANKS)
         keep()
-    (HERE / "table.md").write_text(render(results), encoding="utf-8")
+    harness.write_results(HERE, results, render)
     print(render(results))
 
 

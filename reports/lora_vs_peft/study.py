@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
-import platform
 import resource
 import statistics
 import subprocess
@@ -21,10 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from _shared import data as shared
+from _shared import harness
+from _shared.host import host
+
 import lowrank
 
 HERE = Path(__file__).resolve().parent
-SHARED = HERE.parents[2] / "shared"
 OPTIONS: dict[str, Any] = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0}
 TARGETS = ["q_proj", "v_proj", "gate_proj", "down_proj"]
 STEPS, ROUNDS = 50, 15
@@ -33,9 +36,9 @@ LEARNING_RATE = 3e-3
 
 def data(smoke: bool) -> tuple[nn.Module, list[Tensor]]:
     """stories260K and batches of Shakespeare in its tokens; in the quick form an untrained Llama of two layers."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
     if smoke:
+        from transformers import LlamaConfig, LlamaForCausalLM
+
         torch.manual_seed(0)
         config = LlamaConfig(
             vocab_size=64,
@@ -47,13 +50,11 @@ def data(smoke: bool) -> tuple[nn.Module, list[Tensor]]:
             max_position_embeddings=64,
         )
         return LlamaForCausalLM(config).eval(), list(torch.randint(0, 64, (6, 4, 16)))
-    path = SHARED / "models/stories260K"
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    text = (SHARED / "data/shakespeare/train.txt").read_text(encoding="ascii")[:400_000]
-    ids = torch.tensor(tokenizer(text)["input_ids"])
+    model, tokenizer = shared.stories()
+    ids = torch.tensor(tokenizer(shared.text("shakespeare/train.txt")[:400_000])["input_ids"])
     rows = ids[: len(ids) // 128 * 128].view(-1, 128)
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
-    return AutoModelForCausalLM.from_pretrained(path), [rows[part] for part in order.split(8)]
+    return model, [rows[part] for part in order.split(8)]
 
 
 def adapted(kind: str, model: nn.Module, folder: Path) -> nn.Module:
@@ -109,14 +110,11 @@ def measure(smoke: bool, steps: int, rounds: int) -> dict[str, Any]:
         "trainable": trainable,
         "losses": losses,
         "largest_relative_difference": difference,
-        "milliseconds": {kind: spread([1e3 * value for value in values]) for kind, values in seconds.items()},
-        "time_ratio": spread(ratios),
+        "milliseconds": {
+            kind: harness.quartiles([1e3 * value for value in values], 4) for kind, values in seconds.items()
+        },
+        "time_ratio": harness.quartiles(ratios, 4),
     }
-
-
-def spread(values: list[float]) -> list[float]:
-    """Lower quartile, median, upper quartile."""
-    return [round(value, 4) for value in statistics.quantiles(values, n=4, method="inclusive")]
 
 
 def memory(kind: str, smoke: bool) -> int:
@@ -147,7 +145,7 @@ def render(results: dict[str, Any]) -> str:
         (f"loss at step {last + 1}", lambda kind: f"{results['losses'][kind][last]:.6f}"),
         (
             "ms a step, median (quartiles)",
-            lambda kind: "{1:.1f} ({0:.1f}–{2:.1f})".format(*results["milliseconds"][kind]),
+            lambda kind: harness.middle_and_quartiles(results["milliseconds"][kind], 1),
         ),
         (
             "peak memory, MB: median of 3 processes",
@@ -166,21 +164,19 @@ def render(results: dict[str, Any]) -> str:
 
 def main() -> None:
     """Measure everything and write it."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--smoke", action="store_true")
+    parser = harness.options_of(__doc__)
     parser.add_argument("--memory", choices=("peft", "lowrank"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(2)
     if arguments.memory:
         measure_memory(arguments.memory, arguments.smoke)
         return
-    folder = Path(tempfile.mkdtemp(prefix="lora_vs_peft_")) if arguments.smoke else HERE
+    folder = harness.folder_for(HERE, arguments.smoke)
     results = measure(arguments.smoke, *((10, 3) if arguments.smoke else (STEPS, ROUNDS)))
     times = 1 if arguments.smoke else 3
     results["memory"] = {kind: [memory(kind, arguments.smoke) for _ in range(times)] for kind in ("peft", "lowrank")}
-    results["host"] = {"machine": platform.machine(), "torch": torch.__version__, "threads": torch.get_num_threads()}
-    (folder / "results.json").write_text(json.dumps(results, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    (folder / "table.md").write_text(render(results), encoding="utf-8")
+    results["host"] = host("machine", "torch", "threads")
+    harness.write_results(folder, results, render)
     print(render(results))
     if results["largest_relative_difference"] > 1e-4:
         raise SystemExit("the loss curves differ by more than 1e-4")

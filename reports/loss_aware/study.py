@@ -12,22 +12,22 @@ Models and data are those of ``reports/budget``; needs the data folder beside th
 
 from __future__ import annotations
 
-import argparse
-import importlib.util
 import json
 import os
-import platform
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
-from tabulate import tabulate
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from _shared import harness
+from _shared.cases import MODELS
+from _shared.host import host
 
 import lowrank
 from lowrank.calibration.batches import prepare_batches
@@ -43,20 +43,9 @@ CASES: tuple[tuple[str, float, dict[str, Any]], ...] = (
 VARIANTS = ("inputs alone", "cost to the output", "and healed")
 
 
-def budget_study() -> ModuleType:
-    """``reports/budget/study.py``: the models and their data."""
-    path = HERE.parent / "budget" / "study.py"
-    spec = importlib.util.spec_from_file_location("budget_study", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["budget_study"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-def run_case(models: Any, name: str, budget: float, variant: str, heal: dict[str, Any]) -> dict[str, Any]:
+def run_case(name: str, budget: float, variant: str, heal: dict[str, Any]) -> dict[str, Any]:
     """One row of results.json."""
-    case = models[name]()
+    case = MODELS[name]()
     started = time.perf_counter()
     result = lowrank.compress_model(
         case.model,
@@ -107,34 +96,27 @@ def render(results: dict[str, Any]) -> str:
         for row in results["rows"]
     ]
     header = ["model, budget", "factors", "size", "promised", "on unseen data", "top-1", "seconds"]
-    return tabulate(body, header, "github", disable_numparse=True) + "\n"
+    return harness.table(body, header) + "\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run what is not there yet."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", help="one model")
-    parser.add_argument("--smoke", action="store_true")
-    options = parser.parse_args(arguments)
+    options = harness.options_of(__doc__, only="one model").parse_args(arguments)
     torch.set_num_threads(1)
-    folder = Path(tempfile.mkdtemp()) if options.smoke else HERE
+    folder = harness.folder_for(HERE, options.smoke)
     cases = (("digits", 0.2, {"steps": 20}),) if options.smoke else CASES
-    path = folder / "results.json"
-    results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"rows": []}
-    results["host"] = {"machine": platform.machine(), "torch": torch.__version__, "lowrank": lowrank.__version__}
+    results = harness.read_results(folder, {"rows": []})
+    results["host"] = host("machine", "torch", "lowrank")
     order = [(name, budget, variant) for name, budget, _ in cases for variant in VARIANTS]
-    models = budget_study().MODELS
     for name, budget, heal in cases:
         for variant in VARIANTS:
             done = {(row["model"], row["budget"], row["variant"]) for row in results["rows"]}
             if (name, budget, variant) in done or (options.only and options.only != name):
                 continue
-            results["rows"].append(run_case(models, name, budget, variant, heal))
+            results["rows"].append(run_case(name, budget, variant, heal))
             print(json.dumps(results["rows"][-1]), flush=True)
             results["rows"].sort(key=lambda row: order.index((row["model"], row["budget"], row["variant"])))
-            text = json.dumps(results, indent=1, sort_keys=True) + "\n"
-            path.write_text(text, encoding="utf-8")
-            (folder / "table.md").write_text(render(results), encoding="utf-8")
+            harness.write_results(folder, results, render)
     print(render(results))
 
 

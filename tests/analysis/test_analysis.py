@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lowrank.analysis.model import analyze_model
-from lowrank.analysis.page import kinds
+from lowrank.analysis.page import _Group, _spectra_chart, kinds
 from lowrank.analysis.report import AnalysisReport
 from lowrank.analysis.rows import AnalysisRow, size_error_curve
 from lowrank.errors import CheckpointError, NumericsError, UsageError
@@ -462,25 +462,7 @@ def test_layers_of_one_part_are_one_kind() -> None:
     ]
 
 
-def test_the_page_stands_alone_and_takes_the_pages_colours() -> None:
-    pytest.importorskip("matplotlib", reason="the extra plot is not installed")
-    report = analyze_model(deep())
-    page = report.to_html()
-    assert page.count('<svg class="plot"') == 4
-    for kind in ("table (1)", "query (3)", "dense (3)"):
-        assert kind in page
-    body = page[page.index("<main>") :]
-    assert not re.search(r"#0[0-9a-f]{5}|<style|url\((?!#)|src=|xmlns:xlink|http", body), (
-        "nothing from outside, no fixed colour"
-    )
-    assert "var(--s1)" in body
-    assert page == analyze_model(deep()).to_html(), "the same input gives the same page"
-    ids = re.findall(r' id="([^"]*)"', body)
-    for first, second in re.findall(r'url\(#([^)]*)\)|href="#([^"]*)"', body):
-        assert (first or second) in ids, "every reference has its target"
-
-
-def test_without_matplotlib_the_page_draws_the_means_and_says_how_to_get_more(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_page_stands_alone_and_takes_the_pages_colours(monkeypatch: pytest.MonkeyPatch) -> None:
     real = builtins.__import__
 
     def without(name: str, *args: Any, **kwargs: Any) -> Any:
@@ -489,11 +471,38 @@ def test_without_matplotlib_the_page_draws_the_means_and_says_how_to_get_more(mo
         return real(name, *args, **kwargs)
 
     report = analyze_model(deep())
+    # The charts of pages need no extra.
     monkeypatch.setattr(builtins, "__import__", without)
     page = report.to_html()
-    assert "pip install &#x27;lowrank[plot]&#x27;" in page
-    assert page.count("<svg viewBox") == 4
-    assert page.count("<polyline") == 7
+    assert page.count('<svg class="plot"') == 4
+    assert page.count("<polyline") == 1 + 2 * 7, "the curve, and for each layer its spectrum and its energy"
+    assert page.count("<circle") == 7
+    for kind in ("table (1)", "query (3)", "dense (3)"):
+        assert kind in page
+    body = page[page.index("<main>") :]
+    assert not re.search(r"#[0-9a-f]{6}|<style|url\(|src=|href=|http", body), "nothing from outside, no fixed colour"
+    assert "var(--s1)" in body
+    assert page == analyze_model(deep()).to_html(), "the same input gives the same page"
+
+
+def test_lines_end_below_the_scale_of_spectra() -> None:
+    row = AnalysisRow(
+        "a",
+        "Linear",
+        (4, 4),
+        16,
+        64,
+        full_rank=4,
+        effective_rank=2.0,
+        spectrum=(1.0, 1e-3, 1e-6, 1e-9),
+        energy=(1.0,) * 4,
+    )
+    chart = _spectra_chart([_Group("a", "1", [row])])
+    path = re.search(r'points="([^"]*)"', chart)
+    assert path is not None
+    assert len(path.group(1).split()) == 3, "up to the first value below 1e-4"
+    for text in ("10⁰", "10⁻⁴"):
+        assert text in chart
 
 
 def test_the_verdict_stands_beside_the_name() -> None:

@@ -86,7 +86,7 @@ def test_the_errors_and_sizes_are_those_of_the_plans() -> None:
 
 
 def test_one_preparation_serves_all_budgets() -> None:
-    with mock.patch.object(frontier, "prepare_job", wraps=frontier.prepare_job) as prepare:
+    with mock.patch.object(frontier, "prepare", wraps=frontier.prepare) as prepare:
         measured()
     assert prepare.call_count == 1
 
@@ -153,7 +153,7 @@ def test_a_run_that_was_stopped_goes_on_and_ends_in_the_same_bytes(tmp_path: Pat
 
 def test_a_finished_run_is_only_read(tmp_path: Path) -> None:
     first = measured(tmp_path / "out")
-    with mock.patch.object(frontier, "prepare_job", side_effect=AssertionError):
+    with mock.patch.object(frontier, "prepare", side_effect=AssertionError):
         again = measured(tmp_path / "out")
     assert again.to_json() == first.to_json()
     assert again.plans == first.plans

@@ -8,7 +8,7 @@ from helpers import seeded
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lowrank.calibration import inputs as calibration
+from lowrank.calibration import observers
 from lowrank.calibration.batches import Batch
 from lowrank.calibration.inputs import collect_statistics
 from lowrank.errors import NumericsError
@@ -63,7 +63,7 @@ def test_convolutions_of_one_input_and_geometry_share() -> None:
 
 
 def test_patches_beyond_the_cap_are_drawn_with_the_seed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibration, "PATCHES_PER_LAYER", 240)
+    monkeypatch.setattr(observers, "PATCHES_PER_LAYER", 240)
     model = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, stride=2))
     x = torch.randn(16, 2, 10, 10, generator=seeded())
 

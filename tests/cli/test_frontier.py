@@ -50,7 +50,7 @@ def test_points_plans_and_pages_are_written(room: Path, capsys: pytest.CaptureFi
 
 def test_a_rerun_reads_what_is_there(room: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = (room / "out" / "frontier.json").read_bytes()
-    with mock.patch.object(frontier, "prepare_job", side_effect=AssertionError):
+    with mock.patch.object(frontier, "prepare", side_effect=AssertionError):
         assert main([*command(room), "-o", str(room / "out"), "--json", "-"]) == 0
     assert len(json.loads(capsys.readouterr().out)["points"]) == len(json.loads(before)["points"])
     assert (room / "out" / "frontier.json").read_bytes() == before
@@ -92,7 +92,7 @@ def test_what_cannot_be_is_refused_before_the_work(
     room: Path, capsys: pytest.CaptureFixture[str], more: list[str], words: str, code: int
 ) -> None:
     arguments = [part.replace("{room}", str(room)) for part in more]
-    with mock.patch.object(frontier, "prepare_job", side_effect=AssertionError):
+    with mock.patch.object(frontier, "prepare", side_effect=AssertionError):
         assert main([*command(room), *arguments]) == code
     error = capsys.readouterr().err
     assert words in error

@@ -99,8 +99,9 @@ def model_of(example: str) -> Holder:
 
 def data_of(model: nn.Module, example: str) -> LayerData:
     (target,) = survey(model).targets
-    found = collect_statistics(model, [EXAMPLES[example].inputs(48)], {target.name: target.owner})
-    known = found.get(target.name) if target.kind.observed else None
+    known = None
+    if target.kind.observer(target.owner) is not None:
+        known = collect_statistics(model, [EXAMPLES[example].inputs(48)], {target.name: target.owner})[target.name]
     return LayerData(
         target,
         known if isinstance(known, InputStatistics) else None,

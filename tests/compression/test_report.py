@@ -17,7 +17,9 @@ import torch
 
 from lowrank.compression.report import CompressionReport, LayerRow, sum_rows
 from lowrank.errors import CheckpointError, LowRankError, StorageError
-from lowrank.reporting.html import bullet_bar, line_chart, page, segment_bar
+from lowrank.layers.spec import LayerSpec
+from lowrank.reporting.charts import HALF, WIDE, Axis, Dot, Frame, Series, draw
+from lowrank.reporting.html import bullet_bar, page, segment_bar
 from lowrank.reporting.text import Column, human_bytes, percent, plain, shorten, stable_json, terminal_table
 
 HOSTILE = "<script>alert('x')</script>|`\x1b[31m\n\"onload=&amp;"
@@ -25,13 +27,22 @@ HOSTILE = "<script>alert('x')</script>|`\x1b[31m\n\"onload=&amp;"
 
 def rows() -> list[LayerRow]:
     return [
-        LayerRow("embed", "Embedding", (100, 8), "int8", None, 8, 3200, 1200, 12.0, 0.005, None, None, "float", 800),
         LayerRow(
-            "encoder.layer.0.dense", "Linear", (8, 16), "lowrank-int8", 2, 8, 544, 88, 8 * 88 / 136, 0.1, 0.04,
-            "the metric does not depend on it", "int8", 136,
+            "embed", "Embedding", (100, 8), LayerSpec("int8", bits=8, activations="float"),
+            bytes_before=3200, bytes_after=1200, bits_per_weight=12.0, weight_error=0.005, weights=800,
         ),
-        LayerRow("norm", "LayerNorm", (8,), "dense", None, None, 64, 64, 32.0, reason="not a target", weights=16),
-        LayerRow("head", "Linear", (100, 8), "int8", None, 8, 0, 0, None, 0.005, None, "tied with embed", "int8"),
+        LayerRow(
+            "encoder.layer.0.dense", "Linear", (8, 16), LayerSpec("lowrank-int8", 2, 8, "int8"),
+            bytes_before=544, bytes_after=88, bits_per_weight=8 * 88 / 136, weight_error=0.1, activation_error=0.04,
+            reason="the metric does not depend on it", weights=136,
+        ),
+        LayerRow(
+            "norm", "LayerNorm", (8,), bytes_before=64, bytes_after=64, bits_per_weight=32.0, reason="not a target", weights=16
+        ),
+        LayerRow(
+            "head", "Linear", (100, 8), LayerSpec("int8", bits=8, activations="int8"),
+            weight_error=0.005, reason="tied with embed",
+        ),
     ]  # fmt: skip
 
 
@@ -189,6 +200,32 @@ def test_json_round_trip_is_exact_and_deterministic() -> None:
     assert reordered.to_json() == text
 
 
+def test_rows_of_older_and_of_newer_formats_are_read() -> None:
+    data = json.loads(report().to_json())
+    assert [row["scheme"] for row in data["rows"]] == [None] * 4, "written even where it is null"
+    assert not {"spec", "group", "rounding"} & set(data["rows"][0])
+    data["rows"] = [
+        {"name": "old", "kind": "Linear", "shape": [4, 4]},
+        {
+            "name": "new",
+            "kind": "Linear",
+            "shape": [4, 4],
+            "format": "int3",
+            "bits": 3,
+            "group": 64,
+            "rounding": "best",
+        },
+    ]
+    read = CompressionReport.from_json(json.dumps(data))
+    assert [row.compressed for row in read.rows] == [False, True]
+    assert read.rows[1].spec == LayerSpec("int3", bits=3, group=64, rounding="best")
+    assert read.answer == "int3 in 1 layer"
+    again = json.loads(read.to_json())["rows"][1]
+    assert (again["group"], again["rounding"], again["scheme"]) == (64, "best", None)
+    with pytest.raises(CheckpointError, match="spec"):
+        CompressionReport.from_json(json.dumps(data | {"rows": [data["rows"][0] | {"spec": {}}]}))
+
+
 def test_json_holds_nothing_of_the_run_and_no_nan() -> None:
     made = report(error_upper=math.inf, error_measured=math.nan)
     made.run["host"] = "a-host-name"
@@ -286,16 +323,18 @@ def test_segments_keep_their_sum_when_small_ones_are_drawn_together() -> None:
     assert "width:50.000%" in bar
 
 
-def test_charts_skip_what_is_not_finite_and_stay_inside() -> None:
-    ticks = [(0.0, "0"), (1.0, "1")]
-    chart = line_chart(
-        "t", [("a", [(0.0, math.nan), (0.5, 7.0), (1.0, 0.0)])], x_label="x", y_label="y", x_ticks=ticks, y_ticks=ticks
-    )
+@pytest.mark.parametrize("frame", [HALF, WIDE])
+def test_charts_skip_what_is_not_finite_and_stay_inside(frame: Frame) -> None:
+    x, y = Axis("x", [0.0, 1.0], 0.0, 1.0), Axis("y", [0.1, 1.0], 0.1, 1.0, log=True)
+    series = Series("a", "1", [Dot(0.5, math.inf), Dot(0.5, 0.0)], [[(0.0, math.nan), (0.5, 7.0), (1.0, 0.0)]])
+    chart = draw("t", [series], x, y, frame=frame)
     path = re.search(r'points="([^"]*)"', chart)
     assert path is not None
     points = [tuple(map(float, pair.split(","))) for pair in path.group(1).split()]
     assert len(points) == 2
-    assert all(0 <= x <= 460 and 0 <= y <= 270 for x, y in points)
+    assert all(0 <= a <= frame.width and 0 <= b <= frame.height for a, b in points)
+    assert chart.count("<circle") == 1
+    assert "nan" not in chart
 
 
 def test_page_of_ten_thousand_layers_is_made_quickly_and_is_bounded() -> None:

@@ -12,8 +12,12 @@ import torch
 from torch import nn
 
 import lowrank
+from lowrank.errors import AdapterError
+from lowrank.lora import (
+    LoRAConfig,
+)
+from lowrank.lora.adapters import adapter_names
 from lowrank.lora.bases import require_rank
-from lowrank.lora.model import adapter_names
 
 
 @pytest.mark.parametrize(
@@ -191,3 +195,31 @@ def test_a_field_that_would_be_ignored_is_refused_by_name(field: str, value: obj
 def test_other_kinds_of_adapter_are_refused() -> None:
     with pytest.raises(lowrank.AdapterError, match=r"f\.json: peft_type must be 'LORA', got 'IA3'"):
         lowrank.LoRAConfig.from_peft({"peft_type": "IA3"}, "f.json")
+
+
+@pytest.mark.parametrize("value", [5, 1.5, True, {"a": 1}])
+@pytest.mark.parametrize("name", ["target_modules", "exclude_modules", "modules_to_save"])
+def test_names_that_are_no_list_are_refused(name: str, value: object) -> None:
+    with pytest.raises(AdapterError, match=f"{name}: must be .*a list of module names, got"):
+        LoRAConfig(**{name: value})
+
+
+def test_layers_to_transform_is_whole_numbers_or_all() -> None:
+    for value in (1.5, "2", [0.5]):
+        with pytest.raises(AdapterError, match="layers_to_transform: must be layer indices"):
+            LoRAConfig(target_modules=["a"], layers_to_transform=value)  # type: ignore[arg-type]
+    assert LoRAConfig(target_modules=["a"], layers_to_transform=[]).layers_to_transform is None
+
+
+def test_an_alpha_beyond_any_float_is_bad_input() -> None:
+    with pytest.raises(lowrank.AdapterError, match="lora_alpha"):
+        lowrank.LoRAConfig(lora_alpha=10**400)
+
+
+@pytest.mark.parametrize("field", ["r", "lora_alpha"])
+def test_a_number_too_long_to_print_is_bad_input_all_the_same(field: str) -> None:
+    with pytest.raises(
+        lowrank.LowRankError, match=f"{field}: must be .*, got an integer of over 4,000 digits"
+    ) as caught:
+        lowrank.LoRAConfig(**{field: -(10**5000)})
+    assert caught.value.exit_code == 3

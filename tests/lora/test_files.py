@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from lora_bases import close, randomise
+from lora_bases import randomise
+from lora_models import random_adapter, rows, two_linear
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import lowrank
 from lowrank.io import read_safetensors_header, read_tensor, write_safetensors
-from lowrank.lora.model import adapter_names, lora_layers
+from lowrank.lora.adapters import adapter_names, lora_layers, saved_modules
 
 
 def model() -> nn.Sequential:
@@ -134,28 +136,6 @@ def test_several_adapters_load_beside_each_other(saved: Path) -> None:
         lowrank.load_adapter(adapted, saved, "second")
 
 
-def test_a_weighted_adapter_saves_and_loads(tmp_path: Path) -> None:
-    adapted = lowrank.add_lora(model(), lowrank.LoRAConfig(r=1), "one")
-    lowrank.add_lora(adapted, lowrank.LoRAConfig(r=2, target_modules=["2"]), "two", inplace=True)
-    randomise(adapted, "one")
-    randomise(adapted, "two")
-    lowrank.add_weighted_adapter(adapted, ["one", "two"], [0.5, 2.0], "both")
-    lowrank.save_adapter(adapted, tmp_path / "both")
-    x = torch.randn(3, 6)
-    loaded = lowrank.load_adapter(model(), tmp_path / "both")
-    assert [layer.rank_of("default") for layer in lora_layers(loaded).values()] == [1, 3]
-    close(loaded(x), adapted(x), torch.float32)
-
-
-def test_grouped_convolutions_keep_their_groups(tmp_path: Path) -> None:
-    base = nn.Sequential(nn.Conv1d(4, 6, 3, groups=2, padding=1, padding_mode="circular"))
-    adapted = lowrank.add_lora(base, lowrank.LoRAConfig(r=2, target_modules=["0"]))
-    randomise(adapted)
-    lowrank.save_adapter(adapted, tmp_path / "adapter")
-    x = torch.randn(2, 4, 7)
-    assert torch.equal(lowrank.load_adapter(base, tmp_path / "adapter")(x), adapted(x))
-
-
 class Nested(nn.Module):
     """``fc`` is also the end of another layer's name."""
 
@@ -180,3 +160,42 @@ def test_whole_names_are_no_suffixes(tmp_path: Path) -> None:
         loaded = lowrank.load_adapter(Nested(), tmp_path / name)
         assert list(lora_layers(loaded)) == ["fc"]
     assert json.loads((tmp_path / "twice" / "adapter_config.json").read_text())["target_modules"] == "fc"
+
+
+def test_a_file_without_anything_for_the_model_is_refused(tmp_path: Path) -> None:
+    lowrank.save_adapter(lowrank.add_lora(two_linear(), random_adapter("0")), tmp_path / "adapter")
+    with pytest.raises(lowrank.CheckpointError, match=r"holds an adapter for 0 .* which this model cannot take"):
+        lowrank.load_adapter(nn.ModuleDict({"a": nn.Linear(8, 12)}), tmp_path / "adapter")
+    save_file({}, tmp_path / "adapter" / "adapter_model.safetensors")
+    with pytest.raises(lowrank.CheckpointError, match="holds no adapter of a layer"):
+        lowrank.load_adapter(nn.ModuleDict({"a": nn.Linear(8, 12)}), tmp_path / "adapter")
+
+
+def test_an_adapter_that_does_not_load_leaves_the_model_as_it_was(tmp_path: Path) -> None:
+    adapted = lowrank.add_lora(two_linear(), random_adapter("0", modules_to_save=["2"]), "a")
+    lowrank.save_adapter(adapted, tmp_path / "good")
+    stored = lowrank.add_lora(two_linear(), random_adapter("0", modules_to_save=["2"]), "b")
+    with torch.no_grad():
+        stored[0].lora_A["b"].weight[0, 0] = float("nan")
+        saved_modules(adapted)["2"].modules_to_save["a"].weight.add_(1.0)
+        before = adapted(rows())
+    lowrank.save_adapter(stored, tmp_path / "bad")
+    flags = {name: parameter.requires_grad for name, parameter in adapted.named_parameters()}
+    with pytest.raises(lowrank.CheckpointError, match="NaN"):
+        lowrank.load_adapter(adapted, tmp_path / "bad", "b", inplace=True)
+    with torch.no_grad():
+        assert torch.equal(adapted(rows()), before)
+    assert {name: parameter.requires_grad for name, parameter in adapted.named_parameters()} == flags
+    plain = two_linear()
+    with pytest.raises(lowrank.CheckpointError, match="NaN"):
+        lowrank.load_adapter(plain, tmp_path / "bad", inplace=True)
+    assert all(parameter.requires_grad for parameter in plain.parameters())
+    assert list(plain.state_dict()) == list(two_linear().state_dict())
+
+
+def test_a_rank_other_than_the_configuration_says_is_refused(tmp_path: Path) -> None:
+    lowrank.save_adapter(lowrank.add_lora(two_linear(), random_adapter("0")), tmp_path / "a")
+    path = tmp_path / "a" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"r": 4}))
+    with pytest.raises(lowrank.CheckpointError, match=r"layer 0: .*rank 4.*rank 2"):
+        lowrank.load_adapter(two_linear(), tmp_path / "a")

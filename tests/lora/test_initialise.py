@@ -10,11 +10,12 @@ import pytest
 import torch
 from helpers import matrix_with_spectrum, seeded
 from lora_bases import close, only_layer
+from lora_models import random_adapter, rows, two_linear
 from torch import Tensor, nn
 
 import lowrank
+from lowrank.lora.adapters import lora_layers
 from lowrank.lora.bases import exact_weight
-from lowrank.lora.model import lora_layers
 from lowrank.numerics.moments import InputStatistics, TokenCounts
 
 
@@ -220,3 +221,15 @@ def test_groups_have_no_weight_to_fit_or_to_take_norms_of() -> None:
         lowrank.add_lora(small, lowrank.LoRAConfig(init_lora_weights="residual", **arguments), original=original)
     with pytest.raises(lowrank.AdapterError, match=r"layer 0: groups=2.*use_dora=False"):
         lowrank.add_lora(small, lowrank.LoRAConfig(use_dora=True, **arguments))
+
+
+def test_pissa_under_an_adapter_that_is_there_is_refused() -> None:
+    adapted = lowrank.add_lora(two_linear(), random_adapter("0"), "first")
+    with torch.no_grad():
+        before = adapted(rows())
+    with pytest.raises(lowrank.AdapterError, match=r"pissa.*first"):
+        lowrank.add_lora(
+            adapted, lowrank.LoRAConfig(r=2, target_modules=["0"], init_lora_weights="pissa"), "second", inplace=True
+        )
+    with torch.no_grad():
+        assert torch.equal(adapted(rows()), before)

@@ -9,11 +9,13 @@ import pytest
 import torch
 from helpers import seeded
 from lora_bases import BASES, DTYPES, INTEGER, RANK, adapted, build, close, inputs, only_layer, product, randomise
+from lora_models import random_adapter, rows, two_linear
 from torch import nn
 
 import lowrank
+from lowrank.lora.adapters import lora_layers
 from lowrank.lora.bases import base_bias, base_weight, exact_weight
-from lowrank.lora.model import lora_layers, set_form
+from lowrank.lora.model import set_form
 
 # One of each forward; compiling takes a second each.
 COMPILED = (
@@ -219,22 +221,6 @@ def test_padding_rows_of_an_embedding_get_no_adapter_gradient() -> None:
     assert gradient[:, 0].any() and not gradient[:, 1].any()
 
 
-def test_grouped_convolutions_carry_groups_in_lora_a() -> None:
-    torch.manual_seed(0)
-    base = nn.Sequential(nn.Conv2d(4, 6, 3, groups=2, padding=1, dtype=torch.float64))
-    model = lowrank.add_lora(base, lowrank.LoRAConfig(r=4, target_modules=["0"]))
-    randomise(model)
-    layer = only_layer(model)
-    assert layer.lora_A["default"].weight.shape == (4, 2, 3, 3)
-    assert layer.lora_B["default"].weight.shape == (6, 4, 1, 1)
-    x = torch.randn(2, 4, 5, 5, dtype=torch.float64, generator=seeded())
-    down = torch.nn.functional.conv2d(x, layer.lora_A["default"].weight, padding=1, groups=2)
-    expected = base(x) + 2.0 * torch.einsum("oc,bchw->bohw", layer.lora_B["default"].weight[:, :, 0, 0], down)
-    close(model(x), expected, torch.float64)
-    with pytest.raises(lowrank.LowRankError, match="does not divide into its 2 groups"):
-        lowrank.add_lora(base, lowrank.LoRAConfig(r=3, target_modules=["0"]))
-
-
 @pytest.mark.parametrize(
     ("sizes", "rank", "expected"),
     [
@@ -275,3 +261,12 @@ def test_checkpointing_gives_the_same_gradients(kind: str) -> None:
     torch.manual_seed(3)
     again = torch.autograd.grad(checkpoint(model, x, use_reentrant=False).square().sum(), parameters)  # type: ignore[union-attr]
     assert all(torch.equal(one, other) for one, other in zip(again, wanted, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_dora_with_dropout_trains_over_half_precision(dtype: torch.dtype) -> None:
+    adapted = lowrank.add_lora(two_linear(dtype=dtype), random_adapter("0", use_dora=True, lora_dropout=0.2)).train()
+    out = adapted(rows(dtype))
+    assert out.dtype is dtype
+    out.float().square().sum().backward()
+    assert bool(adapted[0].lora_A["default"].weight.grad.isfinite().all())

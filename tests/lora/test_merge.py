@@ -9,11 +9,12 @@ import pytest
 import torch
 from helpers import eps, matrix_with_spectrum, seeded
 from lora_bases import BASES, DENSE, DTYPES, INTEGER, RANK, adapted, build, close, inputs, only_layer, randomise
+from lora_models import random_adapter, rows, two_linear
 from torch import Tensor, nn
 
 import lowrank
+from lowrank.lora.adapters import active_adapters, lora_layers
 from lowrank.lora.bases import exact_weight
-from lowrank.lora.model import lora_layers
 
 # A spatial convolution cannot hold an adapter's kernel; see the test of refusals.
 MERGEABLE = [kind for kind in BASES if kind != "spatial-conv2d"]
@@ -324,3 +325,36 @@ def test_the_report_prints_every_layer() -> None:
 
 def test_dense_kinds_are_those_without_codes_or_factors() -> None:
     assert {kind for kind in BASES if not isinstance(build(kind)[0], lowrank.layers.CompressedLayer)} == DENSE
+
+
+def test_merging_a_named_adapter_leaves_no_other_in_the_sum() -> None:
+    adapted = lowrank.add_lora(two_linear(), random_adapter("0", "2", modules_to_save=None), "both")
+    lowrank.add_lora(adapted, random_adapter("0"), "first", inplace=True)
+    x = rows()
+    with torch.no_grad():
+        expected = adapted(x)
+        lowrank.set_adapter(adapted, "both")
+        before = adapted(x)
+        lowrank.merge_lora(adapted, "first")
+        torch.testing.assert_close(adapted(x), expected, rtol=1e-5, atol=1e-5)
+        lowrank.unmerge_lora(adapted)
+        assert torch.equal(adapted(x), expected)
+        lowrank.set_adapter(adapted, "both")
+        assert torch.equal(adapted(x), before)
+
+
+def test_a_merge_that_is_refused_leaves_the_active_adapter_active() -> None:
+    adapted = lowrank.add_lora(two_linear(), random_adapter("0"), "a")
+    lowrank.add_lora(adapted, random_adapter("0"), "b", inplace=True)
+    with torch.no_grad():
+        adapted[0].lora_B["a"].weight.fill_(float("nan"))
+    with pytest.raises(lowrank.NumericsError):
+        lowrank.merge_lora(adapted, "a")
+    assert active_adapters(adapted) == ["b"]
+
+
+def test_a_rank_that_changes_nothing_leaves_the_codes() -> None:
+    base = nn.Sequential(lowrank.QuantizedLowRankLayer.from_linear(nn.Linear(16, 16), rank=4))
+    merged = lowrank.merge_lora(lowrank.add_lora(base, random_adapter("0")), rank=6)
+    assert torch.equal(merged[0].base_layer.left_codes[:, :4], base[0].left_codes)
+    assert "2 components appended" in lowrank.merge_report(merged).rows[0].note

@@ -15,7 +15,7 @@ from helpers import eps
 from torch import Tensor, nn
 
 import lowrank
-from lowrank.lora.model import adapter_names, lora_layers
+from lowrank.lora.adapters import adapter_names, lora_layers
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -129,8 +129,7 @@ def test_keys_shapes_and_fields_are_those_of_peft(tmp_path: Path) -> None:
     lowrank.save_adapter(ours, tmp_path / "ours")
     theirs.save_pretrained(tmp_path / "theirs")
     headers = [
-        lowrank.io.read_safetensors_header(tmp_path / who / "adapter_model.safetensors")
-        for who in ("ours", "theirs")
+        lowrank.io.read_safetensors_header(tmp_path / who / "adapter_model.safetensors") for who in ("ours", "theirs")
     ]
     shapes = [{name: entry.shape for name, entry in header.tensors.items()} for header in headers]
     assert shapes[0] == shapes[1]

@@ -114,8 +114,9 @@ def test_inputs_that_do_not_fit_are_refused() -> None:
         patches(torch.zeros(1, 1, 2, 9), geometry)
     with pytest.raises(UsageError, match="spatial sizes"):
         patches(torch.zeros(4, 4), geometry)
-    with pytest.raises(UsageError, match=r"nn\.Conv1d"):
-        ConvGeometry.of(nn.Linear(2, 2))
+    for other in (nn.Linear(2, 2), nn.ConvTranspose2d(2, 2, 3), nn.Conv3d(2, 2, 3), nn.MaxPool2d(3), nn.Identity()):
+        with pytest.raises(UsageError, match=rf"nn\.Conv1d or nn\.Conv2d, got {type(other).__name__}"):
+            ConvGeometry.of(other)
     with pytest.raises(UsageError, match="stride missing"):
         ConvGeometry.from_json({key: value for key, value in geometry.to_json().items() if key != "stride"})
 

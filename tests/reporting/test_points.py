@@ -112,4 +112,4 @@ def test_ticks_are_round_and_cover_the_range() -> None:
 
 def test_a_chart_of_nothing_is_nothing() -> None:
     assert scatter("t", [], x_label="x", y_label="y") == ""
-    assert scatter("t", [Series("a", "1", [Dot(math.nan, 1.0, "")])], x_label="x", y_label="y") == ""
+    assert scatter("t", [Series("a", "1", [Dot(math.nan, 1.0)])], x_label="x", y_label="y") == ""

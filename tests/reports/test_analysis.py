@@ -1,52 +1,36 @@
-"""The analysis study: its table is the one that its JSON gives, and the script runs."""
+"""The analysis study: its results say what the README says, and the script runs."""
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import os
 import subprocess
 import sys
-from pathlib import Path
-from types import ModuleType
 
-import pytest
+from studies import REPORTS, load_study, results_of
 
-FOLDER = Path(__file__).resolve().parents[2] / "reports" / "analysis"
+FOLDER = REPORTS / "analysis"
 RESULTS = FOLDER / "results.json"
 
 
-def load_study() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("analysis_study", FOLDER / "study.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_table_is_rendered_from_the_results() -> None:
-    if not RESULTS.exists():
-        pytest.skip("the study has not been run on a quiet machine yet")
-    results = json.loads(RESULTS.read_text())
-    assert load_study().render(results) == (FOLDER / "table.md").read_text()
+def test_all_matrices_were_analysed() -> None:
+    results = results_of("analysis")
     # WeightWatcher leaves out the 2×384 table of token types.
     assert (results["timing"]["layers"], results["timing"]["weightwatcher_layers"]) == (40, 39)
     assert results["accuracy"]["largest_difference_of_numerical_rank"] == 0
 
 
 def test_smoke_run_leaves_the_results_alone() -> None:
-    before = RESULTS.read_bytes() if RESULTS.exists() else None
+    before = RESULTS.read_bytes()
     environment = dict(os.environ) | {"PYTHONPATH": os.pathsep.join([str(FOLDER.parents[1]), *sys.path])}
     command = [sys.executable, str(FOLDER / "study.py"), "--smoke", "--threads", "1"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "written to" in done.stdout
-    assert (RESULTS.read_bytes() if RESULTS.exists() else None) == before
+    assert RESULTS.read_bytes() == before
 
 
 def test_the_table_says_met_or_missed() -> None:
-    study = load_study()
+    study = load_study("analysis")
     results = {
         "host": {"cpu": "a CPU", "torch": "2", "capability": "AVX2"},
         "versions": {"weightwatcher": "0.7.7"},

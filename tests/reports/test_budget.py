@@ -1,43 +1,24 @@
-"""The budget study's table is what its results say, and its summary counts what it shows."""
+"""The budget study ran every case, and its summary counts what it shows."""
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import sys
-from pathlib import Path
-from types import ModuleType
-
-import pytest
-
-FOLDER = Path(__file__).resolve().parents[2] / "reports" / "budget"
+from studies import load_study, results_of
 
 
-@pytest.fixture(scope="module")
-def study() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("budget_study", FOLDER / "study.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    # Where dataclasses look up the names in their annotations.
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+def test_the_summary_is_of_the_rows() -> None:
+    results = results_of("budget")
+    assert results["summary"] == load_study("budget").summary(results["rows"])
 
 
-def test_the_table_is_rendered_from_the_results(study: ModuleType) -> None:
-    results = json.loads((FOLDER / "results.json").read_text(encoding="utf-8"))
-    assert (FOLDER / "table.md").read_text(encoding="utf-8") == study.render(results)
-    assert results["summary"] == study.summary(results["rows"])
-
-
-def test_every_case_of_the_grid_was_run_once(study: ModuleType) -> None:
-    rows = json.loads((FOLDER / "results.json").read_text(encoding="utf-8"))["rows"]
+def test_every_case_of_the_grid_was_run_once() -> None:
+    study, rows = load_study("budget"), results_of("budget")["rows"]
     found = [(row["model"], row["budget"], row["seed"]) for row in rows]
     grid = [(m, b, s) for m in study.MODELS for b in study.BUDGETS for s in study.SEEDS_OF.get(m, study.SEEDS)]
     assert sorted(found) == sorted(grid)
 
 
-def test_a_refusal_and_a_broken_promise_are_counted_as_such(study: ModuleType) -> None:
+def test_a_refusal_and_a_broken_promise_are_counted_as_such() -> None:
+    study = load_study("budget")
     case = {
         "model": "digits",
         "seed": 0,

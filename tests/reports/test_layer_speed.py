@@ -1,31 +1,18 @@
-"""The speed study: its table is the one that its JSON gives, and the script runs."""
+"""The speed study measured every case, and the script runs."""
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import os
 import subprocess
 import sys
-from pathlib import Path
-from types import ModuleType
 
-FOLDER = Path(__file__).resolve().parents[2] / "reports" / "layer_speed"
+from studies import REPORTS, load_study, results_of
 
-
-def load_study() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("layer_speed_study", FOLDER / "study.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+FOLDER = REPORTS / "layer_speed"
 
 
-def test_table_is_rendered_from_the_results() -> None:
-    results = json.loads((FOLDER / "results.json").read_text())
-    assert load_study().render(results) == (FOLDER / "table.md").read_text()
-    study = load_study()
+def test_every_case_was_measured() -> None:
+    study, results = load_study("layer_speed"), results_of("layer_speed")
     assert len(results["cases"]) == len(study.SHAPES) * len(study.TOKENS)
     assert len(results["convolutions"]) == len(study.CONVOLUTIONS) * len(study.IMAGES)
 

@@ -1,30 +1,12 @@
-"""The table of the model speed study is what its results say."""
+"""The model speed study measured every case, and names what is slower."""
 
 from __future__ import annotations
 
-import importlib.util
-import json
-from pathlib import Path
-from types import ModuleType
-
-import pytest
-
-FOLDER = Path(__file__).resolve().parents[2] / "reports" / "model_speed"
+from studies import load_study, results_of
 
 
-@pytest.fixture(scope="module")
-def study() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("model_speed_study", FOLDER / "study.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_table_is_rendered_from_the_results(study: ModuleType) -> None:
-    results = json.loads((FOLDER / "results.json").read_text(encoding="utf-8"))
-    assert (FOLDER / "table.md").read_text(encoding="utf-8") == study.render(results)
-    found = [(case["model"], case["input"]) for case in results["cases"]]
+def test_every_model_was_measured_at_every_size() -> None:
+    found = [(case["model"], case["input"]) for case in results_of("model_speed")["cases"]]
     assert found == [
         ("MiniLM", "1 sentence"),
         ("MiniLM", "32 x 64 tokens"),
@@ -33,7 +15,8 @@ def test_the_table_is_rendered_from_the_results(study: ModuleType) -> None:
     ]
 
 
-def test_what_is_slower_is_named(study: ModuleType) -> None:
+def test_what_is_slower_is_named() -> None:
+    study = load_study("model_speed")
     case = {
         "model": "M",
         "input": "1 x",

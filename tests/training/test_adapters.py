@@ -9,33 +9,19 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from training_batches import batches
+from training_batches import BOTH_LAYERS, batches, normed, three_formats, three_layers
 
 import lowrank
-from lowrank.layers import QuantizedLinear, QuantizedLowRankLayer, SVDCompressedLinear
-from lowrank.lora import LoRAConfig, add_lora, load_adapter
-from lowrank.training import TrainingResult, finetune, heal
-
-
-def base() -> nn.Sequential:
-    torch.manual_seed(2)
-    layers = [nn.Linear(6, 24), nn.Tanh(), nn.Linear(24, 24), nn.Tanh(), nn.Linear(24, 3)]
-    return nn.Sequential(*layers)
-
-
-def compressed() -> nn.Sequential:
-    model = base()
-    model[0] = QuantizedLinear.from_linear(model[0], bits=3)
-    model[2] = QuantizedLowRankLayer.from_linear(model[2], rank=6)
-    model[4] = SVDCompressedLinear.from_linear(model[4], rank=2)
-    return model
-
+from lowrank.errors import NumericsError
+from lowrank.layers import QuantizedLinear
+from lowrank.lora import LoRAConfig, add_lora, load_adapter, merge_lora, set_adapter
+from lowrank.training import TrainingResult, finetune
 
 CONFIG = LoRAConfig(r=3, lora_alpha=6, target_modules=["0", "2", "4"], lora_dropout=0.1)
 
 
 def test_only_the_adapter_moves_and_it_alone_is_saved(tmp_path: Path) -> None:
-    model = compressed()
+    model = three_formats()
     before = copy.deepcopy(model.state_dict())
     adapted = add_lora(model, CONFIG)
     result = finetune(
@@ -72,7 +58,7 @@ def test_a_finished_run_of_an_adapter_is_read_back(changes: dict[str, Any], tmp_
         with torch.no_grad():
             return result, model.eval()(x)
 
-    model = base() if "use_dora" in changes or "modules_to_save" in changes else compressed()
+    model = three_layers() if "use_dora" in changes or "modules_to_save" in changes else three_formats()
     first, expected = run(add_lora(model, config))
     with torch.no_grad():
         assert not torch.equal(model.eval()(x), expected)
@@ -83,19 +69,36 @@ def test_a_finished_run_of_an_adapter_is_read_back(changes: dict[str, Any], tmp_
     assert {path: path.read_bytes() for path in (tmp_path / "a").iterdir()} == files
 
 
-@pytest.mark.parametrize("init", [True, "residual"])
-def test_healing_trains_adapters_where_there_are_any(init: bool | str) -> None:
-    original, model = base(), compressed()
-    config = LoRAConfig(r=3, target_modules=["0", "2", "4"], init_lora_weights=init)
-    adapted = add_lora(model, config, original=original)
-    x = [torch.randn(64, 6) for _ in range(6)]
-    result = heal(adapted, original, x, steps=150, lr=5e-3, progress=False)
-    report = result.report
-    assert (report.what, report.kept) == ("adapters", "after")
-    assert report.error_after < 0.7 * report.error_before
-    assert report.trained == lowrank.trainable_parameters(adapted)[0]
-    for name, tensor in adapted.state_dict().items():
-        moved = not torch.equal(tensor, result.model.state_dict()[name])
-        assert not moved or "lora_" in name, name
-    flags = [p.requires_grad for p in adapted.parameters()]
-    assert [p.requires_grad for p in result.model.parameters()] == flags
+def test_what_is_trained_beside_the_adapter_is_saved_too(tmp_path: Path) -> None:
+    model = add_lora(normed(), BOTH_LAYERS)
+    model[1].requires_grad_(True)
+    finetune(model, batches(), steps=3, lr=0.05, output_dir=tmp_path / "run", progress=False)
+    files = sorted(path.name for path in (tmp_path / "run").iterdir())
+    assert {"adapter_model.safetensors", "trained.safetensors"} <= set(files)
+    again = add_lora(normed(), BOTH_LAYERS)
+    again[1].requires_grad_(True)
+    finetune(again, batches(), steps=3, lr=0.05, output_dir=tmp_path / "run", resume=True, progress=False)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]), name
+
+
+def test_two_adapters_trained_together_are_saved(tmp_path: Path) -> None:
+    model = add_lora(add_lora(normed(), BOTH_LAYERS, "a"), BOTH_LAYERS, "b")
+    set_adapter(model, ["a", "b"])
+    finetune(model, batches(), steps=2, lr=0.05, output_dir=tmp_path / "run", progress=False)
+    assert (tmp_path / "run" / "trained.safetensors").is_file()
+    assert not (tmp_path / "run" / "adapter_model.safetensors").exists()
+
+
+def test_a_merged_model_is_refused_by_name() -> None:
+    model = merge_lora(add_lora(normed(), BOTH_LAYERS))
+    with pytest.raises(NumericsError, match="no trainable parameter got a gradient"):
+        finetune(model, batches(), steps=1, progress=False)
+
+
+def test_all_parameters_are_counted_as_elsewhere() -> None:
+    model = normed()
+    model[0] = QuantizedLinear.from_linear(model[0])
+    model = add_lora(model, BOTH_LAYERS)
+    result = finetune(model, batches(), steps=1, progress=False)
+    assert (result.trainable, result.total) == lowrank.trainable_parameters(model)

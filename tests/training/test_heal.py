@@ -9,7 +9,9 @@ import torch
 from helpers import seeded
 from residual_model import Block, Net, inputs
 from torch import nn
+from training_batches import original_and_compressed
 
+import lowrank
 from lowrank.calibration.batches import Batch
 from lowrank.calibration.evaluation import Evaluator
 from lowrank.errors import CalibrationError, UsageError
@@ -26,7 +28,7 @@ from lowrank.training import heal
 from lowrank.training.blocks import repeated_blocks
 from lowrank.training.distillation import Distillation, tapped_modules
 from lowrank.training.forms import RoundedForm, TrainableForm
-from lowrank.training.pool import SamplePool
+from lowrank.training.sample_pool import SamplePool
 
 
 def compressed(original: nn.Module, kind: str, rank: int = 8) -> nn.Module:
@@ -292,3 +294,41 @@ def test_arguments_and_data_that_mean_nothing_are_refused() -> None:
         heal(model, original, [], progress=False)
     with pytest.raises(UsageError, match="no factors to train; compress the model first"):
         TrainableForm(nn.Sequential(nn.Linear(4, 4, bias=False)), "factors")
+
+
+def test_healing_leaves_the_running_statistics_of_an_original_in_training_mode() -> None:
+    original = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 4))
+    model = copy.deepcopy(original)
+    model[0] = QuantizedLowRankLayer.from_linear(original[0], rank=4)
+    before = copy.deepcopy(original.state_dict())
+    x = [torch.randn(64, 8) + 3]
+    reports = [heal(model, original, x, steps=5, progress=False).report.to_json() for _ in range(2)]
+    assert reports[0] == reports[1]
+    assert all(torch.equal(tensor, original.state_dict()[name]) for name, tensor in before.items())
+    assert original.training
+
+
+def test_a_model_in_float16_is_healed_in_float32_and_stays_what_it_was() -> None:
+    original, model = original_and_compressed(torch.float16)
+    x = [torch.randn(256, 12).half()]
+    result = heal(model, original, x, steps=30, lr=3e-3, progress=False)
+    assert result.report.kept == "after"
+    assert result.report.error_after < 0.8 * result.report.error_before
+    assert [t.dtype for t in result.model.state_dict().values()] == [t.dtype for t in model.state_dict().values()]
+    assert [m.dtype for m in result.model if hasattr(m, "dtype")] == [torch.float16] * 3
+    assert result.model(x[0]).dtype is torch.float16
+    assert {parameter.dtype for parameter in original.parameters()} == {torch.float16}
+
+
+def test_compression_heals_a_model_in_float16() -> None:
+    original, _ = original_and_compressed(torch.float16)
+    x = [torch.randn(512, 12).half()]
+    result = lowrank.compress_model(original, error_budget=0.1, calibration=x, heal={"steps": 20}, progress=False)
+    assert result.report.totals["error_upper"] <= 0.1
+    assert {tensor.dtype for tensor in result.model.parameters()} == {torch.float16}
+
+
+def test_a_seed_that_is_no_number_is_refused() -> None:
+    original, model = original_and_compressed()
+    with pytest.raises(UsageError, match="seed: must be an integer of at least 0, got 'a'"):
+        heal(model, original, [torch.randn(64, 12)], steps=5, seed="a", progress=False)  # type: ignore[arg-type]

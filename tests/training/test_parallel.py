@@ -7,8 +7,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from torch import Tensor
+
+from lowrank.integrations.accelerate import Processes
+from lowrank.training.data import read_example
 
 pytest.importorskip("accelerate")
 
@@ -63,3 +69,26 @@ def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "two").iterdir()) == sorted(
         path.name for path in (tmp_path / "one").iterdir()
     )
+
+
+def test_labels_of_several_tensors_are_shared_out_with_their_inputs() -> None:
+    labels = (torch.arange(6), {"other": torch.arange(12).view(6, 2)})
+    example = read_example((torch.arange(6.0)[:, None], labels), "train", own_loss=False)
+    mine = example.share(1, 2)
+    assert mine is not None
+    assert mine.labels[0].tolist() == [1, 3, 5]
+    assert mine.labels[1]["other"].tolist() == [[2, 3], [6, 7], [10, 11]]
+
+
+def test_sums_over_processes_go_by_the_device_of_their_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    operations = pytest.importorskip("accelerate.utils", reason="the extra hf is not installed")
+    seen: list[str] = []
+
+    def reduce(tensor: Tensor, reduction: str) -> Tensor:
+        seen.append(tensor.device.type)
+        return torch.full(tensor.shape, 3.0)
+
+    monkeypatch.setattr(operations, "reduce", reduce)
+    team = Processes(0, 2, SimpleNamespace(device=torch.device("meta")))
+    assert team.total(torch.ones(2)).tolist() == [3.0, 3.0]
+    assert seen == ["meta"]

@@ -12,6 +12,7 @@ from torch import nn
 from lowrank.errors import CalibrationError, RankError, UsageError
 from lowrank.lora import LoRAConfig, add_lora
 from lowrank.training import allocate_ranks, finetune
+from lowrank.training.ranks import rank_scores
 
 
 def model() -> nn.Sequential:
@@ -91,3 +92,23 @@ def test_what_makes_no_sense_is_refused() -> None:
         allocate_ranks(model(), LoRAConfig(rank_pattern={"0": 2}), task())
     with pytest.raises(CalibrationError, match="batches: is empty"):
         allocate_ranks(model(), config, [])
+
+
+def test_kernels_count_for_the_rank_a_convolution_can_use() -> None:
+    model = nn.Sequential(nn.Conv2d(2, 16, 3), nn.Flatten(), nn.Linear(16, 3))
+    data = [(torch.randn(4, 2, 3, 3), torch.randint(3, (4,)))]
+    _, limits, _ = rank_scores(model, LoRAConfig(r=2, target_modules=["0", "2"]), data)
+    assert limits == {"0": 16, "2": 3}
+
+
+def test_ranks_of_grouped_convolutions_divide_into_their_groups() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 8, 3, groups=2), nn.Flatten(), nn.Linear(8, 3))
+    data = [(torch.randn(4, 4, 3, 3), torch.randint(3, (4,)))]
+    config = LoRAConfig(r=2, target_modules=["0", "2"])
+    for total in (5, 7, 8):
+        pattern = allocate_ranks(model, config, data, total_rank=total)
+        assert pattern["^0"] % 2 == 0 and total - 1 <= sum(pattern.values()) <= total
+        add_lora(model, config.replace(rank_pattern=pattern))
+    with pytest.raises(RankError, match=r"none of \[1, 3\] divides into the 2 groups of layer 0"):
+        allocate_ranks(model, config, data, total_rank=8, ranks=[1, 3])

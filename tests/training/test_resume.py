@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
-from training_batches import Stoppable, Stopped, batches
+from torch import Tensor, nn
+from training_batches import BOTH_LAYERS, Stoppable, Stopped, batches, loader, normed
 
 from lowrank.errors import CheckpointError, StorageError, UsageError
+from lowrank.lora import add_lora
 from lowrank.training import TrainingResult, finetune
 
 SETTINGS = {"epochs": 4, "lr": 0.02, "warmup": 3, "gradient_accumulation": 2, "evaluate_every": 2, "progress": False}
@@ -23,15 +24,10 @@ class Net(Stoppable):
         self.body = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.Dropout(0.3), nn.Linear(16, 3))
 
 
-def loader() -> torch.utils.data.DataLoader[object]:
-    pairs = batches(1, size=44)[0]
-    return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*pairs), batch_size=8, shuffle=True)
-
-
 @pytest.mark.parametrize("data", ["list", "loader"])
 @pytest.mark.parametrize("stop_at", [2, 6, 11, 19])
 def test_continuation_is_identical(tmp_path: Path, data: str, stop_at: int) -> None:
-    train = batches() if data == "list" else loader()
+    train = batches() if data == "list" else loader(44)
     whole = Net()
     expected = finetune(whole, train, batches(2, seed=1), output_dir=tmp_path / "whole", **SETTINGS)
     stopped = Net()
@@ -107,3 +103,26 @@ def test_a_second_run_into_the_same_directory_is_turned_away(tmp_path: Path) -> 
     finetune(Net(), batches(), steps=2, metric=second_run, output_dir=tmp_path / "run", progress=False)
     assert refused
     assert (tmp_path / "run" / "trained.safetensors").is_file()
+
+
+@pytest.mark.parametrize("different", ["alpha", "later batch", "validation"])
+def test_a_run_is_not_resumed_with_other_adapters_or_data(tmp_path: Path, different: str) -> None:
+    calls = 0
+
+    def loss_fn(output: Tensor, labels: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 20:
+            raise Stopped
+        return nn.functional.cross_entropy(output, labels)
+
+    options = {"loss_fn": loss_fn, "epochs": 3, "output_dir": tmp_path / "run", "resume": True, "progress": False}
+    with pytest.raises(Stopped):
+        finetune(add_lora(normed(), BOTH_LAYERS), batches(), batches(2, seed=1), **options)
+    config = BOTH_LAYERS.replace(lora_alpha=32) if different == "alpha" else BOTH_LAYERS
+    train, checks = batches(), batches(2, seed=4 if different == "validation" else 1)
+    if different == "later batch":
+        for x, _ in train:
+            x[-1] += 1 if x is train[-1][0] else 0
+    with pytest.raises(CheckpointError, match="another"):
+        finetune(add_lora(normed(), config), train, checks, **options)

@@ -79,15 +79,15 @@ class ErrorMetric(ABC):
         """What single-layer probes are measured in: a metric that answers smoothly to small changes and whose ratios add up alike."""
 
     def value(self, ratio: float) -> float:
-        """The metric's value at a ratio."""
+        """Give the metric's value at a ratio."""
         return math.sqrt(max(ratio, 0.0))
 
     def ratio(self, value: float) -> float:
-        """The ratio of a value: what :meth:`value` undoes."""
+        """Give the ratio of a value: what :meth:`value` undoes."""
         return value * value
 
     def show(self, value: float) -> str:
-        """A value as text, with its unit."""
+        """Write a value as text, with its unit."""
         return percent(value)
 
     def __repr__(self) -> str:
@@ -135,7 +135,7 @@ class SampledMetric(ErrorMetric):
         """
 
     def applies(self, output: Tensor, batch: Batch) -> bool:
-        """Whether the output tells anything in this metric: asked where all metrics that fit are wanted."""
+        """Tell whether the output tells anything in this metric: asked where all metrics that fit are wanted."""
         try:
             self.check(output, batch)
         except UsageError:
@@ -143,9 +143,9 @@ class SampledMetric(ErrorMetric):
         return True
 
     def level(self, output: Tensor, batch: Batch) -> float | None:
-        """What one model has by itself, summed over the batch in the unit of the numerators; ``None`` where only a difference is known."""
+        """Sum what one model has by itself, in the unit of the numerators; ``None`` where only a difference is known."""
         return None
 
     def level_value(self, ratio: float) -> float:
-        """The figure for one model at Σ :meth:`level` / Σ denominators."""
+        """Give the figure for one model at Σ :meth:`level` / Σ denominators."""
         return ratio

@@ -62,7 +62,7 @@ class CallableMetric(RelativeLoss):
         self.higher_is_better = higher_is_better
 
     def loss_against(self, original: nn.Module) -> Callable[[nn.Module], float]:
-        """The loss of any model relative to this one; inf where the figure is not finite.
+        """Give the loss of any model relative to this one; inf where the figure is not finite.
 
         Raises:
             UsageError: the original's own figure is 0 or not finite.

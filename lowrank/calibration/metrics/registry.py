@@ -44,7 +44,7 @@ def metric_named(name: str) -> ErrorMetric:
 
 
 def sampled_metrics() -> dict[str, SampledMetric]:
-    """Those that are measured on samples, by name.
+    """List those that are measured on samples, by name.
 
     Example:
         >>> list(sampled_metrics())
@@ -54,7 +54,7 @@ def sampled_metrics() -> dict[str, SampledMetric]:
 
 
 def sampled_metric(metric: SampledMetric | str) -> SampledMetric:
-    """The metric, or the one of that name, where it is measured on samples.
+    """Give the metric, or the one of that name, where it is measured on samples.
 
     Raises:
         UsageError: it is not.
@@ -72,7 +72,7 @@ def sampled_metric(metric: SampledMetric | str) -> SampledMetric:
 
 
 def recorded_metric(label: str) -> ErrorMetric:
-    """The metric that a report names; a name that is not registered is that of a callable.
+    """Give the metric that a report names; a name that is not registered is that of a callable.
 
     Example:
         >>> recorded_metric("weight").title, recorded_metric("accuracy").title

@@ -11,7 +11,7 @@ __all__ = ["count_kept", "per_sample", "position_mask", "widen"]
 
 
 def position_mask(output: Tensor, batch: Batch) -> Tensor | None:
-    """(samples, positions) bool, False on padding, where the output has such positions.
+    """Give (samples, positions) bool, False on padding, where the output has such positions.
 
     Example:
         >>> batch = Batch((), {"attention_mask": torch.tensor([[1, 0]])}, 1)
@@ -23,7 +23,7 @@ def position_mask(output: Tensor, batch: Batch) -> Tensor | None:
 
 
 def widen(mask: Tensor, like: Tensor) -> Tensor:
-    """The mask with dimensions of 1 added until it broadcasts against ``like``.
+    """Add dimensions of 1 to the mask until it broadcasts against ``like``.
 
     Example:
         >>> widen(torch.ones(2, 3), torch.zeros(2, 3, 4, 5)).shape
@@ -45,7 +45,7 @@ def count_kept(keep: Tensor | None, like: Tensor) -> Tensor:
 
 
 def per_sample(values: Tensor, batch: Batch) -> Tensor:
-    """(samples,) sums on the CPU; one sum where dimension 0 does not count samples.
+    """Sum over each sample, (samples,) on the CPU; one sum where dimension 0 does not count samples.
 
     Example:
         >>> per_sample(torch.ones(2, 3), Batch((), size=2)), per_sample(torch.ones(2, 3), Batch(()))

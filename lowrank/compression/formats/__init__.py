@@ -14,9 +14,12 @@ from lowrank.compression.formats.lowrank_int8 import LowRankInt8
 from lowrank.compression.formats.registry import (
     FORMATS,
     check_format,
+    colour_of,
     compressing_formats,
     format_named,
     format_of,
+    is_dense,
+    is_plain_rounding,
     register_format,
 )
 
@@ -32,9 +35,12 @@ __all__ = [
     "Request",
     "WeightFormat",
     "check_format",
+    "colour_of",
     "compressing_formats",
     "format_named",
     "format_of",
+    "is_dense",
+    "is_plain_rounding",
     "register_format",
 ]
 

@@ -15,13 +15,14 @@ from typing import ClassVar
 from torch import nn
 
 from lowrank.compression.layer_data import LayerData
-from lowrank.errors import CheckpointError, LowRankError, RankError
+from lowrank.errors import CheckpointError, LowRankError, RankError, is_whole
 from lowrank.layers import CompressedLayer
 from lowrank.layers.base import ACTIVATIONS, INTEGER_ACTIVATIONS
 from lowrank.layers.spec import LayerSpec
 from lowrank.numerics.conv_factors import ConvFactors
 from lowrank.numerics.factors import Factors, check_rank
 from lowrank.targets import LINEAR, kind_named
+from lowrank.targets.survey import Target
 
 __all__ = ["Measured", "Measurements", "Request", "WeightFormat", "share_weight", "shown"]
 
@@ -114,9 +115,13 @@ class WeightFormat(ABC):
         """Whether there are codes."""
         return "bits" in self.fields
 
+    def builds(self, target: Target) -> bool:
+        """Tell whether every member of a target can become this, by its kind."""
+        return all(kind.name in self.layers for kind in target.kinds)
+
     def fits(self, data: LayerData) -> bool:
         """Tell whether every member of the target can become this."""
-        return all(kind.name in self.layers for kind in data.target.kinds)
+        return self.builds(data.target)
 
     # Candidates --------------------------------------------------------------------------------------------------------------
 
@@ -206,7 +211,7 @@ class WeightFormat(ABC):
                 raise RankError(f"{where}: rank of format {self.name} must be null, got {shown(spec.rank)}")
             return
         limit = (kind_named(kind) or LINEAR).rank_limit(shape, spec.scheme)
-        if not _whole(spec.rank, 1, limit):
+        if not is_whole(spec.rank, 1, limit):
             raise RankError(
                 f"{where}: rank of format {self.name} must be an integer from 1 to {limit} "
                 f"(the smaller side of shape {list(shape)}), got {shown(spec.rank)}"
@@ -214,7 +219,7 @@ class WeightFormat(ABC):
 
     def _check_bits(self, spec: LayerSpec, where: str) -> None:
         if self.rounded:
-            if not _whole(spec.bits, 2, 8):
+            if not is_whole(spec.bits, 2, 8):
                 raise RankError(
                     f"{where}: bits of format {self.name} must be an integer from 2 to 8, got {shown(spec.bits)}"
                 )
@@ -247,10 +252,6 @@ def _check_choice(value: object, allowed: Sequence[str | None], what: str) -> No
     if value not in allowed:
         names = " or ".join("null" if each is None else json.dumps(each) for each in allowed)
         raise LowRankError(f"{what} must be {names}, got {shown(value)}")
-
-
-def _whole(value: object, low: int, high: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
 
 
 def shown(value: object) -> str:

@@ -8,7 +8,17 @@ from lowrank.compression.formats.base import WeightFormat
 from lowrank.errors import UsageError
 from lowrank.layers.spec import LayerSpec
 
-__all__ = ["FORMATS", "check_format", "compressing_formats", "format_named", "format_of", "register_format"]
+__all__ = [
+    "FORMATS",
+    "check_format",
+    "colour_of",
+    "compressing_formats",
+    "format_named",
+    "format_of",
+    "is_dense",
+    "is_plain_rounding",
+    "register_format",
+]
 
 FORMATS: dict[str, WeightFormat] = {}
 # Names that a later version will know.
@@ -48,6 +58,26 @@ def format_named(name: str) -> WeightFormat:
     if found is None:
         raise UsageError(f"format: must be one of {', '.join(FORMATS)}, got {name!r}")
     return found
+
+
+def is_dense(name: str) -> bool:
+    """Tell whether a format leaves a layer as it was; one that a later version wrote does not.
+
+    Example:
+        >>> is_dense("dense"), is_dense("int8"), is_dense("written later")
+        (True, False, False)
+    """
+    return name in FORMATS and FORMATS[name].dense
+
+
+def is_plain_rounding(name: str) -> bool:
+    """Tell whether a format holds codes and no factors."""
+    return name in FORMATS and FORMATS[name].rounded and not FORMATS[name].factored
+
+
+def colour_of(name: str) -> str:
+    """Name the format's colour among a page's variables ``--s1`` to ``--s8``; one that a later version wrote still shows."""
+    return FORMATS[name].colour if name in FORMATS else WeightFormat.colour
 
 
 def format_of(spec: LayerSpec) -> WeightFormat:

@@ -25,9 +25,9 @@ from lowrank.layers.quantized_conv import QuantizedConv
 from lowrank.layers.quantized_conv_lowrank import QuantizedLowRankConv
 from lowrank.layers.quantized_lowrank import dense_product, round_factors
 from lowrank.layers.source import is_conv1d
+from lowrank.lora.adapter_kinds import conv_geometry
+from lowrank.lora.adapter_layer import Change, LoRALayer, MergeRow
 from lowrank.lora.bases import base_bias, base_weight, exact_weight, factor_pair
-from lowrank.lora.layer import Change, LoRALayer, MergeRow
-from lowrank.lora.layers import conv_geometry
 from lowrank.numerics.factors import Factors
 from lowrank.numerics.linalg import safe_svd
 from lowrank.numerics.rounding import quantize_rows

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from lowrank.errors import UsageError
 from lowrank.layers import CompressedLayer
 from lowrank.layers.source import is_conv1d
+from lowrank.lora.adapter_layer import LoRALayer
 from lowrank.lora.bases import family
 from lowrank.lora.config import LoRAConfig, pattern_key
-from lowrank.lora.layer import LoRALayer
 from lowrank.lora.saved_module import SavedModule
 
 __all__ = ["ALL_LINEAR", "Place", "Targets", "find_targets", "outer_modules"]
@@ -52,7 +52,7 @@ class Targets:
 
 
 def outer_modules(model: nn.Module) -> list[Place]:
-    """Every module of the model but the model itself and what lies inside an adapted or a saved module."""
+    """List every module of the model but the model itself and what lies inside an adapted or a saved module."""
     names: dict[int, list[str]] = {}
     found: dict[int, tuple[nn.Module, nn.Module | None]] = {}
     inside: list[str] = []

@@ -36,7 +36,7 @@ _MAX_JSON_BYTES = 256 << 20
 
 
 def model_fingerprint(model: nn.Module, changing: Mapping[str, Tensor]) -> str:
-    """SHA-256 of the names and shapes of a model's tensors, and of the values of those that training leaves alone."""
+    """Compute the SHA-256 of the names and shapes of a model's tensors, and of the values of those that training leaves alone."""
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
@@ -91,7 +91,7 @@ class RunDirectory:
             shutil.rmtree(self._stale)
 
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors of the state (or of the outcome, where it is finished and holds more than an adapter)."""
+        """Read all tensors of the state (or of the outcome, where it is finished and holds more than an adapter)."""
         at = self.directory / TRAINED_NAME if self.finished else self.directory / "checkpoint" / TENSORS_NAME
         source = open_tensors(at)
         return {name: source.read(name) for name in source.names}
@@ -104,7 +104,7 @@ class RunDirectory:
             write_text(partial / STATE_NAME, _dump({"facts": self.facts, "finished": False, "progress": progress}))
 
     def save_outcome(self, history: str, tensors: Mapping[str, Tensor], adapter: Path | None) -> None:
-        """The whole directory anew: the adapter's files, the trained tensors, or both, and the history."""
+        """Write the whole directory anew: the adapter's files, the trained tensors, or both, and the history."""
         with atomic_directory(self.directory, overwrite=True) as partial:
             if tensors:
                 trained = {name: tensor.detach().cpu() for name, tensor in tensors.items()}

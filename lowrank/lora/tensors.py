@@ -1,7 +1,9 @@
-"""The tensors of an adapter's file into the adapter."""
+"""An adapter as named tensors: PEFT's keys out of it, and a file's tensors into it."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,17 +12,80 @@ from torch import Tensor, nn
 from lowrank.errors import CheckpointError
 from lowrank.io import printable
 from lowrank.layers import CompressedLayer
-from lowrank.lora.layer import LoRALayer, Magnitude
-from lowrank.lora.layers import LoRAEmbedding
-from lowrank.lora.model import saved_modules
+from lowrank.lora.adapter_kinds import LoRAEmbedding
+from lowrank.lora.adapter_layer import LoRALayer, Magnitude
+from lowrank.lora.adapters import lora_layers, saved_modules
 
-__all__ = ["EMBEDDING_PARTS", "fill", "fill_saved"]
+__all__ = ["PREFIX", "adapter_tensors", "by_layer", "fill", "fill_saved", "rank_of_parts"]
 
+PREFIX = "base_model.model."
 EMBEDDING_PARTS = ("lora_embedding_A", "lora_embedding_B")
+_TENSOR = re.compile(
+    r"(?P<layer>.*)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_embedding_[AB]|lora_magnitude_vector(\.weight)?)$"
+)
+
+
+def adapter_tensors(model: nn.Module, adapter: str) -> dict[str, Tensor]:
+    """Name the tensors of an adapter by PEFT's keys; a learned scale is folded into B.
+
+    Example:
+        >>> from lowrank.lora import LoRAConfig, add_lora
+        >>> list(adapter_tensors(add_lora(nn.Sequential(nn.Linear(2, 2)), LoRAConfig(r=1)), "default"))
+        ['base_model.model.0.lora_A.weight', 'base_model.model.0.lora_B.weight']
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, layer in lora_layers(model).items():
+        if adapter not in layer.configs:
+            continue
+        key = f"{PREFIX}{name}."
+        learned = layer.lora_scale[adapter].detach() if adapter in layer.lora_scale else None
+        if isinstance(layer, LoRAEmbedding):
+            down, up = layer.lora_embedding_A[adapter].detach(), layer.lora_embedding_B[adapter].detach()
+            names = EMBEDDING_PARTS
+        else:
+            down, up = layer.lora_A[adapter].weight.detach(), layer.lora_B[adapter].weight.detach()
+            names = ("lora_A.weight", "lora_B.weight")
+        tensors[key + names[0]] = down
+        tensors[key + names[1]] = up if learned is None else up * learned
+        if adapter in layer.lora_magnitude_vector:
+            tensors[key + "lora_magnitude_vector"] = layer.lora_magnitude_vector[adapter].weight.detach()
+    for name, module in saved_modules(model).items():
+        if adapter in module.modules_to_save:
+            for part, tensor in module.modules_to_save[adapter].state_dict().items():
+                tensors[f"{PREFIX}{name}.{part}"] = tensor.detach()
+    return tensors
+
+
+def by_layer(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """Sort a file's tensors: a layer's name to its parts, and the rest, of modules that are trained whole.
+
+    Args:
+        tensors: by their keys, with or without PEFT's prefix.
+
+    Example:
+        >>> by_layer({"base_model.model.fc.lora_A.weight": torch.zeros(1, 2), "head.bias": torch.zeros(2)})
+        ({'fc': {'lora_A': tensor([[0., 0.]])}}, {'head.bias': tensor([0., 0.])})
+    """
+    layers: dict[str, dict[str, Tensor]] = {}
+    rest: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        name = key.removeprefix(PREFIX)
+        found = _TENSOR.match(name)
+        if found is None:
+            rest[name] = tensor
+        else:
+            layers.setdefault(found["layer"], {})[found["part"].removesuffix(".weight")] = tensor
+    return layers, rest
+
+
+def rank_of_parts(parts: Mapping[str, Tensor]) -> int:
+    """Read the rank off the tensors of one layer; 1 where they do not say."""
+    down = parts.get("lora_A", parts.get("lora_embedding_A"))
+    return int(down.shape[0]) if down is not None and down.ndim else 1
 
 
 def fill(layer: LoRALayer, adapter: str, parts: dict[str, Tensor], where: str, *, zero_padded: bool) -> None:
-    """The tensors of one layer into its adapter.
+    """Copy the tensors of one layer into its adapter.
 
     Args:
         zero_padded: a convolution's ``lora_A`` has zeros around its input, whatever the base pads with: as PEFT's has.
@@ -57,7 +122,7 @@ def _match_convolutions(layer: LoRALayer, adapter: str, down: Tensor, up: Tensor
 
 
 def fill_saved(model: nn.Module, adapter: str, rest: dict[str, Tensor], where: str) -> None:
-    """The tensors that belong to no adapted layer into the modules that are trained whole.
+    """Copy the tensors that belong to no adapted layer into the modules that are trained whole.
 
     Raises:
         CheckpointError: one is missing, or has no place; begins with ``where``.

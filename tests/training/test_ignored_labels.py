@@ -7,16 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
-from training_batches import batches
+from training_batches import batches, classifier
 
-from lowrank.errors import CalibrationError, UsageError
+from lowrank.errors import CalibrationError
 from lowrank.training import finetune
-
-
-def classifier() -> nn.Sequential:
-    torch.manual_seed(3)
-    return nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 3))
 
 
 def blank(size: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
@@ -114,24 +108,3 @@ def test_texts_of_one_token_are_no_texts_for_a_causal_model() -> None:
         finetune(make_causal_model(), texts, steps=1, progress=False)
     with pytest.raises(CalibrationError, match=r"validation: batch 0: .*first token"):
         finetune(make_causal_model(), [{"input_ids": good, "labels": good}], texts, steps=1, progress=False)
-
-
-@pytest.mark.parametrize(
-    ("value", "what"), [(None, "NoneType"), ("good", "str"), (torch.ones(2), "Tensor"), ([1.0], "list")]
-)
-def test_a_metric_that_is_no_number_is_refused(value: Any, what: str) -> None:
-    def mine(model: nn.Module) -> Any:
-        return value
-
-    with pytest.raises(UsageError, match=rf"metric mine: must return a number, got .*{what}"):
-        finetune(classifier(), batches(), steps=1, metric=mine, progress=False)
-
-
-def test_the_errors_of_a_callers_metric_stay_its_own() -> None:
-    def mine(model: nn.Module) -> float:
-        raise TypeError("mine")
-
-    with pytest.raises(TypeError, match="mine"):
-        finetune(classifier(), batches(), steps=1, metric=mine, progress=False)
-    result = finetune(classifier(), batches(), steps=1, metric=lambda model: torch.tensor(0.5), progress=False)
-    assert result.best_value == 0.5

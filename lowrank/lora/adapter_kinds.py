@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from lowrank.errors import AdapterError
 from lowrank.layers.conv_base import ConvLayer, float_conv
+from lowrank.lora.adapter_layer import LoRALayer
 from lowrank.lora.bases import family
 from lowrank.lora.config import LoRAConfig
-from lowrank.lora.layer import LoRALayer
 from lowrank.numerics.convolutions import ConvGeometry
 
 __all__ = ["LoRAConv1d", "LoRAConv2d", "LoRAEmbedding", "LoRALinear", "adapted"]
@@ -35,21 +35,21 @@ class LoRALinear(LoRALayer):
         self.lora_B[adapter] = _linear(rank, self.out_features)
 
     def pair(self, adapter: str) -> tuple[Tensor, Tensor]:
-        """See :meth:`LoRALayer.pair`."""
+        """Give B and A as matrices; see :meth:`LoRALayer.pair`."""
         return self.lora_B[adapter].weight, self.lora_A[adapter].weight
 
     def set_pair(self, adapter: str, left: Tensor, right: Tensor) -> None:
-        """See :meth:`LoRALayer.set_pair`."""
+        """Write B and A; see :meth:`LoRALayer.set_pair`."""
         _write(self.lora_B[adapter], left)
         _write(self.lora_A[adapter], right)
 
     def lora_product(self, adapter: str, x: Tensor, gain: float | Tensor) -> Tensor:
-        """See :meth:`LoRALayer.lora_product`."""
+        """Multiply by A, the gain and B; see :meth:`LoRALayer.lora_product`."""
         product: Tensor = self.lora_B[adapter](self.lora_A[adapter](x) * gain)
         return product
 
     def product_with(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """See :meth:`LoRALayer.product_with`."""
+        """Multiply by another weight; see :meth:`LoRALayer.product_with`."""
         return F.linear(x, weight, bias)
 
 
@@ -80,23 +80,23 @@ class LoRAEmbedding(LoRALayer):
             nn.init.normal_(self.lora_embedding_B[adapter])
 
     def pair(self, adapter: str) -> tuple[Tensor, Tensor]:
-        """See :meth:`LoRALayer.pair`."""
+        """Give B and A as matrices; see :meth:`LoRALayer.pair`."""
         return self.lora_embedding_B[adapter], self.lora_embedding_A[adapter]
 
     def set_pair(self, adapter: str, left: Tensor, right: Tensor) -> None:
-        """See :meth:`LoRALayer.set_pair`."""
+        """Write B and A; see :meth:`LoRALayer.set_pair`."""
         for holder, values in ((self.lora_embedding_B, left), (self.lora_embedding_A, right)):
             old = holder[adapter]
             old.data = values.to(old.device, old.dtype).contiguous()
 
     def lora_product(self, adapter: str, x: Tensor, gain: float | Tensor) -> Tensor:
-        """See :meth:`LoRALayer.lora_product`."""
+        """Multiply by A, the gain and B; see :meth:`LoRALayer.lora_product`."""
         rows = F.embedding(x, self.lora_embedding_A[adapter].T, getattr(self.base_layer, "padding_idx", None))
         product: Tensor = (rows * gain) @ self.lora_embedding_B[adapter].T
         return product
 
     def product_with(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """See :meth:`LoRALayer.product_with`."""
+        """Multiply by another weight; see :meth:`LoRALayer.product_with`."""
         return F.embedding(x, weight.T, getattr(self.base_layer, "padding_idx", None))
 
     def _cast(self, x: Tensor, adapter: str) -> Tensor:
@@ -131,7 +131,7 @@ class _LoRAConvNd(LoRALayer):
         return base.geometry if isinstance(base, ConvLayer) else ConvGeometry.of(base)
 
     def pair(self, adapter: str) -> tuple[Tensor, Tensor]:
-        """See :meth:`LoRALayer.pair`.
+        """Give B and A as matrices; see :meth:`LoRALayer.pair`.
 
         Raises:
             AdapterError: with groups there are no such matrices.
@@ -142,37 +142,37 @@ class _LoRAConvNd(LoRALayer):
         return up.weight.flatten(1), down.weight.flatten(1)
 
     def rank_of(self, adapter: str) -> int:
-        """Channels between the two convolutions."""
+        """Count the channels between the two convolutions."""
         return int(self.lora_A[adapter].weight.shape[0])
 
     def set_pair(self, adapter: str, left: Tensor, right: Tensor) -> None:
-        """See :meth:`LoRALayer.set_pair`."""
+        """Write B and A; see :meth:`LoRALayer.set_pair`."""
         down, up = self.lora_A[adapter], self.lora_B[adapter]
         _write(up, left.reshape(*left.shape, *[1] * (up.weight.ndim - 2)))
         _write(down, right.reshape(right.shape[0], *down.weight.shape[1:]))
         down.out_channels = up.in_channels = right.shape[0]
 
     def lora_product(self, adapter: str, x: Tensor, gain: float | Tensor) -> Tensor:
-        """See :meth:`LoRALayer.lora_product`."""
+        """Multiply by A, the gain and B; see :meth:`LoRALayer.lora_product`."""
         product: Tensor = self.lora_B[adapter](self.lora_A[adapter](x) * gain)
         return product
 
     def product_with(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """See :meth:`LoRALayer.product_with`."""
+        """Multiply by another weight; see :meth:`LoRALayer.product_with`."""
         return float_conv(x, weight, bias, self._geometry())
 
     def is_weight(self, adapter: str) -> bool:
-        """See :meth:`LoRALayer.is_weight`: not with groups, nor where base and adapter pad with different things."""
+        """Say no with groups, and where base and adapter pad with different things; see :meth:`LoRALayer.is_weight`."""
         down, up = self.lora_A[adapter], self.lora_B[adapter]
         return down.groups == up.groups == 1 and not self.is_zero_padded(adapter)
 
     def is_zero_padded(self, adapter: str) -> bool:
-        """See :meth:`LoRALayer.is_zero_padded`."""
+        """Say whether only the adapter pads with zeros; see :meth:`LoRALayer.is_zero_padded`."""
         mode: str = conv_geometry(self.unmerged_base)["padding_mode"]
         return mode != "zeros" and self.lora_A[adapter].padding_mode == "zeros"
 
     def differs_in_peft(self, adapter: str) -> bool:
-        """See :meth:`LoRALayer.differs_in_peft`."""
+        """Say yes to groups and to padding other than zeros; see :meth:`LoRALayer.differs_in_peft`."""
         down = self.lora_A[adapter]
         return bool(down.groups > 1 or down.padding_mode != "zeros")
 
@@ -213,7 +213,7 @@ _CLASSES: dict[str, type[LoRALayer]] = {
 
 
 def adapted(base: nn.Module) -> LoRALayer:
-    """The adapted layer around a base, as yet without adapters.
+    """Put the adapted layer around a base, as yet without adapters.
 
     Raises:
         AdapterError: a module that no adapter fits.
@@ -225,7 +225,7 @@ def adapted(base: nn.Module) -> LoRALayer:
 
 
 def conv_geometry(base: nn.Module) -> dict[str, Any]:
-    """Arguments of ``nn.Conv…`` for the geometry of a dense or compressed convolution."""
+    """Give the arguments of ``nn.Conv…`` for the geometry of a dense or compressed convolution."""
     source: Any = getattr(base, "geometry", base)
     names = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
     return {name: getattr(source, name) for name in names}

@@ -120,7 +120,7 @@ class LoRALayer(nn.Module):
         self._move(adapter, facts.device, adapter_dtype(self.base_layer))
 
     def start_magnitude(self, adapter: str) -> None:
-        """DoRA: start from the norms as they are, so that nothing changes. Called once A and B have their values."""
+        """Start DoRA from the norms as they are, so that nothing changes; called once A and B have their values."""
         if self.configs[adapter].use_dora:
             self.lora_magnitude_vector[adapter] = Magnitude(self._as_magnitude(self.norms(adapter)))
 
@@ -141,7 +141,7 @@ class LoRALayer(nn.Module):
                 parameter.requires_grad_(adapter in self.active_adapters)
 
     def adapter_parameters(self, adapter: str) -> list[nn.Parameter]:
-        """The parameters of one adapter."""
+        """List the parameters of one adapter."""
         found: list[nn.Parameter] = []
         for holder in self._holders():
             if adapter in holder:
@@ -175,7 +175,7 @@ class LoRALayer(nn.Module):
         nn.init.zeros_(up)
 
     def pair(self, adapter: str) -> tuple[Tensor, Tensor]:
-        """B (out, r) and A (r, in · kernel) as matrices, with their gradients."""
+        """Give B (out, r) and A (r, in · kernel) as matrices, with their gradients."""
         raise NotImplementedError
 
     def set_pair(self, adapter: str, left: Tensor, right: Tensor) -> None:
@@ -183,23 +183,23 @@ class LoRALayer(nn.Module):
         raise NotImplementedError
 
     def lora_product(self, adapter: str, x: Tensor, gain: float | Tensor) -> Tensor:
-        """``lora_B(gain · lora_A(x))``: scaled between the two, where there are only r numbers a token."""
+        """Compute ``lora_B(gain · lora_A(x))``, scaled between the two, where there are only r numbers a token."""
         raise NotImplementedError
 
     def product_with(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The layer's product with another weight (out, in, *kernel)."""
+        """Multiply the layer's inputs by another weight (out, in, *kernel)."""
         raise NotImplementedError
 
     def is_weight(self, adapter: str) -> bool:
-        """Whether base and adapter together are one weight of the base's shape."""
+        """Say whether base and adapter together are one weight of the base's shape."""
         return True
 
     def is_zero_padded(self, adapter: str) -> bool:
-        """Whether ``lora_A`` pads with zeros, as PEFT's does, where the base does not."""
+        """Say whether ``lora_A`` pads with zeros, as PEFT's does, where the base does not."""
         return False
 
     def differs_in_peft(self, adapter: str) -> bool:
-        """Whether PEFT would compute another thing with these tensors, or refuse them."""
+        """Say whether PEFT would compute another thing with these tensors, or refuse them."""
         return False
 
     def _as_magnitude(self, norms: Tensor) -> Tensor:
@@ -213,21 +213,21 @@ class LoRALayer(nn.Module):
     # Forward
 
     def gain(self, adapter: str) -> float | Tensor:
-        """The scaling, times the learned factor where there is one."""
+        """Multiply the scaling by the learned factor where there is one."""
         if adapter in self.lora_scale:
             learned: Tensor = self.scaling[adapter] * self.lora_scale[adapter]
             return learned
         return self.scaling[adapter]
 
     def norms(self, adapter: str) -> Tensor:
-        """‖W + scaling · BA‖ by rows, (out,), a constant for gradients."""
+        """Compute ‖W + scaling · BA‖ by rows, (out,), a constant for gradients."""
         left, right = self.pair(adapter)
         gain = self.gain(adapter)
         gain = gain.detach() if isinstance(gain, Tensor) else gain
         return row_norms(self.unmerged_base, left.detach() * gain, right.detach())
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The base's output with the active adapters' contributions, in the base's dtype."""
+        """Add the active adapters' contributions to the base's output, in the base's dtype."""
         if self.disabled:
             plain: Tensor = self.unmerged_base(x, *args, **kwargs)
             return plain
@@ -307,7 +307,7 @@ class LoRALayer(nn.Module):
         return self.base_layer if kept is None else kept
 
     def change(self, adapters: Sequence[str] | None = None) -> Change:
-        """What the adapters (default: the active ones) make of the weight, in float64, without gradients."""
+        """Compute what the adapters (default: the active ones) make of the weight, in float64, without gradients."""
         names = self.active_adapters if adapters is None else adapters
         lefts: list[Tensor] = []
         rights: list[Tensor] = []
@@ -333,7 +333,7 @@ class LoRALayer(nn.Module):
         self.merged_adapters, self.merge_row = tuple(adapters), row
 
     def unmerge(self) -> None:
-        """The base as it was before merging, bit for bit; nothing where nothing is merged."""
+        """Bring the base back as it was before merging, bit for bit; does nothing where nothing is merged."""
         kept = self.__dict__.pop("_unmerged", None)
         if kept is not None:
             self.base_layer = kept
@@ -372,12 +372,12 @@ class LoRALayer(nn.Module):
             base.activations = value
 
     def extra_repr(self) -> str:
-        """What ``repr`` shows."""
+        """Give what ``repr`` shows."""
         ranks = ", ".join(f"{name}: r={self.rank_of(name)}" for name in self.configs)
         return f"{ranks}, active={list(self.active_adapters)}, merged={list(self.merged_adapters)}"
 
     def rank_of(self, adapter: str) -> int:
-        """Number of components of an adapter."""
+        """Count the components of an adapter."""
         return self.pair(adapter)[1].shape[0]
 
     def require(self, adapter: str) -> None:

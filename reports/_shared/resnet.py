@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-SHARED = Path(__file__).resolve().parents[3] / "shared"
+from _shared.data import SHARED
+
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -55,14 +54,14 @@ class ResNet(nn.Module):
 
 
 def pretrained(depth: int) -> ResNet:
-    """ResNet-20 or ResNet-56 with the published weights, in eval mode."""
+    """Load ResNet-20 or ResNet-56 with the published weights, in eval mode."""
     model = ResNet(depth)
     model.load_state_dict(load_file(SHARED / f"models/resnet{depth}-cifar10/model.safetensors"))
     return model.eval()
 
 
 def images(name: str) -> tuple[Tensor, Tensor]:
-    """Normalised images (N, 3, 32, 32) and labels (N,) of ``cifar10/<name>.npz``."""
+    """Load normalised images (N, 3, 32, 32) and labels (N,) of ``cifar10/<name>.npz``."""
     with np.load(SHARED / f"data/cifar10/{name}.npz", allow_pickle=False) as archive:
         pixels, labels = torch.from_numpy(archive["images"]), torch.from_numpy(archive["labels"])
     x = pixels.permute(0, 3, 1, 2).float() / 255
@@ -70,12 +69,12 @@ def images(name: str) -> tuple[Tensor, Tensor]:
 
 
 def halves(seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Indices of the two halves of ``eval.npz``: to verify on, and to measure on."""
+    """Draw indices of the two halves of ``eval.npz``: to verify on, and to measure on."""
     order = torch.randperm(500, generator=torch.Generator().manual_seed(seed))
     return order[:250].sort().values, order[250:].sort().values
 
 
 @torch.no_grad()
 def accuracy(model: nn.Module, x: Tensor, labels: Tensor) -> float:
-    """Top-1."""
+    """Return the share of the images that are classified rightly: top-1."""
     return float(torch.cat([model(part).argmax(1) for part in x.split(125)]).eq(labels).float().mean())

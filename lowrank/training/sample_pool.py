@@ -73,7 +73,7 @@ class SamplePool:
         return self.mixes or (bool(self.rows) and self.vocabulary > 0)
 
     def epoch(self, size: int, generator: torch.Generator) -> Iterator[Batch]:
-        """All samples once, in batches of ``size`` and random order."""
+        """Yield all samples once, in batches of ``size`` and random order."""
         if self.rows:
             yield from self._token_epoch(size, generator)
         elif len(self.batches) == 1 and self.batches[0].size > 1:
