@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["assert_matches_dense", "eps", "matrix_with_spectrum", "seeded"]
+__all__ = ["assert_matches_dense", "assert_same_state", "eps", "matrix_with_spectrum", "seeded"]
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -73,3 +73,14 @@ def assert_matches_dense(
     excess = (actual.detach().double() - expected).abs() - tolerance
     worst = float(excess.max()) if excess.numel() else 0.0
     assert worst <= 0.0, f"largest error is {worst:.3e} above the tolerance of {float(tolerance.max()):.3e}"
+
+
+def assert_same_state(actual: nn.Module | Mapping[str, Tensor], expected: nn.Module | Mapping[str, Tensor]) -> None:
+    """Two models, or two maps of tensors, hold the same names, dtypes, shapes and bits; and some do."""
+    found = actual.state_dict() if isinstance(actual, nn.Module) else actual
+    wanted = expected.state_dict() if isinstance(expected, nn.Module) else expected
+    assert wanted, "nothing to compare"
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape), name
+        assert torch.equal(found[name], tensor), name

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from files_of_0_3_0.models import ADAPTERS, CASES, FOLDER, Adapted, adapter_base, machine, plain_adapter_input
+from helpers import assert_same_state
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -64,14 +65,6 @@ def run(model: nn.Module, inputs: list[Tensor]) -> Tensor:
     return found if isinstance(found, Tensor) else found.logits
 
 
-def assert_same_bits(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert expected
-    assert actual.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert actual[name].dtype == tensor.dtype and actual[name].shape == tensor.shape, name
-        assert torch.equal(actual[name], tensor), name
-
-
 def stored(folder: Path) -> dict[str, Tensor]:
     """What a compressed directory holds, without the tensor of zero size that guards a Hugging Face one."""
     return {name: tensor for name, tensor in load_file(folder / "model.safetensors").items() if tensor.numel()}
@@ -85,7 +78,7 @@ def tolerance(expected: Tensor, *, rounded: bool) -> float:
 
 @pytest.mark.parametrize("name", CASES)
 def test_tensors_load_bit_for_bit(name: str) -> None:
-    assert_same_bits(stored_tensors(load(name)), stored(FOLDER / name))
+    assert_same_state(stored_tensors(load(name)), stored(FOLDER / name))
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.exact])
@@ -125,7 +118,7 @@ def test_a_loaded_model_saves_to_the_same_tensors_and_layers(name: str, tmp_path
     from lowrank.checkpoint import save_compressed
 
     save_compressed(load(name), tmp_path / "again")
-    assert_same_bits(stored(tmp_path / "again"), stored(FOLDER / name))
+    assert_same_state(stored(tmp_path / "again"), stored(FOLDER / name))
     before, after = (
         json.loads((folder / "lowrank_config.json").read_text()) for folder in (FOLDER / name, tmp_path / "again")
     )
@@ -141,7 +134,7 @@ def applied(name: str) -> dict[str, Tensor]:
 @same_machine
 @pytest.mark.parametrize("name", CASES)
 def test_plans_give_the_same_tensors_here(name: str) -> None:
-    assert_same_bits(applied(name), stored(FOLDER / name))
+    assert_same_state(applied(name), stored(FOLDER / name))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -164,7 +157,7 @@ def test_adapters_load_and_save_bit_for_bit(name: str, tmp_path: Path) -> None:
     lowrank.save_adapter(model, tmp_path / "again")
     files = [FOLDER / "adapters" / name, tmp_path / "again"]
     old, new = (load_file(folder / "adapter_model.safetensors") for folder in files)
-    assert_same_bits(new, old)
+    assert_same_state(new, old)
     old_config, new_config = ((folder / "adapter_config.json").read_text(encoding="utf-8") for folder in files)
     assert new_config == old_config
 

@@ -49,10 +49,13 @@ def test_every_command_line_parses() -> None:
 
 
 def test_paths_and_names_that_the_readme_mentions_exist() -> None:
-    for path in re.findall(r"`((?:reports|lowrank|tests)/[\w./-]*)`", TEXT):
+    paths = re.findall(r"`((?:reports|lowrank|tests)/[\w./-]*)`", TEXT)
+    names = re.findall(r"`lowrank\.(\w+)", TEXT)
+    rooms = re.findall(r"`([a-z_]+)/?`", TEXT[TEXT.index("| floor | rooms |") :].split("\n\n")[0])
+    assert paths and names and rooms
+    for path in paths:
         assert (README.parent / path).exists(), path
-    for name in re.findall(r"`lowrank\.(\w+)", TEXT):
+    for name in names:
         assert hasattr(lowrank, name), name
-    rooms = TEXT[TEXT.index("| floor | rooms |") :].split("\n\n")[0]
-    for room in re.findall(r"`([a-z_]+)/?`", rooms):
+    for room in rooms:
         assert (README.parent / "lowrank" / room).is_dir() or (README.parent / "lowrank" / f"{room}.py").is_file(), room

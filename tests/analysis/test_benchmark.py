@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import assert_same_state
 from tiny_models import make_directory, make_text
 from torch import Tensor, nn
 
@@ -111,7 +112,7 @@ def test_models_stay_as_they_were() -> None:
     lowrank.benchmark(small, dense, inputs=[IDS], rounds=1, at_least=0.0)
     assert small.training and small.twice.training
     assert not any(module._forward_pre_hooks for module in small.modules())
-    assert all(torch.equal(tensor, before[name]) for name, tensor in small.state_dict().items())
+    assert_same_state(small, before)
 
 
 @pytest.mark.parametrize("rounds", [0, -1, True, 1.5])

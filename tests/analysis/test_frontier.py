@@ -12,7 +12,7 @@ from unittest import mock
 
 import pytest
 import torch
-from helpers import matrix_with_spectrum, seeded
+from helpers import assert_same_state, matrix_with_spectrum, seeded
 from torch import Tensor, nn
 
 from lowrank import apply_plan
@@ -95,7 +95,7 @@ def test_the_model_is_left_alone_and_the_same_run_gives_the_same() -> None:
     model = model_of()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     one = measure_frontier(model, calibration=inputs_of(), budgets=BUDGETS, progress=False)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert_same_state(model, before)
     assert one.to_json() == measured().to_json()
 
 
@@ -146,9 +146,10 @@ def test_a_run_that_was_stopped_goes_on_and_ends_in_the_same_bytes(tmp_path: Pat
     assert writes.call_count == 2 + len(BUDGETS) - steps, "what was finished is not measured again"
     names = sorted(str(path.relative_to(tmp_path / "whole")) for path in (tmp_path / "whole").rglob("*"))
     assert names == sorted(str(path.relative_to(tmp_path / "cut")) for path in (tmp_path / "cut").rglob("*"))
-    for name in names:
-        if (tmp_path / "whole" / name).is_file():
-            assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    files = [name for name in names if (tmp_path / "whole" / name).is_file()]
+    assert {STATE_NAME, "frontier.md", "frontier.html"} < set(files)
+    for name in files:
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 def test_a_finished_run_is_only_read(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from helpers import seeded
+from helpers import assert_same_state, seeded
 from torch import nn
 
 from lowrank.calibration.batches import Batch
@@ -28,7 +28,7 @@ def test_the_gradients_of_a_linear_chain_are_its_own_gram() -> None:
     assert model.training and model[1].training
     assert [p.requires_grad for p in model.parameters()] == [False, True, True, True]
     assert all(p.grad is None for p in model.parameters())
-    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert_same_state(model, before)
     again = output_gradients(model, batches, {"0": model[0], "2": model[2]})
     assert all(torch.equal(found[name], again[name]) for name in found)
 

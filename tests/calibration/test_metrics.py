@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
 from click.testing import CliRunner
+from helpers import assert_same_state
 from torch import Tensor, nn
 
 import lowrank
@@ -82,15 +84,15 @@ def test_what_a_metric_says_of_itself_fits_together(metric: ErrorMetric) -> None
     assert metric.show(0.0213).strip() and "0.0213" not in repr(metric)
     assert not (metric.needs_data and metric.weights_only)
     assert metric.needs_data == isinstance(metric, SampledMetric)
-    # A budget of more than everything is refused where, and only where, that means nothing.
-    if metric.name in METRICS:
-        budgets = default_budgets(metric.name)
-        assert budgets[0] == low and budgets[-1] == high
-        if metric.relative:
-            with pytest.raises(UsageError, match="at most 1 for a relative error"):
-                check_budgets(1.5, None, metric.name)
-        else:
-            check_budgets(1.5, None, metric.name)
+
+
+@pytest.mark.parametrize("metric", METRICS.values(), ids=METRICS.keys())
+def test_budgets_span_the_usual_range_and_a_relative_one_is_at_most_everything(metric: ErrorMetric) -> None:
+    budgets = default_budgets(metric.name)
+    assert (budgets[0], budgets[-1]) == metric.usual
+    refused = pytest.raises(UsageError, match="at most 1 for a relative error") if metric.relative else nullcontext()
+    with refused:
+        check_budgets(1.5, None, metric.name)
 
 
 @pytest.mark.parametrize("metric", SAMPLED, ids=[metric.name for metric in SAMPLED])
@@ -219,7 +221,7 @@ def test_a_metric_is_reachable_by_being_registered(registered: SampledMetric) ->
     assert "top-1 disagreement" in result.report.summary()[0] and " % measured" in result.report.summary()[0]
     assert "Top-1 disagreement" in result.report.to_html() and "error, %" in result.report.to_html()
     again = lowrank.apply_plan(model, result.plan, inputs).state_dict()
-    assert all(torch.equal(tensor, again[name]) for name, tensor in result.model.state_dict().items())
+    assert_same_state(result.model, again)
     found = lowrank.compare_models(model, result.model, [Batch((rows,), size=128) for rows in inputs])
     assert found[registered.name]["value"] == pytest.approx(1.0 - found["top1_agreement"]["value"])
 

@@ -122,5 +122,6 @@ def test_statistics_are_gathered_in_inference_mode_too() -> None:
     plain = collect_statistics(model, inputs, targets)
     with torch.inference_mode():
         found = collect_statistics(model, [inputs[0].clone()], targets)
+    assert plain.keys() == found.keys() == targets.keys()
     for name, value in plain.items():
         assert torch.equal(of(found[name]).gram, of(value).gram), name

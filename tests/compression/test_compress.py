@@ -9,6 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
+from helpers import assert_same_state
 from torch import Tensor, nn
 
 import lowrank
@@ -97,7 +98,7 @@ def test_the_error_budget_is_kept_on_unseen_data_and_used(budget: float, low_ran
     assert unseen.value <= budget
     assert totals["size_ratio"] < 0.6
     assert_adds_up(model, result)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert_same_state(model, before)
     assert result.model.training == model.training
 
 
@@ -122,8 +123,7 @@ def test_same_seed_same_bytes_and_another_seed_another_split() -> None:
     one, two = (compress(mlp(), error_budget=0.1, calibration=data(), seed=7) for _ in range(2))
     assert one.plan.to_json() == two.plan.to_json()
     assert one.report.to_json() == two.report.to_json()
-    for name, value in one.model.state_dict().items():
-        assert torch.equal(value, two.model.state_dict()[name]), name
+    assert_same_state(one.model, two.model)
 
 
 def test_a_plan_applied_again_with_its_calibration_gives_the_same_bits() -> None:
@@ -131,16 +131,14 @@ def test_a_plan_applied_again_with_its_calibration_gives_the_same_bits() -> None
     result = compress(model, error_budget=0.05, calibration=data(), seed=3)
     again = lowrank.apply_plan(model, Plan.from_json(result.plan.to_json()), calibration=data())
     assert {row.format for row in result.report.rows} >= {"lowrank-int8"}
-    for name, value in result.model.state_dict().items():
-        assert torch.equal(value, again.state_dict()[name]), name
+    assert_same_state(result.model, again)
 
 
 def test_a_plan_made_with_validation_data_applies_to_the_same_bits_too() -> None:
     model = mlp(low_rank=True)
     result = compress(model, error_budget=0.05, calibration=data(), validation=data(64, seed=6))
     again = lowrank.apply_plan(model, result.plan, calibration=data())
-    for name, value in result.model.state_dict().items():
-        assert torch.equal(value, again.state_dict()[name]), name
+    assert_same_state(result.model, again)
 
 
 def test_a_hand_edited_plan_applies_without_calibration_and_says_so(caplog: pytest.LogCaptureFixture) -> None:

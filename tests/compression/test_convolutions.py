@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conv_models import ResNet, TextConv, pictures, resnet, with_falling_spectra
-from helpers import seeded
+from helpers import assert_same_state, seeded
 from torch import Tensor, nn
 
 import lowrank
@@ -64,10 +64,13 @@ def test_the_budget_is_kept_and_every_byte_is_accounted_for(
     assert totals["size_ratio"] < 0.3
     formats = Counter(row.format for row in result.report.rows if row.kind == "Conv2d")
     assert formats["int8"] + formats["lowrank"] + formats["lowrank-int8"] >= 8
+    assert {entry.name for entry in result.plan.entries if entry.format != "dense"} == compressed_layers(
+        result.model
+    ).keys()
     for entry in result.plan.entries:
-        layer = result.model.get_submodule(entry.name)
         assert (entry.scheme is not None) == (entry.kind == "conv" and "lowrank" in entry.format)
-        if isinstance(layer, CompressedLayer):
+        if entry.format != "dense":
+            layer = compressed_layers(result.model)[entry.name]
             assert layer.stored_bytes == entry.bytes
             assert (layer.format, layer.rank) == (entry.format, entry.rank)
 
@@ -170,7 +173,7 @@ def test_a_plan_makes_the_same_model_again(kind: str, original: ResNet, request:
     again = lowrank.apply_plan(original, plan, calibration=pictures(160))
     wanted = result.model.state_dict()
     assert list(again.state_dict()) == list(wanted)
-    assert all(torch.equal(value, wanted[name]) for name, value in again.state_dict().items())
+    assert_same_state(again, wanted)
 
 
 def test_inplace_folds_the_model_itself() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import seeded
+from helpers import assert_same_state, seeded
 from residual_model import Net, inputs
 from torch import Tensor, nn
 
@@ -75,7 +75,7 @@ def test_a_plan_of_such_factors_applies_again_to_the_same_bits(metric: str) -> N
         lowrank.compress_model(model, plan=plan, calibration=data(), metric=metric, progress=False).model,
     ):
         state = again.state_dict()
-        assert all(torch.equal(tensor, state[name]) for name, tensor in result.model.state_dict().items())
+        assert_same_state(result.model, state)
     damaged = lowrank.Plan(plan.entries, metadata={**plan.metadata, "loss_aware": "everything"})
     with pytest.raises(CheckpointError, match="loss_aware must be one of output, labels, got 'everything'"):
         lowrank.apply_plan(model, damaged, data())
@@ -95,7 +95,7 @@ def test_a_plan_made_for_a_tensor_of_the_output_needs_to_know_which() -> None:
     with pytest.raises(UsageError, match=r"output_fn=.*second picks; pass the same output_fn"):
         lowrank.apply_plan(model, result.plan, data())
     again = lowrank.apply_plan(model, result.plan, data(), output_fn=second).state_dict()
-    assert all(torch.equal(tensor, again[name]) for name, tensor in result.model.state_dict().items())
+    assert_same_state(result.model, again)
 
 
 def test_a_model_that_cannot_be_differentiated_is_told_of() -> None:
@@ -145,7 +145,7 @@ def test_healing_finds_a_smaller_model_that_keeps_the_budget_on_data_never_seen(
     assert healed.report.totals["size_ratio"] < 0.9 * plain.report.totals["size_ratio"]
     assert healed.report.totals["error_upper"] <= 0.1
     assert unseen(model, healed) <= 0.1 * 1.05
-    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert_same_state(model, before)
     told = healed.report.totals["heal"]
     assert told["steps"] == 120 and told["error_after"] < told["error_before"]
     assert healed.report.totals["error_predicted"] == pytest.approx(told["error_after"], rel=1e-9)

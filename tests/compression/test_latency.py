@@ -221,6 +221,7 @@ def test_no_planned_layer_is_slower_than_dense_by_the_table() -> None:
     result = compress(budget=0.4)
     found = {target.name: LayerData(target) for target in survey(model()).targets}
     speed = Speed(table(), {name: {256: 1.0} for name in found})
+    assert {entry.name for entry in result.plan.entries} == found.keys() and found
     for entry in result.plan.entries:
         planned, dense = (
             speed.seconds(found[entry.name], entry.spec),

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import seeded
+from helpers import assert_same_state, seeded
 from torch import Tensor, nn
 
 import lowrank
@@ -172,6 +172,7 @@ def test_every_kind_that_a_format_builds_has_an_example() -> None:
 
 
 def test_names_are_unique_and_a_second_registration_is_refused() -> None:
+    assert FORMATS and layer_kinds()
     for name, format in FORMATS.items():
         assert format.name == name
         with pytest.raises(UsageError, match="registered already"):
@@ -252,7 +253,7 @@ def test_saved_and_loaded_it_answers_bit_for_bit(case: Case, tmp_path: Path) -> 
         loaded = lowrank.load_model(tmp_path / str(index), model=case.model)
         with torch.no_grad():
             assert torch.equal(loaded(case.inputs), applied(case.inputs)), spec
-        assert all(torch.equal(one, loaded.state_dict()[name]) for name, one in applied.state_dict().items())
+        assert_same_state(applied, loaded)
         assert [layer.format for layer in compressed_layers(loaded).values()] == [spec.format]
 
 
@@ -312,7 +313,7 @@ def test_adapters_on_it_merge_to_the_sum_or_say_why_not(case: Case) -> None:
         distance = float((merged(case.inputs) - separate).norm() / separate.norm())
         assert distance <= 0.05
         lowrank.unmerge_lora(adapted)
-        assert all(torch.equal(before[name], tensor) for name, tensor in adapted.state_dict().items())
+        assert_same_state(adapted, before)
 
 
 @every_case

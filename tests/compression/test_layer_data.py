@@ -35,7 +35,9 @@ def linear_data(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_predicted_bytes_are_built_bytes(shape: tuple[int, int], bias: bool, dtype: torch.dtype) -> None:
     layer_data = linear_data(*shape, bias=bias, dtype=dtype)
-    for spec in smaller_specs(layer_data, ("int8", "lowrank", "lowrank-int8"), Request("auto")):
+    specs = smaller_specs(layer_data, ("int8", "lowrank", "lowrank-int8"), Request("auto"))
+    assert {spec.format for spec in specs} == {"int8", "lowrank", "lowrank-int8"}
+    for spec in specs:
         layer = build(layer_data, spec)["0"]
         assert isinstance(layer, CompressedLayer)
         assert layer.stored_bytes == stored_bytes(layer_data, spec) < stored_bytes(layer_data, DENSE), spec

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
-import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -323,10 +323,12 @@ def test_a_manifest_of_a_billion_layers_is_refused_at_once(tmp_path: Path) -> No
     document = json.loads(manifest.read_text())
     document["layers"]["rnn"]["options"]["num_layers"] = 10**9
     manifest.write_text(json.dumps(document))
-    start = time.process_time()
-    with pytest.raises(CheckpointError, match="num_layers"):
+    with (
+        mock.patch("lowrank.io.index.read_tensor", side_effect=AssertionError("read")),
+        mock.patch.object(QuantizedLSTM, "register_buffer", side_effect=AssertionError("built")),
+        pytest.raises(CheckpointError, match="num_layers"),
+    ):
         lowrank.load_model(tmp_path / "out", model=Tagger)
-    assert time.process_time() - start < 1.0
 
 
 @pytest.mark.parametrize("name", ["lstm", "encoder"])

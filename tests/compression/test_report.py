@@ -150,6 +150,7 @@ def test_the_answer_is_said() -> None:
 
 def test_every_row_is_in_every_rendering_with_its_reason() -> None:
     made = report()
+    assert any(row.reason for row in made.rows)
     for text in (made.to_text(200), made.to_markdown(), Page(made.to_html()).text):
         for row in made.rows:
             assert row.name in text

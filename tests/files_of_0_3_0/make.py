@@ -9,6 +9,7 @@ Reports for people (HTML, Markdown) and ``run.json`` are taken out again: loadin
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -16,7 +17,6 @@ from pathlib import Path
 
 import torch
 from files_of_0_3_0.models import ADAPTERS, CASES, FOLDER, Adapted, Case, adapter_base, machine, plain_adapter_input
-from lowrank.timings import Point, fit_table
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -145,13 +145,14 @@ def write_frontier() -> None:
 
 def write_timings() -> None:
     """A table fitted to made-up seconds."""
+    timings = importlib.import_module("lowrank.timings")  # where 0.3.0 had it
     points = [
-        Point(key, rows, out, 64, rank, 1e-6 * rows + 1e-9 * out * (rank or 64))
+        timings.Point(key, rows, out, 64, rank, 1e-6 * rows + 1e-9 * out * (rank or 64))
         for key, rank in (("dense/-/float32", None), ("int8/int8/float32", None), ("lowrank/-/float32", 8))
         for rows in (1, 64)
         for out in (32, 64, 96)
     ]
-    table = fit_table(points, {"cpu": "made up", "threads": 1, "route": "native"}, {"median_error": 0.125})
+    table = timings.fit_table(points, {"cpu": "made up", "threads": 1, "route": "native"}, {"median_error": 0.125})
     (FOLDER / "timings.json").write_text(table.to_json(), encoding="utf-8")
 
 

@@ -8,10 +8,10 @@ import resource
 import stat
 import subprocess
 import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import safetensors.torch
@@ -284,9 +284,8 @@ def test_a_header_of_millions_of_entries_costs_neither_time_nor_memory(tmp_path:
     for count in (1_700_000, 250_000):
         path = write_raw(tmp_path / str(count), b"{" + b",".join(one % n for n in range(count)) + b"}")
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        start = time.process_time()
-        refused(path, "a header of", code=6)
-        assert time.process_time() - start < 2
+        with mock.patch("lowrank.io.tensors.parse_json", side_effect=AssertionError("parsed")):
+            refused(path, "a header of", code=6)
         assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 1024
 
 

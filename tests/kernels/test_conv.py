@@ -92,7 +92,7 @@ def test_bit_equal_to_torch(name: str, batch: int) -> None:
                 slow = layer.product(given, added)
             assert torch.equal(fast.nan_to_num(0.0), slow.nan_to_num(0.0))
             assert torch.equal(fast.isnan(), slow.isnan())
-    if batch > 2:
+    if batch == 5:  # what the two samples with NaN and infinity spread to
         assert [bool(sample.isnan().all()) for sample in fast] == [False, False, True, True, False]
 
 

@@ -11,6 +11,8 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import pytest
 import torch
@@ -311,19 +313,22 @@ def test_a_library_of_another_version_is_passed_over(monkeypatch: pytest.MonkeyP
 
 @needs_library
 def test_python_costs_little() -> None:
-    """The whole call of a tiny layer in less than 25 µs, at its best: 25 at most by the goal, some 10 as measured."""
-    from time import perf_counter
-
+    """Of the some 10 µs that a tiny layer takes, most is Python: its calls are counted, since seconds depend on the machine."""
     layer = QuantizedLinear.from_linear(nn.Linear(16, 16))
     x = torch.ones(1, 16)
-    best = math.inf
+    called: list[str] = []
+
+    def note(frame: FrameType, event: str, argument: Any) -> None:
+        called.append(frame.f_code.co_name if event == "call" else str(getattr(argument, "__name__", "")))
+
     with torch.no_grad():
-        for _ in range(200):
-            start = perf_counter()
-            for _ in range(20):
-                layer(x)
-            best = min(best, (perf_counter() - start) / 20)
-    assert best < 25e-6 * 4  # a busy machine may be several times slower
+        layer(x)  # the first call tests the library
+        sys.setprofile(lambda frame, event, argument: note(frame, event, argument) if "call" in event else None)
+        try:
+            layer(x)
+        finally:
+            sys.setprofile(None)
+    assert len(called) <= 45, called
 
 
 def test_structures_are_those_of_the_c_file() -> None:

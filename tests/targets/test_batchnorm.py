@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from helpers import eps, seeded
+from helpers import assert_same_state, eps, seeded
 from torch import Tensor, nn
 
 from lowrank import fold_batchnorm
@@ -67,7 +67,7 @@ def test_the_model_itself_stays_as_it_is_and_shares_nothing_with_the_copy() -> N
     model[0].conv1.weight.requires_grad_(False)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     folded, _ = fold_batchnorm(model)
-    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert_same_state(model, before)
     assert (model.training, model[1].training, folded[1].training) == (False, True, True)
     assert not folded[0].conv1.weight.requires_grad and not folded[0].conv1.bias.requires_grad
     own = {value.data_ptr() for value in folded.state_dict().values()}
