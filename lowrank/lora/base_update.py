@@ -20,10 +20,9 @@ from lowrank.layers import (
     SVDCompressedLinear,
 )
 from lowrank.layers.conv import FactoredConv, SVDCompressedConv
-from lowrank.layers.linear import balanced
-from lowrank.layers.quantized_conv import QuantizedConv
-from lowrank.layers.quantized_conv_lowrank import QuantizedLowRankConv
-from lowrank.layers.quantized_lowrank import dense_product, round_factors
+from lowrank.layers.conv_codes import QuantizedConv
+from lowrank.layers.conv_factor_codes import QuantizedLowRankConv
+from lowrank.layers.factors import balanced, dense_product, round_factors
 from lowrank.layers.source import is_conv1d
 from lowrank.lora.adapter_kinds import conv_geometry
 from lowrank.lora.adapter_layer import Change, LoRALayer, MergeRow

@@ -23,8 +23,8 @@ from lowrank.layers import (
 )
 from lowrank.layers.conv import FactoredConv, SVDCompressedConv
 from lowrank.layers.conv_base import ConvLayer
-from lowrank.layers.quantized_conv import QuantizedConv
-from lowrank.layers.quantized_conv_lowrank import QuantizedLowRankConv
+from lowrank.layers.conv_codes import QuantizedConv
+from lowrank.layers.conv_factor_codes import QuantizedLowRankConv
 from lowrank.layers.source import is_conv1d
 
 __all__ = [

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lowrank.errors import AdapterError, UsageError
 from lowrank.layers import CompressedLayer
-from lowrank.layers.linear import balanced
+from lowrank.layers.factors import balanced
 from lowrank.layers.source import is_conv1d
 from lowrank.lora.adapter_layer import LoRALayer
 from lowrank.lora.bases import base_bias, base_weight, exact_weight, family
