@@ -11,6 +11,7 @@ import torch
 
 from lowrank.errors import CheckpointError, LowRankError
 from lowrank.io import TensorEntry, TensorSource, open_tensors, printable, read_json, require_int
+from lowrank.io.version import PACKAGE
 from lowrank.layers import LAYER_KINDS, CompressedLayer, Role
 
 __all__ = [
@@ -27,7 +28,7 @@ __all__ = [
 
 MANIFEST_NAME = "lowrank_config.json"
 FORMAT_VERSION = 1
-_QUANT_METHOD = "lowrank"
+_QUANT_METHOD = PACKAGE
 # An entry takes about 300 bytes; the rest is room for long names and `extra`.
 _MANIFEST_BYTES = 1 << 20
 _MANIFEST_BYTES_PER_TENSOR = 8192

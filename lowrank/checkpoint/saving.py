@@ -24,7 +24,7 @@ from lowrank.io import (
     write_safetensors,
     write_text,
 )
-from lowrank.io.version import __version__
+from lowrank.io.version import PACKAGE, __version__
 from lowrank.layers import CompressedLayer, compressed_layers
 from lowrank.targets.batchnorm import FoldedBatchNorm
 from lowrank.targets.model import refuse_adapters
@@ -180,7 +180,7 @@ def _manifest(
     extra: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     document: dict[str, Any] = {
-        "quant_method": "lowrank",
+        "quant_method": PACKAGE,
         "format_version": FORMAT_VERSION,
         "lowrank_version": __version__,
         "torch_version": torch.__version__,

@@ -6,14 +6,14 @@ from lowrank.layers import operators as _operators  # noqa: F401  (registers tor
 from lowrank.layers.attention import QuantizedMultiheadAttention, call_every_layer
 from lowrank.layers.base import CompressedLayer, Role, declare_format
 from lowrank.layers.conv import SVDCompressedConv1d, SVDCompressedConv2d
+from lowrank.layers.conv_codes import QuantizedConv1d, QuantizedConv2d
+from lowrank.layers.conv_factor_codes import QuantizedLowRankConv1d, QuantizedLowRankConv2d
 from lowrank.layers.embedding import LowRankEmbedding
+from lowrank.layers.embedding_codes import QuantizedEmbedding, QuantizedLowRankEmbedding
 from lowrank.layers.linear import SVDCompressedLinear
+from lowrank.layers.linear_codes import QuantizedLinear
+from lowrank.layers.linear_factor_codes import QuantizedLowRankLayer
 from lowrank.layers.model import check_scales, compressed_layers
-from lowrank.layers.quantized import QuantizedLinear
-from lowrank.layers.quantized_conv import QuantizedConv1d, QuantizedConv2d
-from lowrank.layers.quantized_conv_lowrank import QuantizedLowRankConv1d, QuantizedLowRankConv2d
-from lowrank.layers.quantized_embedding import QuantizedEmbedding, QuantizedLowRankEmbedding
-from lowrank.layers.quantized_lowrank import QuantizedLowRankLayer
 from lowrank.layers.recurrent import (
     RECURRENT,
     QuantizedGRU,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lowrank.errors import UsageError
 from lowrank.layers.base import CompressedLayer
 from lowrank.layers.checks import INTEGER_ACTIVATIONS, check_activations, check_size
-from lowrank.layers.quantized import QuantizedLinear
+from lowrank.layers.linear_codes import QuantizedLinear
 from lowrank.layers.weights import joined, split
 
 __all__ = ["QuantizedMultiheadAttention", "call_every_layer"]

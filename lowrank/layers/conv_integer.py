@@ -13,7 +13,7 @@ from lowrank.kernels import IntegerConv
 from lowrank.layers.base import graph_is_made
 from lowrank.layers.checks import INTEGER_ACTIVATIONS
 from lowrank.layers.conv_base import ConvLayer
-from lowrank.layers.integer_layer import IntegerLayer
+from lowrank.layers.integer_base import IntegerLayer
 from lowrank.numerics.convolutions import ConvGeometry, pad_input
 
 __all__ = ["ConvStage", "IntegerConvLayer", "input_gradient", "unpadded"]

@@ -19,7 +19,7 @@ from lowrank.layers.weights import FloatFactors
 from lowrank.numerics.factors import Factors, check_rank, factorize
 from lowrank.numerics.moments import InputStatistics
 
-__all__ = ["LinearLayer", "SVDCompressedLinear", "balanced"]
+__all__ = ["LinearLayer", "SVDCompressedLinear"]
 
 
 class LinearLayer(CompressedLayer):

@@ -16,10 +16,10 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from lowrank.kernels import IntegerConv
 from lowrank.layers.conv_integer import input_gradient
-from lowrank.layers.integer import IntegerLinear
-from lowrank.layers.quantized import QuantizedLinear
-from lowrank.layers.quantized_embedding import QuantizedLowRankEmbedding
-from lowrank.layers.quantized_lowrank import QuantizedLowRankLayer
+from lowrank.layers.embedding_codes import QuantizedLowRankEmbedding
+from lowrank.layers.linear_codes import QuantizedLinear
+from lowrank.layers.linear_factor_codes import QuantizedLowRankLayer
+from lowrank.layers.linear_integer import IntegerLinear
 from lowrank.numerics.convolutions import ConvGeometry
 
 __all__: list[str] = []

@@ -25,7 +25,7 @@ from lowrank.io import (
     write_safetensors,
     write_text,
 )
-from lowrank.io.version import __version__
+from lowrank.io.version import PACKAGE, __version__
 from lowrank.layers.source import is_conv1d
 from lowrank.lora.adapter_layer import LoRALayer
 from lowrank.lora.adapters import (
@@ -86,7 +86,7 @@ def save_adapter(
         "learnable_scale": _own_config(model, adapter).learnable_scale,
         "zero_padded": [name for name, layer in layers.items() if layer.is_zero_padded(adapter)],
     }
-    metadata = {"format": "pt", "lowrank": json.dumps(note, sort_keys=True)}
+    metadata = {"format": "pt", PACKAGE: json.dumps(note, sort_keys=True)}
     needed_bytes = sum(tensor.nbytes for tensor in tensors.values()) + _SIDE_BYTES
     check_destination(directory, overwrite, needed_bytes=needed_bytes)
     own = [name for name, layer in layers.items() if layer.differs_in_peft(adapter)]
@@ -275,10 +275,10 @@ def _why_not(model: nn.Module, name: str) -> str:
 
 def _note(metadata: Mapping[str, str], where: str) -> dict[str, Any]:
     """What :func:`save_adapter` wrote beside the tensors; empty for a file of PEFT's."""
-    if "lowrank" not in metadata:
+    if PACKAGE not in metadata:
         return {}
     try:
-        note = json.loads(metadata["lowrank"])
+        note = json.loads(metadata[PACKAGE])
     except ValueError as error:
         raise CheckpointError(f"{where}: its metadata on lowrank is not JSON") from error
     if not isinstance(note, dict) or not isinstance(note.setdefault("zero_padded", []), list):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.errors import AdapterError, UsageError, is_whole
-from lowrank.layers.linear import balanced
+from lowrank.layers.factors import balanced
 from lowrank.lora.adapter_layer import LoRALayer
 from lowrank.lora.bases import base_of, family
 from lowrank.numerics.factors import Factors, RankCurve, factorize, factorize_embedding

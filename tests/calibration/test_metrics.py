@@ -27,6 +27,7 @@ from lowrank.calibration.metrics import (
     metric_named,
     recorded_metric,
     register_metric,
+    sampled_metric,
     sampled_metrics,
 )
 from lowrank.calibration.metrics.sums import count_kept, per_sample, position_mask
@@ -53,15 +54,16 @@ def logits(seed: int) -> Tensor:
 
 
 def test_names_and_titles_are_unique_and_auto_is_nobodys() -> None:
-    assert list(METRICS) == [metric.name for metric in METRICS.values()] == ["output", "weight", "kl", "perplexity"]
+    assert list(METRICS) == [metric.name for metric in METRICS.values()]
+    assert list(METRICS)[:4] == ["output", "weight", "kl", "perplexity"]
     assert len({metric.title for metric in METRICS.values()}) == len(METRICS)
     assert len({metric.figure for metric in SAMPLED}) == len(SAMPLED)
-    assert metric_choices() == ("auto", "weight", "output", "kl", "perplexity")
+    assert metric_choices()[:5] == ("auto", "weight", "output", "kl", "perplexity")
     with pytest.raises(UsageError, match="metric 'output': the name is taken by <OutputMetric 'output'>"):
         register_metric(OUTPUT)
-    with pytest.raises(UsageError, match="must be one of output, weight, kl, perplexity, got 'accuracy'"):
+    with pytest.raises(UsageError, match=r"must be one of output, weight, kl, perplexity.*, got 'accuracy'"):
         metric_named("accuracy")
-    with pytest.raises(UsageError, match="metric: must be one of output, kl, perplexity here, got 'weight'"):
+    with pytest.raises(UsageError, match=r"metric: must be one of output, kl, perplexity.* here, got 'weight'"):
         Evaluator(nn.Linear(1, 1), [], "weight")
 
 
@@ -118,9 +120,10 @@ def test_terms_are_zero_for_the_same_output_and_blind_to_padding(metric: Sampled
             torch.testing.assert_close(found, wanted[rows], rtol=1e-12, atol=0.0)
 
 
-@pytest.mark.parametrize("metric", SAMPLED, ids=[metric.name for metric in SAMPLED])
-def test_a_doubled_error_grows_as_the_unit_says(metric: SampledMetric) -> None:
+@pytest.mark.parametrize(("name", "order"), [("output", 2), ("kl", 2), ("perplexity", 1)])
+def test_a_doubled_error_grows_as_the_unit_says(name: str, order: int) -> None:
     """A value that is the root of its ratio doubles with the error; a divergence is of second order, a likelihood of first."""
+    metric = sampled_metric(name)
     batch, reference = tokens(), logits(0).double()
     step = 1e-6 * logits(2).double()
 
@@ -128,7 +131,6 @@ def test_a_doubled_error_grows_as_the_unit_says(metric: SampledMetric) -> None:
         lost, whole = metric.terms(reference, output, batch)
         return float(lost.sum() / whole.sum())
 
-    order = {"output": 2, "kl": 2}.get(metric.name, 1)
     assert ratio(reference + 2 * step) / ratio(reference + step) == pytest.approx(2.0**order, rel=1e-2)
 
 
@@ -225,13 +227,13 @@ def test_a_metric_is_reachable_by_being_registered(registered: SampledMetric) ->
     found = lowrank.compare_models(model, result.model, [Batch((rows,), size=128) for rows in inputs])
     assert found[registered.name]["value"] == pytest.approx(1.0 - found["top1_agreement"]["value"])
 
-    assert metric_choices() == ("auto", "weight", "output", "kl", "perplexity", registered.name)
+    assert metric_choices()[-1] == registered.name
     assert default_budgets(registered.name, 2) == (0.001, 0.2)
     report = lowrank.measure_frontier(
         model, calibration=inputs, budgets=[0.1], metric=registered.name, formats=("int8",), progress=False
     )
     assert "top-1 disagreement against size" in report.summary()[0]
-    with pytest.raises(UsageError, match="perplexity, top-1 disagreement or a callable"):
+    with pytest.raises(UsageError, match=r"perplexity.*, top-1 disagreement or a callable"):
         lowrank.compress_model(model, error_budget=0.1, metric="accuracy", calibration=inputs)
 
 

@@ -320,13 +320,13 @@ def test_adapters_on_it_merge_to_the_sum_or_say_why_not(case: Case) -> None:
 def test_healing_trains_it_and_keeps_its_form(case: Case) -> None:
     applied = case.applied(case.specs[0])
     shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in applied.state_dict().items()}
-    if case.data.kind.composite or not case.data.target.multiplying:
-        # Of these no layer is trained: what they hold is codes that no gradient reaches.
-        healable = next((True for parameter in applied.parameters() if parameter.requires_grad), False)
-        if not healable:
-            with pytest.raises(UsageError, match="no factors to train"):
-                lowrank.heal(applied, case.model, [case.inputs], steps=2, progress=False)
-            return
+    layer = applied.layer
+    assert isinstance(layer, CompressedLayer)
+    if not layer.trains_rounded and not any(parameter.requires_grad for parameter in applied.parameters()):
+        # What it holds is codes that no gradient reaches, and it says so.
+        with pytest.raises(UsageError, match="no factors to train"):
+            lowrank.heal(applied, case.model, [case.inputs], steps=2, progress=False)
+        return
     healed = lowrank.heal(applied, case.model, [case.inputs, case.inputs + 0], steps=2, progress=False, seed=0)
     assert healed.report.error_after <= healed.report.error_before
     assert {name: (tensor.shape, tensor.dtype) for name, tensor in healed.model.state_dict().items()} == shapes

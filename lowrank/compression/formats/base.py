@@ -21,6 +21,7 @@ from lowrank.layers.base import ACTIVATIONS, INTEGER_ACTIVATIONS
 from lowrank.layers.spec import LayerSpec
 from lowrank.numerics.conv_factors import ConvFactors
 from lowrank.numerics.factors import Factors, check_rank
+from lowrank.numerics.rounding_methods import ROUNDINGS
 from lowrank.targets import LINEAR, kind_named
 from lowrank.targets.survey import Target
 
@@ -202,6 +203,12 @@ class WeightFormat(ABC):
             value = getattr(spec, name)
             if name not in self.fields and value is not None:
                 raise LowRankError(f"{where}: {name} of format {self.name} must be null, got {shown(value)}")
+        if spec.group is not None and not is_whole(spec.group, 1):
+            raise LowRankError(f"{where}: group must be null or an integer from 1, got {shown(spec.group)}")
+        if spec.rounding is not None and spec.rounding not in ROUNDINGS:
+            raise LowRankError(
+                f"{where}: rounding must be null or one of {', '.join(ROUNDINGS)}, got {shown(spec.rounding)}"
+            )
 
     def _check_scheme(self, spec: LayerSpec, kind: str, shape: tuple[int, ...], where: str) -> None:
         known = kind_named(kind)

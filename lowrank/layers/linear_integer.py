@@ -12,7 +12,7 @@ from lowrank.kernels import IntegerWeight
 from lowrank.kernels.activations import pieces_for
 from lowrank.layers.base import graph_is_made
 from lowrank.layers.checks import FLOAT_ACTIVATIONS, INTEGER_ACTIVATIONS
-from lowrank.layers.integer_layer import IntegerLayer
+from lowrank.layers.integer_base import IntegerLayer
 from lowrank.layers.linear import LinearLayer
 
 __all__ = ["IntegerLinear"]

@@ -9,15 +9,15 @@ from torch import Tensor, nn
 
 from lowrank.layers.checks import INTEGER_ACTIVATIONS, check_activations
 from lowrank.layers.factors import dense_product, round_factors
-from lowrank.layers.integer import IntegerLinear
 from lowrank.layers.linear import SVDCompressedLinear
+from lowrank.layers.linear_integer import IntegerLinear
 from lowrank.layers.source import choose_rank, error_in, linear_parts
 from lowrank.layers.weights import FactorCodes
 from lowrank.numerics.factors import check_rank, factorize
 from lowrank.numerics.moments import InputStatistics
 from lowrank.numerics.rounding import check_bits
 
-__all__ = ["QuantizedLowRankLayer", "dense_product", "round_factors"]
+__all__ = ["QuantizedLowRankLayer"]
 
 
 class QuantizedLowRankLayer(FactorCodes, IntegerLinear):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.layers.checks import INTEGER_ACTIVATIONS, check_activations
-from lowrank.layers.integer import IntegerLinear
+from lowrank.layers.linear_integer import IntegerLinear
 from lowrank.layers.source import linear_parts
 from lowrank.layers.weights import RowCodes
 from lowrank.numerics.rounding import quantize_rows, rounding_bound
