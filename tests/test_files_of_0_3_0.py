@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from lowrank.analysis import frontier, frontier_state
 from lowrank.analysis.frontier_report import FrontierReport, plan_name
 from lowrank.checkpoint import stored_tensors
 from lowrank.compression.timings import TimingTable, load_timings
+from lowrank.errors import CheckpointError
 
 MADE_ON = json.loads((FOLDER / "machine.json").read_text(encoding="utf-8"))
 # Factorisations, and floating-point sums in another order, differ between processors in their last bits.
@@ -177,24 +180,31 @@ def frontier_files(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): path.read_text(encoding="utf-8") for path in sorted(folder.rglob("*.json"))}
 
 
+def frontier_again(folder: Path) -> FrontierReport:
+    """The call that made the frontier, on a copy of its directory; a point that is measured is a failure."""
+    shutil.copytree(FOLDER / "frontier", folder)
+    with mock.patch.object(frontier._Run, "measure", side_effect=AssertionError("measured again")):
+        return lowrank.measure_frontier(
+            dense("integers"),
+            calibration=in_order(group("integers", "calibration")),
+            budgets=[0.03, 0.3],
+            directory=folder,
+            source="integers",
+            progress=False,
+        )
+
+
+def test_a_frontier_of_another_version_differs_in_that_alone(tmp_path: Path) -> None:
+    words = f"were measured with lowrank '0.3.0' then, '{lowrank.__version__}' now; give the same again"
+    with pytest.raises(CheckpointError, match=re.escape(words)):
+        frontier_again(tmp_path / "frontier")
+
+
 def test_a_frontier_is_taken_up_without_measuring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shutil.copytree(FOLDER / "frontier", tmp_path / "frontier")
-    before = frontier_files(tmp_path / "frontier")
-
-    def measured(*arguments: object) -> None:
-        raise AssertionError("every point is there, but one was measured again")
-
-    monkeypatch.setattr(frontier._Run, "measure", measured)
-    # Points of two versions are not mixed; those of one are taken up whatever wrote the files since.
+    # Points of different versions are not mixed; all that is besides the version is as 0.3.0 wrote it.
     monkeypatch.setattr(frontier_state, "__version__", "0.3.0")
-    report = lowrank.measure_frontier(
-        dense("integers"),
-        calibration=in_order(group("integers", "calibration")),
-        budgets=[0.03, 0.3],
-        directory=tmp_path / "frontier",
-        source="integers",
-        progress=False,
-    )
+    report = frontier_again(tmp_path / "frontier")
+    before = frontier_files(FOLDER / "frontier")
     kept = json.loads(before["frontier.json"])
     assert json.loads(report.to_json()) == {key: kept[key] for key in ("format_version", "points", "totals", "notes")}
     assert len(report.plans) == len(kept["points"]) > 1

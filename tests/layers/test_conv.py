@@ -9,7 +9,7 @@ import pickle
 
 import pytest
 import torch
-from conv_cases import conv_of, correlated_images, geometries, image_for, reference
+from conv_models import conv_of, correlated_images, geometries, image_for, reference
 from helpers import eps, seeded
 from torch import Tensor, nn
 

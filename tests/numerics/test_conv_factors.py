@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from conv_cases import conv_of, correlated_images, image_for, reference
+from conv_models import conv_of, correlated_images, image_for, reference
 from helpers import seeded
 from torch import Tensor, nn
 

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conv_cases import conv_of, geometries, image_for
+from conv_models import conv_of, geometries, image_for
 from helpers import seeded
 from torch import nn
 
