@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -95,14 +94,13 @@ def test_a_manifest_that_lies(saved: Path, change: Callable[[dict[str, Any]], ob
         refused(saved, words)
 
 
-def test_ten_million_layers_are_refused_at_once(saved: Path) -> None:
+def test_ten_million_layers_are_refused_unread(saved: Path) -> None:
     one = b'"%d":{}'
     layers = b",".join(one % number for number in range(10_000_000))
     text = b'{"quant_method":"lowrank","format_version":1,"layers":{' + layers + b"}}"
     (saved / "lowrank_config.json").write_bytes(text)
-    start = time.process_time()
-    refused(saved, "bytes of layers for 15 tensors")
-    assert time.process_time() - start < 1
+    with mock.patch("lowrank.checkpoint.manifest.read_json", side_effect=AssertionError("read")):
+        refused(saved, "bytes of layers for 15 tensors")
 
 
 def rewrite(path: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:

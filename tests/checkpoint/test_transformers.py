@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -186,13 +185,11 @@ def test_side_files_come_along_and_code_does_not(tmp_path: Path) -> None:
 )
 def test_sizes_that_do_not_fit_the_tensors(saved: Path, change: Callable[[dict[str, Any]], object], words: str) -> None:
     edit(saved, change)
-    start = time.process_time()
     with (
         mock.patch("lowrank.io.index.read_tensor", side_effect=AssertionError("read")),
         pytest.raises(CheckpointError, match=words) as caught,
     ):
         load_model(saved)
-    assert time.process_time() - start < 1
     assert caught.value.exit_code == 3
     assert "\n" not in str(caught.value)
 
