@@ -12,9 +12,9 @@ from lowrank.compression.formats import is_plain_rounding
 from lowrank.compression.rows import (
     ARITHMETICS,
     COLUMNS,
-    FINALIST_COLUMNS,
+    TRIAL_COLUMNS,
     LayerRow,
-    finalist_texts,
+    trial_texts,
     row_from_json,
     row_texts,
     same_total,
@@ -173,8 +173,8 @@ class CompressionReport(Report):
         return [layers, *self._plans_tried()]
 
     def _plans_tried(self) -> list[Table]:
-        tried = finalist_texts(self.totals, recorded_metric(str(self.totals.get("metric"))).show)
-        return [Table(FINALIST_COLUMNS, tried, title="Plans that were measured", named=False)] if tried else []
+        tried = trial_texts(self.totals, recorded_metric(str(self.totals.get("metric"))).show)
+        return [Table(TRIAL_COLUMNS, tried, title="Plans that were measured", named=False)] if tried else []
 
     def _sections(self) -> list[str]:
         tried = [html.section(table.title, table.to_html()) for table in self._plans_tried()]

@@ -15,10 +15,10 @@ from lowrank.reporting.text import Column, count_text, human_bytes, one_line, pe
 __all__ = [
     "ARITHMETICS",
     "COLUMNS",
-    "FINALIST_COLUMNS",
+    "TRIAL_COLUMNS",
     "Arithmetic",
     "LayerRow",
-    "finalist_texts",
+    "trial_texts",
     "row_from_json",
     "row_texts",
     "same_total",
@@ -64,7 +64,7 @@ COLUMNS = (
 )
 
 
-FINALIST_COLUMNS = (
+TRIAL_COLUMNS = (
     Column("plan", keep="left", least=20),
     Column("size", numeric=True),
     Column("error (search)", numeric=True),
@@ -197,8 +197,8 @@ def total_texts(rows: Sequence[LayerRow]) -> list[str]:
     ]
 
 
-def finalist_texts(totals: Mapping[str, Any], show: Callable[[float], str]) -> list[list[str]]:
-    """Write the cells under :data:`FINALIST_COLUMNS` of the plans that were measured, where the totals tell of any.
+def trial_texts(totals: Mapping[str, Any], show: Callable[[float], str]) -> list[list[str]]:
+    """Write the cells under :data:`TRIAL_COLUMNS` of the plans that were measured, where the totals tell of any.
 
     Args:
         totals: of a report; ``totals["finalists"]`` holds maps of ``label``, ``size_ratio`` and errors.

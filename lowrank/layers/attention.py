@@ -179,11 +179,11 @@ class QuantizedMultiheadAttention(CompressedLayer):
         return layer
 
     def error_bound(self) -> float:
-        """A bound of ‖W − W'‖_F over all four projections; see :meth:`IntegerLinear.error_bound`."""
+        """Bound ‖W − W'‖_F over all four projections; see :meth:`IntegerLinear.error_bound`."""
         return math.sqrt(sum(getattr(self, name).error_bound() ** 2 for name in _PROJECTIONS))
 
     def dequantize(self) -> nn.MultiheadAttention:
-        """A dense module of the rounded weights, in the dtype of the model."""
+        """Make a dense module of the rounded weights, in the dtype of the model."""
         options = {name: getattr(self, name) for name in _OPTIONS}
         module = nn.MultiheadAttention(**options, device="meta", dtype=self.dtype)
         module = module.to_empty(device=self.out_proj.codes.device)
@@ -219,7 +219,7 @@ class QuantizedMultiheadAttention(CompressedLayer):
             projection.forget_source()
 
     def extra_repr(self) -> str:
-        """What ``repr`` shows."""
+        """Say what ``repr`` shows."""
         return ", ".join([f"{name}={getattr(self, name)}" for name in _OPTIONS])
 
     def forward(

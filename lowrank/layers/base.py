@@ -189,7 +189,7 @@ class CompressedLayer(nn.Module):
         raise NotImplementedError
 
     def factors(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor] | None:
-        """Give ``left`` (out, rank) and ``right`` (rank, in · kernel), whose product the weight is, without a gradient.
+        """Compute ``left`` (out, rank) and ``right`` (rank, in · kernel), whose product the weight is, without a gradient.
 
         An embedding counts as a linear layer on one-hot inputs: out is the embedding's dimension, in the number of its rows.
 

@@ -97,7 +97,7 @@ class FactoredConv(FactoredWeight, ConvLayer):
         return super()._arguments(config) | {"scheme": config["scheme"]}
 
     def extra_repr(self) -> str:
-        """What ``repr`` shows."""
+        """Say what ``repr`` shows."""
         return f"{super().extra_repr()}, scheme={self.scheme!r}"
 
 
@@ -166,7 +166,7 @@ class SVDCompressedConv(FloatFactors, FactoredConv):
 
     @classmethod
     def from_factors(cls: type[_Layer], factors: ConvFactors, conv: nn.Module, scheme: str = "channel") -> _Layer:
-        """The layer of these factors; all else (bias, dtype, device, mode, ``requires_grad``) is the convolution's.
+        """Make the layer of these factors; all else (bias, dtype, device, mode, ``requires_grad``) is the convolution's.
 
         Args:
             factors: see :func:`lowrank.numerics.conv_factors.factorize_conv`.
@@ -201,14 +201,14 @@ class SVDCompressedConv(FloatFactors, FactoredConv):
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, in, *size) to (B, out, *output size), or both without B."""
+        """Map (B, in, *size) to (B, out, *output size), or both without B."""
         batched = self._batched(x)
         y = float_conv(batched, self.right, None, self.first_geometry)
         y = float_conv(y, self.left, self.bias, self.second_geometry)
         return y if batched is x else y[0]
 
     def dense_weight(self) -> Tensor:
-        """The kernel (out, in / groups, *kernel), multiplied in float64 and rounded once."""
+        """Give the kernel (out, in / groups, *kernel), multiplied in float64 and rounded once."""
         return compose(self.right.double(), self.left.double(), self.groups).to(self.left.dtype)
 
     def _to_conv(self) -> nn.Module:
@@ -217,7 +217,7 @@ class SVDCompressedConv(FloatFactors, FactoredConv):
         return conv
 
     def reconstruction_error(self, weight: Tensor) -> float:
-        """‖W − W'‖_F / ‖W‖_F for a kernel (out, in / groups, *kernel)."""
+        """Compute ‖W − W'‖_F / ‖W‖_F for a kernel (out, in / groups, *kernel)."""
         return kernel_error(weight, compose(self.right.double(), self.left.double(), self.groups).detach())
 
     def config(self) -> dict[str, Any]:
@@ -258,7 +258,7 @@ class SVDCompressedConv1d(SVDCompressedConv):
         return cls._from_conv(conv, rank, max_error, scheme, statistics, ridge)
 
     def to_conv1d(self) -> nn.Conv1d:
-        """A dense convolution with the same kernel and bias."""
+        """Make a dense convolution with the same kernel and bias."""
         conv = self._to_conv()
         assert isinstance(conv, nn.Conv1d)
         return conv
@@ -303,7 +303,7 @@ class SVDCompressedConv2d(SVDCompressedConv):
         statistics: InputStatistics | None = None,
         ridge: float = 0.0,
     ) -> SVDCompressedConv2d:
-        """The best layer of this rank, or the one of the smallest rank within an error.
+        """Make the best layer of this rank, or the one of the smallest rank within an error.
 
         Args:
             conv: ``nn.Conv2d``.
@@ -322,7 +322,7 @@ class SVDCompressedConv2d(SVDCompressedConv):
         return cls._from_conv(conv, rank, max_error, scheme, statistics, ridge)
 
     def to_conv2d(self) -> nn.Conv2d:
-        """A dense convolution with the same kernel and bias."""
+        """Make a dense convolution with the same kernel and bias."""
         conv = self._to_conv()
         assert isinstance(conv, nn.Conv2d)
         return conv
@@ -344,7 +344,7 @@ def matrices_of(first: Tensor, second: Tensor, groups: int) -> tuple[Tensor, Ten
 
 
 def kernels_of(right: Tensor, left: Tensor, first: torch.Size, second: torch.Size) -> tuple[Tensor, Tensor]:
-    """The kernels, of these shapes, that :func:`matrices_of` gave as matrices."""
+    """Give the kernels, of these shapes, that :func:`matrices_of` gave as matrices."""
     outputs, rank, *kernel = second
     back = left.reshape(outputs, math.prod(kernel), rank).transpose(1, 2)
     return right.reshape(first), back.reshape(second)

@@ -95,7 +95,7 @@ class ConvLayer(CompressedLayer):
         return x
 
     def dense_weight(self) -> Tensor:
-        """The kernel that this layer stands for, (out, in / groups, *kernel)."""
+        """Give the kernel that this layer stands for, (out, in / groups, *kernel)."""
         raise NotImplementedError
 
     def _dense(self, device: torch.device) -> nn.Module:
@@ -154,7 +154,7 @@ class ConvLayer(CompressedLayer):
         }
 
     def extra_repr(self) -> str:
-        """What ``repr`` shows."""
+        """Say what ``repr`` shows."""
         geometry = self.geometry
         shown = [str(self.in_channels), str(self.out_channels), f"kernel_size={geometry.kernel_size}"]
         plain = ConvGeometry(geometry.kernel_size)
@@ -186,7 +186,7 @@ def conv_parts(conv: nn.Module, dims: int) -> tuple[Tensor, Tensor | None, ConvG
 
 
 def float_conv(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvGeometry) -> Tensor:
-    """The convolution of (B, in, *size) by torch, margins as ``geometry`` has them.
+    """Convolve (B, in, *size) with torch, margins as ``geometry`` has them.
 
     Example:
         >>> float_conv(torch.ones(1, 1, 3), torch.ones(1, 1, 2), None, ConvGeometry((2,), padding="same")).tolist()
@@ -209,7 +209,7 @@ def kernel_error(
     centred: bool = False,
     ridge: float = 0.0,
 ) -> float:
-    """‖W − W'‖ / ‖W‖ of two kernels (out, in / groups, *kernel), in the norm of the patches where statistics are given.
+    """Compute ‖W − W'‖ / ‖W‖ of two kernels (out, in / groups, *kernel), in the norm of the patches where statistics are given.
 
     Example:
         >>> kernel_error(torch.ones(2, 1, 3), torch.zeros(2, 1, 3), groups=2)

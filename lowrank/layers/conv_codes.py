@@ -88,7 +88,7 @@ class QuantizedConv1d(QuantizedConv):
         return cls._from_conv(conv, bits, activations)
 
     def dequantize(self) -> nn.Conv1d:
-        """A dense convolution of the rounded kernel, in the dtype of the model."""
+        """Make a dense convolution of the rounded kernel, in the dtype of the model."""
         conv = self._dense(self.codes.device)
         assert isinstance(conv, nn.Conv1d)
         return conv
@@ -133,7 +133,7 @@ class QuantizedConv2d(QuantizedConv):
         return cls._from_conv(conv, bits, activations)
 
     def dequantize(self) -> nn.Conv2d:
-        """A dense convolution of the rounded kernel, in the dtype of the model."""
+        """Make a dense convolution of the rounded kernel, in the dtype of the model."""
         conv = self._dense(self.codes.device)
         assert isinstance(conv, nn.Conv2d)
         return conv

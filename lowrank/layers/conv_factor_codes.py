@@ -41,7 +41,7 @@ class RoundedKernels(NamedTuple):
     bound: float
 
     def dense(self, groups: int) -> Tensor:
-        """The kernel that they make together, float64."""
+        """Give the kernel that they make together, float64."""
         first = self.right_codes.double() * self.scale.double().view(-1, *(1 for _ in self.right_codes.shape[1:]))
         return compose(first, self.left_codes.double(), groups)
 
@@ -157,7 +157,7 @@ class QuantizedLowRankConv(FactorCodes, FactoredConv, IntegerConvLayer):
         )
 
     def dense_weight(self) -> Tensor:
-        """The kernel (out, in / groups, *kernel) float32, multiplied in float64."""
+        """Give the kernel (out, in / groups, *kernel) float32, multiplied in float64."""
         return RoundedKernels(self.left_codes, self.right_codes, self.scale, 0.0).dense(self.groups).float()
 
     def _weight_only(self, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -217,7 +217,7 @@ class QuantizedLowRankConv1d(QuantizedLowRankConv):
         return cls._from_conv(conv, rank, max_error, scheme, statistics, ridge, bits, activations)
 
     def dequantize(self) -> SVDCompressedConv1d:
-        """A low-rank convolution of the rounded factors, in the dtype of the model."""
+        """Make a low-rank convolution of the rounded factors, in the dtype of the model."""
         layer = self._dequantized()
         assert isinstance(layer, SVDCompressedConv1d)
         return layer
@@ -283,7 +283,7 @@ class QuantizedLowRankConv2d(QuantizedLowRankConv):
         return cls._from_conv(conv, rank, max_error, scheme, statistics, ridge, bits, activations)
 
     def dequantize(self) -> SVDCompressedConv2d:
-        """A low-rank convolution of the rounded factors, in the dtype of the model."""
+        """Make a low-rank convolution of the rounded factors, in the dtype of the model."""
         layer = self._dequantized()
         assert isinstance(layer, SVDCompressedConv2d)
         return layer

@@ -36,7 +36,7 @@ class IntegerConvLayer(ConvLayer, IntegerLayer):
     """
 
     def stages(self) -> tuple[ConvStage, ...]:
-        """The convolutions in the order in which they are done."""
+        """Give the convolutions in the order in which they are done."""
         raise NotImplementedError
 
     def derive(self) -> tuple[IntegerConv, ...]:
@@ -44,7 +44,7 @@ class IntegerConvLayer(ConvLayer, IntegerLayer):
         return tuple(_kernel_of(stage) for stage in self.stages())
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, in, *size) to (B, out, *output size) of the same dtype, or both without B; computed in float32 (weight-only
+        """Map (B, in, *size) to (B, out, *output size) of the same dtype, or both without B; computed in float32 (weight-only
         float64 in float64).
 
         Gradients reach the input, as if its rounding were not there, and the bias.
@@ -70,7 +70,7 @@ class IntegerConvLayer(ConvLayer, IntegerLayer):
         return x
 
     def extra_repr(self) -> str:
-        """What ``repr`` shows."""
+        """Say what ``repr`` shows."""
         return f"{super().extra_repr()}, bits={self.n_bits}, activations={self.activations}"
 
 
@@ -82,7 +82,7 @@ def _kernel_of(stage: ConvStage) -> IntegerConv:
 
 
 def unpadded(geometry: ConvGeometry) -> ConvGeometry:
-    """The geometry of an input whose margins, unless they are zeros, have been put around it."""
+    """Give the geometry of an input whose margins, unless they are zeros, have been put around it."""
     if geometry.padding_mode == "zeros":
         return geometry
     return replace(geometry, padding=(0,) * geometry.dims, padding_mode="zeros")
@@ -146,7 +146,7 @@ class _StraightThrough(torch.autograd.Function):
 def input_gradient(
     gradient: Tensor, codes: Tensor, scale: Tensor | None, geometry: ConvGeometry, size: torch.Size
 ) -> Tensor:
-    """What reaches the input (B, in, *size) of a convolution with zeros around, from what reached its output.
+    """Say what reaches the input (B, in, *size) of a convolution with zeros around, from what reached its output.
 
     Args:
         gradient: (B, out, *output size) float32.

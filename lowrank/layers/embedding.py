@@ -54,7 +54,7 @@ class CompressedEmbedding(CompressedLayer):
         return super()._arguments(config) | sizes
 
     def extra_repr(self) -> str:
-        """What ``repr`` shows."""
+        """Say what ``repr`` shows."""
         parts = [str(self.num_embeddings), str(self.embedding_dim)]
         parts += [] if self.rank is None else [f"rank={self.rank}"]
         parts += [] if self.bits is None else [f"bits={self.bits}"]
@@ -111,7 +111,7 @@ class LowRankEmbedding(FloatFactors, CompressedEmbedding):
         max_error: float | None = None,
         statistics: TokenCounts | None = None,
     ) -> LowRankEmbedding:
-        """The best table of this rank, or of the smallest rank whose relative Frobenius error is within ``max_error``.
+        """Make the best table of this rank, or of the smallest rank whose relative Frobenius error is within ``max_error``.
 
         Args:
             statistics: how often each row is looked up; rows count accordingly, also in the error.
@@ -131,7 +131,7 @@ class LowRankEmbedding(FloatFactors, CompressedEmbedding):
 
     @classmethod
     def from_factors(cls, factors: Factors, embedding: nn.Module) -> LowRankEmbedding:
-        """The table of these factors, in the place of an ``nn.Embedding``."""
+        """Make the table of these factors, in the place of an ``nn.Embedding``."""
         source = require_embedding(embedding)
         check_fit(factors, source)
         left, right = balanced(factors, source.weight.dtype)
@@ -146,11 +146,11 @@ class LowRankEmbedding(FloatFactors, CompressedEmbedding):
         return layer.train(source.training)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """(...) integers to (..., embedding_dim)."""
+        """Map (...) integers to (..., embedding_dim)."""
         return F.embedding(ids, self.left, self.padding_idx) @ self.right
 
     def dense_weight(self) -> Tensor:
-        """``left @ right``, (num, dim), multiplied in float64 and rounded once."""
+        """Compute ``left @ right``, (num, dim), multiplied in float64 and rounded once."""
         return (self.left.double() @ self.right.double()).to(self.left.dtype)
 
 

@@ -85,14 +85,14 @@ class QuantizedEmbedding(RowCodes, CompressedEmbedding):
         bits: int = 8,
         dtype: torch.dtype | None = None,
     ) -> QuantizedEmbedding:
-        """A layer that holds these very tensors, which a linear layer may share."""
+        """Make a layer that holds these very tensors, which a linear layer may share."""
         rows, columns = codes.shape
         layer = cls(rows, columns, padding_idx, bits, "meta", dtype)
         layer.codes, layer.scale = codes, scale
         return layer
 
     def forward(self, ids: Tensor) -> Tensor:
-        """(...) integers to (..., embedding_dim) in the layer's dtype."""
+        """Map (...) integers to (..., embedding_dim) in the layer's dtype."""
         rows = F.embedding(ids, self.codes).to(torch.float32)
         return rows.mul_(F.embedding(ids, self.scale[:, None])).to(self.dtype)
 
@@ -144,7 +144,7 @@ class QuantizedLowRankEmbedding(FactorCodes, CompressedEmbedding):
         bits: int = 8,
         statistics: TokenCounts | None = None,
     ) -> QuantizedLowRankEmbedding:
-        """The rounded table of this rank, or of the smallest rank whose error, rounding included, is within
+        """Make the rounded table of this rank, or of the smallest rank whose error, rounding included, is within
         ``max_error``.
 
         Raises:
@@ -184,14 +184,14 @@ class QuantizedLowRankEmbedding(FactorCodes, CompressedEmbedding):
         bits: int = 8,
         dtype: torch.dtype | None = None,
     ) -> QuantizedLowRankEmbedding:
-        """A layer that holds these very tensors, which a linear layer may share."""
+        """Make a layer that holds these very tensors, which a linear layer may share."""
         (rows, rank), columns = left_codes.shape, right_codes.shape[1]
         layer = cls(rows, columns, rank, padding_idx, bits, "meta", dtype)
         layer.left_codes, layer.right_codes, layer.scale = left_codes, right_codes, scale
         return layer
 
     def forward(self, ids: Tensor) -> Tensor:
-        """(...) integers to (..., embedding_dim) in the layer's dtype."""
+        """Map (...) integers to (..., embedding_dim) in the layer's dtype."""
         if graph_is_made():
             result: Tensor = torch.ops.lowrank.lowrank_int8_embedding(
                 ids, self.left_codes, self.right_codes, self.scale, self.dtype
@@ -200,7 +200,7 @@ class QuantizedLowRankEmbedding(FactorCodes, CompressedEmbedding):
         return self.looked_up(ids, self.dtype)
 
     def looked_up(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
-        """The rows of these ids in this dtype, (..., embedding_dim)."""
+        """Look up the rows of these ids in this dtype, (..., embedding_dim)."""
         working = torch.float64 if dtype is torch.float64 else torch.float32
         components = F.embedding(ids, self.left_codes).to(working).mul_(self.scale).view(ids.numel(), self.rank)
         sums, unit = wide_matmul(components, self.right_codes.t(), pieces_for(dtype))

@@ -92,7 +92,7 @@ def round_factors(left: Tensor, right: Tensor, bits: int = 8) -> RoundedFactors:
 
 
 def dense_product(left_codes: Tensor, right_codes: Tensor, scale: Tensor) -> Tensor:
-    """``left_codes · diag(scale) · right_codes`` in float64."""
+    """Compute ``left_codes · diag(scale) · right_codes`` in float64."""
     return (left_codes.double() * scale.double()) @ right_codes.double()
 
 

@@ -123,7 +123,7 @@ class SVDCompressedLinear(FloatFactors, LinearLayer):
         statistics: InputStatistics | None = None,
         ridge: float = 0.0,
     ) -> SVDCompressedLinear:
-        """The best layer of this rank, or the one of the smallest rank within an error.
+        """Make the best layer of this rank, or the one of the smallest rank within an error.
 
         Args:
             linear: ``nn.Linear`` or transformers' ``Conv1D``.
@@ -148,7 +148,7 @@ class SVDCompressedLinear(FloatFactors, LinearLayer):
 
     @classmethod
     def from_factors(cls, factors: Factors, linear: nn.Module) -> SVDCompressedLinear:
-        """The layer of these factors; bias, dtype, device, mode and ``requires_grad`` are the linear layer's.
+        """Make the layer of these factors; bias, dtype, device, mode and ``requires_grad`` are the linear layer's.
 
         Args:
             factors: left (out, rank), right (rank, in), and a shift that is added to the bias.
@@ -182,21 +182,21 @@ class SVDCompressedLinear(FloatFactors, LinearLayer):
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in_features) to (..., out_features)."""
+        """Map (..., in_features) to (..., out_features)."""
         return F.linear(F.linear(x, self.right), self.left, self.bias)
 
     def dense_weight(self) -> Tensor:
-        """``left @ right``, (out, in), multiplied in float64 and rounded once."""
+        """Compute ``left @ right``, (out, in), multiplied in float64 and rounded once."""
         return (self.left.double() @ self.right.double()).to(self.left.dtype)
 
     def to_linear(self) -> nn.Linear:
-        """A dense layer with the same weight and bias."""
+        """Make a dense layer with the same weight and bias."""
         linear = self._dense(self.left.device)
         linear.weight.requires_grad_(self.left.requires_grad)
         return linear
 
     def reconstruction_error(self, weight: Tensor) -> float:
-        """‖W − left right‖_F / ‖W‖_F for a weight (out, in)."""
+        """Compute ‖W − left right‖_F / ‖W‖_F for a weight (out, in)."""
         return error_in(weight, (self.left.double() @ self.right.double()).detach(), None)
 
     def config(self) -> dict[str, Any]:
@@ -207,6 +207,6 @@ class SVDCompressedLinear(FloatFactors, LinearLayer):
         self.truncation_error = config.get("truncation_error")
 
     def extra_repr(self) -> str:
-        """What ``repr`` shows."""
+        """Say what ``repr`` shows."""
         sizes = f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
         return f"{sizes}, bias={self.bias is not None}"

@@ -86,7 +86,7 @@ class QuantizedLinear(RowCodes, IntegerLinear):
         activations: str = INTEGER_ACTIVATIONS,
         dtype: torch.dtype | None = None,
     ) -> QuantizedLinear:
-        """A layer that holds these very tensors (an embedding may share them); the bias is copied.
+        """Make a layer that holds these very tensors (an embedding may share them); the bias is copied.
 
         Args:
             codes: (out, in) int8.
@@ -112,7 +112,7 @@ class QuantizedLinear(RowCodes, IntegerLinear):
 
     @staticmethod
     def input_gradient(gradient: Tensor, *tensors: Tensor) -> Tensor:
-        """``(gradient · scale) @ codes``."""
+        """Compute ``(gradient · scale) @ codes``."""
         codes, scale = tensors
         working = torch.float64 if gradient.dtype is torch.float64 else torch.float32
         return ((gradient.to(working) * scale) @ codes.to(working)).to(gradient.dtype)

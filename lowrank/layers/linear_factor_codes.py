@@ -77,7 +77,7 @@ class QuantizedLowRankLayer(FactorCodes, IntegerLinear):
         activations: str = INTEGER_ACTIVATIONS,
         ridge: float = 0.0,
     ) -> QuantizedLowRankLayer:
-        """The rounded layer of this rank, or of the smallest rank whose error, rounding included, is within
+        """Make the rounded layer of this rank, or of the smallest rank whose error, rounding included, is within
         ``max_error``.
 
         Args:
@@ -127,7 +127,7 @@ class QuantizedLowRankLayer(FactorCodes, IntegerLinear):
         activations: str = INTEGER_ACTIVATIONS,
         dtype: torch.dtype | None = None,
     ) -> QuantizedLowRankLayer:
-        """A layer that holds these very tensors (an embedding may share them); the bias is copied.
+        """Make a layer that holds these very tensors (an embedding may share them); the bias is copied.
 
         Args:
             left_codes: (out, rank) int8.
@@ -156,14 +156,14 @@ class QuantizedLowRankLayer(FactorCodes, IntegerLinear):
 
     @staticmethod
     def input_gradient(gradient: Tensor, *tensors: Tensor) -> Tensor:
-        """``((gradient @ left_codes) · scale) @ right_codes``."""
+        """Compute ``((gradient @ left_codes) · scale) @ right_codes``."""
         left, right, scale = tensors
         working = torch.float64 if gradient.dtype is torch.float64 else torch.float32
         components = (gradient.to(working) @ left.to(working)) * scale
         return (components @ right.to(working)).to(gradient.dtype)
 
     def dequantize(self) -> SVDCompressedLinear:
-        """A low-rank layer of the rounded factors, in the dtype of the model."""
+        """Make a low-rank layer of the rounded factors, in the dtype of the model."""
         layer = SVDCompressedLinear(
             self.in_features, self.out_features, self.rank, self.bias is not None, "meta", self.dtype
         ).to_empty(device=self.left_codes.device)

@@ -22,7 +22,7 @@ class IntegerLinear(LinearLayer, IntegerLayer):
     """Base of the linear layers whose weight is held as int8 codes; ``activations="int8"`` rounds each token."""
 
     def codes_to_multiply(self) -> tuple[Tensor, ...]:
-        """The codes in the order of the products."""
+        """Give the codes in the order of the products."""
         raise NotImplementedError
 
     def derive(self) -> IntegerWeight:
@@ -35,11 +35,11 @@ class IntegerLinear(LinearLayer, IntegerLayer):
 
     @staticmethod
     def input_gradient(gradient: Tensor, *tensors: Tensor) -> Tensor:
-        """``gradient @ W'`` for (M, out), in its dtype."""
+        """Compute ``gradient @ W'`` for (M, out), in its dtype."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in_features) to (..., out_features) of the same dtype; computed in float32 (weight-only float64 in
+        """Map (..., in_features) to (..., out_features) of the same dtype; computed in float32 (weight-only float64 in
         float64).
 
         Gradients reach the input, as if its rounding were not there, and the bias.
@@ -72,7 +72,7 @@ class IntegerLinear(LinearLayer, IntegerLayer):
         return result if result.dtype is dtype else result.to(dtype)
 
     def extra_repr(self) -> str:
-        """What ``repr`` shows."""
+        """Say what ``repr`` shows."""
         rank = "" if self.rank is None else f"rank={self.rank}, "
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, {rank}bits={self.n_bits}, "

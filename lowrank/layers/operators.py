@@ -90,7 +90,7 @@ def int8_conv(
     dilation: Sequence[int],
     groups: int,
 ) -> Tensor:
-    """One stage of an :class:`IntegerConvLayer`: (B, in, *size) float32 to (B, out, *output size), zeros around."""
+    """Make one stage of an :class:`IntegerConvLayer`: (B, in, *size) float32 to (B, out, *output size), zeros around."""
     geometry = _geometry(codes, stride, padding, dilation, groups)
     kernel: IntegerConv = _kept(IntegerConv, codes, scale, more=(geometry,))
     return _own(kernel.product(x, bias))

@@ -182,7 +182,7 @@ class _Cell(QuantizedRecurrent):
         raise NotImplementedError
 
     def forward(self, input: Tensor, hx: Any = None) -> Any:
-        """(batch, input_size) or (input_size,), and the state(s), to the next state(s), as the dense module.
+        """Map (batch, input_size) or (input_size,), and the state(s), to the next state(s), as the dense module.
 
         Raises:
             UsageError: a shape or dtype that the layer does not take.

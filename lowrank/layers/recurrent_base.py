@@ -119,7 +119,7 @@ class QuantizedRecurrent(CompressedLayer):
         return {f"{name}_scale": rows for name, (rows, _) in self.weight_shapes.items()}
 
     def dense_weights(self) -> dict[str, Tensor]:
-        """``codes · scale`` of each weight by its name in the dense module, float32."""
+        """Compute ``codes · scale`` of each weight by its name in the dense module, float32."""
         return {
             name: dequantize_rows(self.get_buffer(f"{name}_codes"), self.get_buffer(f"{name}_scale"))
             for name in self.weight_shapes
@@ -145,7 +145,7 @@ class QuantizedRecurrent(CompressedLayer):
         return layer
 
     def dequantize(self) -> nn.Module:
-        """A dense module of the rounded weights, in the dtype of the model."""
+        """Make a dense module of the rounded weights, in the dtype of the model."""
         device = next(self.buffers()).device
         module = _dense(self.dense_kind, self.options, "meta", self.dtype).to_empty(device=device)
         with torch.no_grad():
@@ -170,11 +170,11 @@ class QuantizedRecurrent(CompressedLayer):
         return super().__getattr__(name)
 
     def extra_repr(self) -> str:
-        """What ``repr`` shows."""
+        """Say what ``repr`` shows."""
         return ", ".join([f"{key}={value}" for key, value in self.options.items()] + [f"bits={self.n_bits}"])
 
     def flatten_parameters(self) -> None:
-        """Nothing to do; models call it before a forward, for cuDNN's sake."""
+        """Do nothing; models call it before a forward, for cuDNN's sake."""
 
     def _tensors(self, x: Tensor) -> dict[str, Tensor]:
         """Weights and biases as torch's kernels take them."""

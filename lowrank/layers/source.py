@@ -25,7 +25,7 @@ class LinearParts(NamedTuple):
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Whether this is transformers' ``Conv1D`` (GPT-2): a linear layer that keeps its weight as (in, out)."""
+    """Tell whether this is transformers' ``Conv1D`` (GPT-2): a linear layer that keeps its weight as (in, out)."""
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
@@ -49,7 +49,7 @@ def linear_parts(linear: nn.Module) -> LinearParts:
 
 
 def require_embedding(embedding: nn.Module) -> nn.Embedding:
-    """The embedding itself.
+    """Refuse what is no plain embedding.
 
     Raises:
         UsageError: another module, or one whose forward rewrites its weight (``max_norm``).
@@ -82,7 +82,7 @@ def error_in(
     centred: bool = False,
     ridge: float = 0.0,
 ) -> float:
-    """‖W − W'‖ / ‖W‖ in the Frobenius norm, or in the norm of the inputs where statistics are given.
+    """Compute ‖W − W'‖ / ‖W‖ in the Frobenius norm, or in the norm of the inputs where statistics are given.
 
     Example:
         >>> error_in(torch.eye(2), torch.zeros(2, 2), None)
@@ -107,7 +107,7 @@ def choose_rank(
     max_error: float | None,
     measure: Callable[[int], float],
 ) -> int:
-    """The rank asked for, or the smallest whose measured error is at most ``max_error``.
+    """Give the rank asked for, or the smallest whose measured error is at most ``max_error``.
 
     Rounding adds to the curve's error, and the sum falls with the rank but for its last digits; so the smallest rank is
     searched by halving between the curve's answer and full rank.

@@ -121,7 +121,7 @@ class Base:
         return None
 
     def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-        """Give ``left`` (out, rank) and ``right`` (rank, in · kernel), whose product the weight is; ``None`` without factors."""
+        """Compute ``left`` (out, rank) and ``right`` (rank, in · kernel), whose product the weight is; ``None`` without factors."""
         return None
 
     def with_weight(self, weight: Tensor) -> nn.Module:

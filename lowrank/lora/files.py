@@ -203,11 +203,11 @@ class _AdapterFile:
             )
 
     def exact_config(self) -> LoRAConfig:
-        """The configuration that names the layers the tensors are of, whole and no others."""
+        """Give the configuration that names the layers the tensors are of, whole and no others."""
         return self.config.replace(target_modules=_exactly(self.layers), layers_to_transform=None, layers_pattern=None)
 
     def config_here(self) -> LoRAConfig:
-        """The same with the rank and alpha of each layer, and our own note."""
+        """Give the same with the rank and alpha of each layer, and our own note."""
         longest_first = sorted(self.layers, key=lambda name: -len(name))
         return self.exact_config().replace(
             rank_pattern={re.escape(name): rank_of_parts(self.layers[name]) for name in longest_first},
@@ -216,7 +216,7 @@ class _AdapterFile:
         )
 
     def is_zero_padded(self, name: str) -> bool:
-        """Whether the adapter of a convolution pads with zeros whatever its base does: all of PEFT's do."""
+        """Tell whether the adapter of a convolution pads with zeros whatever its base does: all of PEFT's do."""
         return not self.note or name in self.note["zero_padded"]
 
 
