@@ -14,12 +14,12 @@ from lowrank.compression.rows import (
     COLUMNS,
     TRIAL_COLUMNS,
     LayerRow,
-    trial_texts,
     row_from_json,
     row_texts,
     same_total,
     sum_rows,
     total_texts,
+    trial_texts,
 )
 from lowrank.errors import LowRankError
 from lowrank.reporting import html
