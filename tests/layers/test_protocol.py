@@ -289,7 +289,13 @@ def test_a_format_is_declared_and_may_depend_on_the_layer() -> None:
 
 
 def test_the_rank_limit_is_what_layers_themselves_allow() -> None:
-    limits = {"conv2d, factors": 8, "conv2d, spatial": 18, "conv2d, groups": 4, "linear, factors": 7, "table, factors": 7}
+    limits = {
+        "conv2d, factors": 8,
+        "conv2d, spatial": 18,
+        "conv2d, groups": 4,
+        "linear, factors": 7,
+        "table, factors": 7,
+    }
     for name, limit in limits.items():
         layer = build(name)
         assert layer.rank_limit(layer.shape, layer.scheme, layer.groups) == limit
