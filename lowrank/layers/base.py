@@ -104,11 +104,6 @@ class CompressedLayer(nn.Module):
         """Bits a code uses (each is stored in a byte); ``None`` for float factors."""
         return self.n_bits
 
-    # TEMPORARY, until lora asks for ``bits``.
-    @property
-    def _is_integer(self) -> bool:
-        return self.bits is not None
-
     @property
     def rank(self) -> int | None:
         """Number of rank components; ``None`` for a layer that is not factored."""

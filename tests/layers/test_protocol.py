@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import pytest
@@ -123,7 +122,9 @@ def test_factors_multiply_to_the_weight(name: str) -> None:
     layer = build(name)
     pair = layer.factors()
     assert pair is not None and pair[0].shape[1] == pair[1].shape[0] == layer.rank == 3
-    torch.testing.assert_close(pair[0] @ pair[1], layer.exact_weight().flatten(1), rtol=1e-14, atol=1e-14)
+    dense = oriented(layer).flatten(1)
+    eps = torch.finfo(layer.dense_weight().dtype).eps
+    torch.testing.assert_close(pair[0] @ pair[1], dense, rtol=2 * eps, atol=eps * float(dense.abs().max()))
     single = layer.factors(torch.float32)
     assert single is not None and single[0].dtype == torch.float32
 
@@ -288,10 +289,16 @@ def test_a_format_is_declared_and_may_depend_on_the_layer() -> None:
 
 
 def test_the_rank_limit_is_what_layers_themselves_allow() -> None:
-    for name in ("conv2d, factors", "conv2d, spatial", "conv2d, groups", "linear, factors", "table, factors"):
+    limits = {
+        "conv2d, factors": 8,
+        "conv2d, spatial": 18,
+        "conv2d, groups": 4,
+        "linear, factors": 7,
+        "table, factors": 7,
+    }
+    for name, limit in limits.items():
         layer = build(name)
-        limit = layer.rank_limit(layer.shape, layer.scheme, layer.groups)
+        assert layer.rank_limit(layer.shape, layer.scheme, layer.groups) == limit
         assert type(layer).from_config(layer.config() | {"rank": limit}).rank == limit
         with pytest.raises(RankError):
             type(layer).from_config(layer.config() | {"rank": limit + 1})
-        assert limit <= math.prod(layer.shape)
