@@ -58,7 +58,7 @@ def load_model(
     Raises:
         UsageError: no skeleton was given and none can be built.
         CheckpointError: the directory is damaged, was written by a newer lowrank, or does not fit the skeleton.
-        ResourceError, StorageError: as the readers of :mod:`lowrank.files`.
+        ResourceError, StorageError: as the readers of :mod:`lowrank.io`.
 
     >>> import tempfile
     >>> from lowrank.checkpoint import save_compressed

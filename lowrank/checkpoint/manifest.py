@@ -13,6 +13,7 @@ from lowrank.errors import CheckpointError, LowRankError
 from lowrank.io import TensorEntry, TensorSource, open_tensors, printable, read_json, require_int
 from lowrank.io.version import PACKAGE
 from lowrank.layers import LAYER_KINDS, CompressedLayer, Role
+from lowrank.numerics.rounding import LEAST_BITS, MOST_BITS
 
 __all__ = [
     "FORMAT_VERSION",
@@ -92,7 +93,7 @@ def open_checkpoint(directory: Path) -> tuple[Manifest, TensorSource]:
 
     Raises:
         CheckpointError: not a compressed model, written by a newer lowrank, or manifest and tensors disagree.
-        ResourceError, StorageError: as the readers of :mod:`lowrank.files`.
+        ResourceError, StorageError: as the readers of :mod:`lowrank.io`.
     """
     if not directory.is_dir():
         raise CheckpointError(f"{printable(directory)}: no such directory; give the one that `save` wrote")
@@ -196,7 +197,7 @@ def _check_layer(
         most = LAYER_KINDS[kind].rank_limit(sizes, config.get("scheme"))
         require_int(config["rank"], f"{label}: rank", 1, most)
     if config.get("bits") is not None:
-        require_int(config["bits"], f"{label}: bits", 2, 8)
+        require_int(config["bits"], f"{label}: bits", LEAST_BITS, MOST_BITS)
     options = config.get("options")
     if isinstance(options, dict) and "num_layers" in options:
         require_int(options["num_layers"], f"{label}: num_layers", 1, len(entries))

@@ -12,6 +12,7 @@ from lowrank.compression.layer_data import LayerData
 from lowrank.errors import UsageError, is_whole
 from lowrank.layers.spec import SPEC_FIELDS, LayerSpec
 from lowrank.numerics.factors import check_rank
+from lowrank.numerics.rounding import LEAST_BITS, MOST_BITS
 from lowrank.targets.model import matching
 
 __all__ = ["forced_specs"]
@@ -75,9 +76,11 @@ def _spelled(data: LayerData, format: WeightFormat, wanted: Mapping[str, Any], w
     plain = _plain_specs(data, format, wanted, where)
     bits = wanted.get("bits")
     if bits is not None:
-        if not format.rounded or not is_whole(bits, 2, 8):
+        if not format.rounded or not is_whole(bits, LEAST_BITS, MOST_BITS):
             rounded = " and ".join(name for name, each in FORMATS.items() if each.rounded)
-            raise UsageError(f"{where}: bits must be an integer from 2 to 8, for the formats {rounded}, got {bits!r}")
+            raise UsageError(
+                f"{where}: bits must be an integer from {LEAST_BITS} to {MOST_BITS}, for the formats {rounded}, got {bits!r}"
+            )
         plain = [replace(spec, bits=bits) for spec in plain]
     for name in ("group", "rounding"):
         if wanted.get(name) is not None and name not in format.fields:

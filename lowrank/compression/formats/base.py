@@ -21,6 +21,7 @@ from lowrank.layers.base import ACTIVATIONS, INTEGER_ACTIVATIONS
 from lowrank.layers.spec import LayerSpec
 from lowrank.numerics.conv_factors import ConvFactors
 from lowrank.numerics.factors import Factors, check_rank
+from lowrank.numerics.rounding import LEAST_BITS, MOST_BITS
 from lowrank.numerics.rounding_methods import ROUNDINGS
 from lowrank.targets import LINEAR, kind_named
 from lowrank.targets.survey import Target
@@ -231,9 +232,10 @@ class WeightFormat(ABC):
 
     def _check_bits(self, spec: LayerSpec, where: str) -> None:
         if self.rounded:
-            if not is_whole(spec.bits, 2, 8):
+            if not is_whole(spec.bits, LEAST_BITS, MOST_BITS):
                 raise RankError(
-                    f"{where}: bits of format {self.name} must be an integer from 2 to 8, got {shown(spec.bits)}"
+                    f"{where}: bits of format {self.name} must be an integer from {LEAST_BITS} to {MOST_BITS}, "
+                    f"got {shown(spec.bits)}"
                 )
         elif spec.bits is not None:
             raise RankError(f"{where}: bits of format {self.name} must be null, got {shown(spec.bits)}")
