@@ -219,11 +219,6 @@ class LayerData:
         weight_error, activation_error = self.error_of(layer.dense_weight())
         return weight_error, None if self.kind.composite else activation_error
 
-    @cached_property
-    def parameter_bytes(self) -> int:
-        """Bytes of the members' parameters as they are, the shared weight once."""
-        return self.weight_bytes + self.other_bytes
-
     @property
     def weight_bytes(self) -> int:
         """Bytes of the weights alone, which other formats replace."""

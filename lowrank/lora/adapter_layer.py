@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lowrank.errors import AdapterError, UsageError
+from lowrank.errors import UsageError
 from lowrank.lora.bases import base_of
 from lowrank.lora.changes import Change, MergeRow
 from lowrank.lora.config import LoRAConfig
@@ -360,11 +360,6 @@ class LoRALayer(nn.Module):
     def rank_of(self, adapter: str) -> int:
         """Count the components of an adapter."""
         return self.pair(adapter)[1].shape[0]
-
-    def require(self, adapter: str) -> None:
-        """Refuse an adapter that this layer does not have."""
-        if adapter not in self.configs:
-            raise AdapterError(f"adapter {adapter!r}: not on this layer, which has {', '.join(self.configs) or 'none'}")
 
 
 def _nonzero(norms: Tensor, magnitude: Tensor) -> Tensor:
