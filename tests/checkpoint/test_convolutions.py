@@ -25,6 +25,7 @@ from lowrank.layers import (
     QuantizedLowRankConv2d,
     SVDCompressedConv1d,
     SVDCompressedConv2d,
+    compressed_layers,
 )
 
 
@@ -84,10 +85,9 @@ def test_every_kind_comes_back_bit_for_bit(tmp_path: Path, dtype: torch.dtype) -
             loaded = load_model(tmp_path / "out", model=make)  # type: ignore[arg-type]
             assert torch.equal(loaded(INPUT.to(dtype)), expected)
     for name, layer in net.named_children():
-        again = loaded.get_submodule(name)
-        assert type(again) is type(layer)
-        if isinstance(layer, CompressedLayer):
-            assert isinstance(again, CompressedLayer) and again.config() == layer.config()
+        assert type(loaded.get_submodule(name)) is type(layer)
+    configs = {name: layer.config() for name, layer in compressed_layers(net).items()}
+    assert configs and configs == {name: layer.config() for name, layer in compressed_layers(loaded).items()}
     save_compressed(loaded, tmp_path / "again")
     for file in ("model.safetensors", "lowrank_config.json"):
         assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "out" / file).read_bytes()
