@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Example:
         >>> main(["--version"])
-        lowrank 0.3.0
+        lowrank 0.4.0
         0
     """
     arguments = list(sys.argv[1:] if argv is None else argv)

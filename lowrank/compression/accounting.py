@@ -20,7 +20,6 @@ from lowrank.compression.report import CompressionReport, LayerRow, sum_rows
 from lowrank.compression.trial import Outcome, Trial
 from lowrank.io.version import versions
 from lowrank.layers import CompressedLayer
-from lowrank.layers.spec import LayerSpec
 from lowrank.numerics.linalg import fallback_counts
 from lowrank.reporting.points import FrontierPoint
 from lowrank.targets.survey import Survey
@@ -90,13 +89,7 @@ def layer_rows(survey: Survey, compressed: nn.Module, layers: Mapping[str, Layer
         if isinstance(module, CompressedLayer) and module is not member.module:
             row = replace(
                 row,
-                spec=LayerSpec(
-                    module.format,
-                    module.rank,
-                    module.bits,
-                    getattr(module, "activations", None) if module.bits is not None else None,
-                    getattr(module, "scheme", None),
-                ),
+                spec=module.spec,
                 reason=f"taken with {member.name.rpartition('.')[0]}",
             )
         if isinstance(module, CompressedLayer) and data is not None:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+from studies import load_study, results_of
 
 from lowrank.analysis.stopwatch import host_facts, interleaved, spread
 from lowrank.analysis.tuning import measure_points
@@ -200,22 +199,12 @@ def test_host_facts_can_be_kept_in_a_table() -> None:
     assert TimingTable.from_json(table.to_json(), source="x").host == table.host
 
 
-def load_study() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("timings_study", STUDY / "study.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize("route", SHIPPED)
 def test_the_studys_table_and_the_shipped_one_are_those_of_its_results(route: str) -> None:
-    study = load_study()
-    measured, table, shipped = study.names_of(route)
-    results = json.loads((STUDY / measured).read_text())
+    study = load_study("timings")
+    results = results_of("timings", study.ENDINGS[route])
     assert results["host"]["route"] == route
-    assert study.render(results) == (STUDY / table).read_text()
-    assert study.table_of(results).to_json() == shipped.read_text()
+    assert study.table_of(results).to_json() == SHIPPED[route].read_text()
 
 
 def test_the_study_runs_and_leaves_the_shipped_table_alone(tmp_path: Path) -> None:
