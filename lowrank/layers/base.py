@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
@@ -13,6 +12,7 @@ from lowrank.errors import UsageError
 from lowrank.layers.checks import ACTIVATIONS, FLOAT_ACTIVATIONS, INTEGER_ACTIVATIONS, dtype_from_name
 from lowrank.layers.roles import CODES, FLOAT, SCALE, Role
 from lowrank.layers.spec import LayerSpec
+from lowrank.numerics.conv_factors import largest_rank
 
 __all__ = [
     "ACTIVATIONS",
@@ -122,7 +122,7 @@ class CompressedLayer(nn.Module):
     @staticmethod
     def rank_limit(shape: Sequence[int], scheme: str | None = None, groups: int = 1) -> int:
         """Give the largest rank (of each group) that a weight of this shape can use."""
-        return min(shape[0] // groups, math.prod(shape[1:]))
+        return largest_rank(shape, scheme, groups)
 
     @property
     def stored_bytes(self) -> int:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lowrank.errors import RankError
-from lowrank.layers.base import CompressedLayer
 from lowrank.layers.conv_base import ConvLayer, Sizes, conv_parts, float_conv, kernel_error
 from lowrank.layers.factors import balanced
 from lowrank.layers.source import carry_over, choose_rank
@@ -64,14 +63,6 @@ class FactoredConv(FactoredWeight, ConvLayer):
             (rank * self.groups, inputs, *self.first_geometry.kernel_size),
             (self.out_channels, rank, *self.second_geometry.kernel_size),
         )
-
-    @staticmethod
-    def rank_limit(shape: Sequence[int], scheme: str | None = None, groups: int = 1) -> int:
-        """See :meth:`CompressedLayer.rank_limit`."""
-        if scheme == "spatial" and len(shape) == 4:
-            outputs, inputs, height, width = shape
-            return min(inputs * height, outputs // groups * width)
-        return CompressedLayer.rank_limit(shape, scheme, groups)
 
     @property
     def is_product(self) -> bool:

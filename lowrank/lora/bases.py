@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lowrank.errors import AdapterError, RankError
 from lowrank.layers import CompressedLayer
 from lowrank.layers.source import is_conv1d
+from lowrank.numerics.conv_factors import largest_rank
 from lowrank.numerics.convolutions import ConvGeometry
 
 __all__ = ["Base", "base_of", "family"]
@@ -183,7 +184,7 @@ class Base:
     @property
     def largest_rank(self) -> int:
         """min(out, in · kernel): beyond it an adapter has more components than the weight can use."""
-        return min(self.shape[0], math.prod(self.shape[1:]))
+        return largest_rank(self.shape)
 
     def row_norms(self, left: Tensor, right: Tensor) -> Tensor:
         """Compute the norms (out,) of the rows of ``W + left @ right``, without the dense W where the base has factors.

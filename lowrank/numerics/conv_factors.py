@@ -14,7 +14,15 @@ from lowrank.numerics.factors import RankCurve, check_rank, factorize
 from lowrank.numerics.moments import InputStatistics
 from lowrank.numerics.spatial_factors import SpatialCurve
 
-__all__ = ["SCHEMES", "ConvCurve", "ConvFactors", "check_scheme", "compose", "factorize_conv"]
+__all__ = [
+    "SCHEMES",
+    "ConvCurve",
+    "ConvFactors",
+    "check_scheme",
+    "compose",
+    "factorize_conv",
+    "largest_rank",
+]
 
 SCHEMES = ("channel", "spatial")
 
@@ -155,6 +163,25 @@ def factorize_conv(
         squares = torch.stack([part.errors.square() * part.energy for part in parts]).sum(dim=0)
         errors = (squares / energy).sqrt() if energy > 0.0 else torch.zeros_like(squares)
     return ConvCurve(errors, energy, parts[0].method, scheme, parts, weight.shape[1], tuple(weight.shape[2:]))
+
+
+def largest_rank(shape: Sequence[int], scheme: str | None = None, groups: int = 1) -> int:
+    """Give the largest rank that a weight can use: the smaller side of what is factored, in each group.
+
+    Args:
+        shape: (out, in), or (out, in / groups, *kernel).
+        scheme: of a kernel; ``None`` is the weight as one matrix (of each group), as is ``"channel"``.
+        groups: that never meet.
+
+    Example:
+        >>> largest_rank((8, 6)), largest_rank((8, 4, 3, 5), "channel"), largest_rank((8, 4, 3, 5), "spatial")
+        (6, 8, 12)
+    """
+    outputs = shape[0] // groups
+    if scheme == SCHEMES[1] and len(shape) == 4:
+        _, inputs, height, width = shape
+        return min(inputs * height, outputs * width)
+    return min(outputs, math.prod(shape[1:]))
 
 
 def check_scheme(scheme: object, dims: int) -> str:

@@ -80,14 +80,6 @@ class Conv(LayerKind):
         """Give both forms where the kernel has two sides to cut along; one wide or high it has nothing to cut."""
         return SCHEMES if len(shape) == 4 and min(shape[2:]) > 1 else (CHANNEL,)
 
-    def rank_limit(self, shape: tuple[int, ...], scheme: str | None, blocks: int = 1) -> int:
-        """Give the smaller side of the matrix that is factored, in each group."""
-        outputs, inputs, *kernel = shape
-        outputs //= blocks
-        if scheme == SPATIAL:
-            return min(inputs * kernel[0], outputs * kernel[1])
-        return min(outputs, inputs * math.prod(kernel))
-
     def component_size(self, shape: tuple[int, ...], scheme: str | None, blocks: int = 1) -> int:
         """Count the numbers of one component of each group: both kernels."""
         first, second = math.prod(shape[1:]), 1

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lowrank.calibration.observers import AnyObserver, observer_of
 from lowrank.errors import UsageError
-from lowrank.numerics.conv_factors import ConvCurve
+from lowrank.numerics.conv_factors import ConvCurve, largest_rank
 from lowrank.numerics.factors import RankCurve, factorize, factorize_embedding
 from lowrank.numerics.moments import InputStatistics, TokenCounts
 
@@ -148,7 +148,7 @@ class LayerKind(ABC):
 
     def rank_limit(self, shape: tuple[int, ...], scheme: str | None, blocks: int = 1) -> int:
         """Give the largest rank that means anything: the smaller side of what is factored, in each block."""
-        return min(shape[0] // blocks, math.prod(shape[1:]))
+        return largest_rank(shape, scheme, blocks)
 
     def component_size(self, shape: tuple[int, ...], scheme: str | None, blocks: int = 1) -> int:
         """Count the numbers that one rank component takes in all blocks together."""
