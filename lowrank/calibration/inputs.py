@@ -17,6 +17,7 @@ from lowrank.numerics.moments import InputStatistics, TokenCounts
 
 __all__ = ["collect_statistics", "first_nonfinite", "no_fast_path"]
 
+
 class _SharingChanged(Exception):
     """Two modules that shared an input in one batch did not in another."""
 

@@ -196,9 +196,7 @@ class _Table:
         entries = []
         for layer, column in zip(layers, found.choice.tolist(), strict=True):
             best = layer.candidates[column]
-            entries.append(
-                PlanEntry(layer.name, layer.kind, layer.shape, best.spec, best.bytes, best.error)
-            )
+            entries.append(PlanEntry(layer.name, layer.kind, layer.shape, best.spec, best.bytes, best.error))
         # Rounding of the bound may leave a gap of -1e-16.
         return Plan(tuple(entries), objective, found.cost, max(found.cost - found.bound, 0.0), metadata or {})
 

@@ -60,7 +60,9 @@ def record_calls(
             def count(module: nn.Module, _: Any, output: Any, name: str = name) -> None:
                 if isinstance(output, Tensor):
                     kind = kind_of(module)
-                    rows = output.numel() // max(int(output.shape[-1]), 1) if kind is None else kind.rows(module, output)
+                    rows = (
+                        output.numel() // max(int(output.shape[-1]), 1) if kind is None else kind.rows(module, output)
+                    )
                     calls[name][rows] += 1
 
             stack.callback(module.register_forward_hook(count).remove)
@@ -171,9 +173,7 @@ def _span(rows: Sequence[int]) -> str:
     return "no" if not rows else f"{rows[0]:,}" if len(rows) == 1 else f"{rows[0]:,} to {rows[-1]:,}"
 
 
-def speed_of(
-    model: nn.Module, batches: Sequence[Batch], layers: Mapping[str, LayerData], table: TimingTable
-) -> Speed:
+def speed_of(model: nn.Module, batches: Sequence[Batch], layers: Mapping[str, LayerData], table: TimingTable) -> Speed:
     """Run a few of the batches and look up what the targets are called with.
 
     Raises:

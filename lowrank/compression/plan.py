@@ -59,7 +59,11 @@ class PlanEntry(HoldsSpec):
         where = f"plan, layer {self.name!r}"
         if not isinstance(self.kind, str) or not self.kind:
             raise LowRankError(f"{where}: kind must be a non-empty string, got {shown(self.kind)}")
-        if not isinstance(self.shape, (list, tuple)) or not self.shape or not all(is_whole(n, 0, _LARGEST) for n in self.shape):
+        if (
+            not isinstance(self.shape, (list, tuple))
+            or not self.shape
+            or not all(is_whole(n, 0, _LARGEST) for n in self.shape)
+        ):
             raise LowRankError(f"{where}: shape must be a list of integers from 0, got {shown(self.shape)}")
         object.__setattr__(self, "shape", tuple(self.shape))
         known = FORMATS.get(self.spec.format) if isinstance(self.spec.format, str) else None
@@ -89,9 +93,7 @@ class PlanEntry(HoldsSpec):
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> PlanEntry:
         """Read :meth:`to_json`'s map back."""
-        return cls(
-            data["name"], data["kind"], data["shape"], LayerSpec.from_json(data), data["bytes"], data["error"]
-        )
+        return cls(data["name"], data["kind"], data["shape"], LayerSpec.from_json(data), data["bytes"], data["error"])
 
 
 _ENTRY_FIELDS = ("name", "kind", "shape", "bytes", "error")

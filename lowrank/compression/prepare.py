@@ -202,9 +202,7 @@ def gather(
         gathered = [statistics[member.name] for member in target.members if member.name in statistics]
         inputs = next((item for item in gathered if isinstance(item, InputStatistics)), None)
         lookups = next((item for item in gathered if isinstance(item, TokenCounts)), None)
-        layers.append(
-            LayerData(target, inputs, lookups, data_aware=data_aware, gradients=costs[0] if costs else None)
-        )
+        layers.append(LayerData(target, inputs, lookups, data_aware=data_aware, gradients=costs[0] if costs else None))
     return layers, notes
 
 

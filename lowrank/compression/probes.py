@@ -36,14 +36,18 @@ def computed_costs(layers: Sequence[LayerData]) -> dict[str, Measured]:
     for data in layers:
         share = data.square_sum / whole
         error = REFERENCE.local_error(data, REFERENCE.reference_spec(data))
-        found[data.name] = Measured(
-            rounding=error * share, rounding_error=error, truncation=share, integer_factors=0.0
-        )
+        found[data.name] = Measured(rounding=error * share, rounding_error=error, truncation=share, integer_factors=0.0)
     return found
 
 
 def probe_layers(
-    copy: WorkingCopy, evaluator: Evaluator, formats: Sequence[str], measurements: Request, *, allowed: float, progress: bool
+    copy: WorkingCopy,
+    evaluator: Evaluator,
+    formats: Sequence[str],
+    measurements: Request,
+    *,
+    allowed: float,
+    progress: bool,
 ) -> dict[str, Measured]:
     """Measure a few single-layer replacements of each target, all others as they were.
 
@@ -88,7 +92,12 @@ def smaller_specs(data: LayerData, formats: Iterable[str], request: Request) -> 
     limit = stored_bytes(data, DENSE)
     found = []
     for format in FORMATS.values():
-        if format.name in formats and not format.dense and format.fits(data) and (format.careful or not request.careful):
+        if (
+            format.name in formats
+            and not format.dense
+            and format.fits(data)
+            and (format.careful or not request.careful)
+        ):
             found += format.specs(data, request)
     return [spec for spec in found if stored_bytes(data, spec) < limit]
 

@@ -161,6 +161,7 @@ class Search:
 
     def least_error(self, plans: Iterable[tuple[str, Plan]]) -> Outcome:
         """Find the plan with the smallest error on the search part, and measure it on the verification part; the best is healed."""
+
         def value(trial: Trial) -> tuple[float, int]:
             return trial.searched.value, trial.plan.bytes
 

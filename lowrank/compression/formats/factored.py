@@ -104,9 +104,7 @@ def _truncation(data: LayerData, spec: LayerSpec) -> float:
     return data.truncation(spec.scheme, spec.rank)
 
 
-def probe_truncation(
-    data: LayerData, measurements: Measurements, found: Measured, plain: FactoredFormat
-) -> None:
+def probe_truncation(data: LayerData, measurements: Measurements, found: Measured, plain: FactoredFormat) -> None:
     """Measure what truncation costs the model, once for all formats with factors.
 
     Args:
