@@ -11,7 +11,7 @@ from lowrank.layers.checks import INTEGER_ACTIVATIONS, check_activations
 from lowrank.layers.conv_base import Sizes, conv_parts, float_conv
 from lowrank.layers.conv_integer import ConvStage, IntegerConvLayer
 from lowrank.layers.weights import RowCodes
-from lowrank.numerics.rounding import quantize_rows, rounding_bound
+from lowrank.numerics.rounding import quantize_rows
 
 __all__ = ["QuantizedConv1d", "QuantizedConv2d"]
 
@@ -46,17 +46,13 @@ class QuantizedConv(RowCodes, IntegerConvLayer):
     @classmethod
     def _from_conv(cls: type[_Layer], conv: nn.Module, bits: int, activations: str) -> _Layer:
         weight, bias, geometry = conv_parts(conv, cls.dims)
-        rows = weight.flatten(1)
-        codes, scale = quantize_rows(rows, bits)
+        codes, scale = quantize_rows(weight.flatten(1), bits)
         arguments = cls._as_arguments(geometry, weight.shape[1] * geometry.groups, weight.shape[0])
         arguments |= {"bias": bias is not None, "n_bits": bits, "activations": activations}
         layer = cls(**arguments, device=weight.device, dtype=weight.dtype)
         layer.codes, layer.scale = codes.view(weight.shape), scale
         layer.take_bias(bias)
-        used = (codes != 0).any(dim=1)
-        # Channels too small for their scale round to nothing: what they held counts whole.
-        lost = float(torch.linalg.vector_norm(rows.detach().double()[~used]))
-        layer.error_bound_value = rounding_bound(scale[used], rows.shape[1]) + lost
+        layer._bound_error_from(weight)
         return layer.train(conv.training)
 
     def stages(self) -> tuple[ConvStage, ...]:

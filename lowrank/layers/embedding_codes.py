@@ -17,7 +17,7 @@ from lowrank.layers.source import choose_rank, require_embedding
 from lowrank.layers.weights import FactorCodes, RowCodes
 from lowrank.numerics.factors import Factors, check_rank, factorize_embedding
 from lowrank.numerics.moments import TokenCounts
-from lowrank.numerics.rounding import check_bits, quantize_rows, rounding_bound
+from lowrank.numerics.rounding import check_bits, quantize_rows
 
 __all__ = ["QuantizedEmbedding", "QuantizedLowRankEmbedding"]
 
@@ -70,9 +70,7 @@ class QuantizedEmbedding(RowCodes, CompressedEmbedding):
         source = require_embedding(embedding)
         codes, scale = quantize_rows(source.weight, bits)
         layer = cls.from_tensors(codes, scale, source.padding_idx, bits=bits, dtype=source.weight.dtype)
-        lost = source.weight.detach().double()[(codes == 0).all(dim=1)]
-        used = scale[(codes != 0).any(dim=1)]
-        layer.error_bound_value = rounding_bound(used, codes.shape[1]) + float(torch.linalg.vector_norm(lost))
+        layer._bound_error_from(source.weight)
         return layer.train(source.training)
 
     @classmethod

@@ -9,7 +9,7 @@ from lowrank.layers.checks import INTEGER_ACTIVATIONS, check_activations
 from lowrank.layers.linear_integer import IntegerLinear
 from lowrank.layers.source import linear_parts
 from lowrank.layers.weights import RowCodes
-from lowrank.numerics.rounding import quantize_rows, rounding_bound
+from lowrank.numerics.rounding import quantize_rows
 
 __all__ = ["QuantizedLinear"]
 
@@ -69,10 +69,7 @@ class QuantizedLinear(RowCodes, IntegerLinear):
         weight, bias = linear_parts(linear)
         codes, scale = quantize_rows(weight, bits)
         layer = cls.from_tensors(codes, scale, bias, bits=bits, activations=activations, dtype=weight.dtype)
-        used = scale[(codes != 0).any(dim=1)]
-        # Rows too small for their scale round to nothing: what they held counts whole.
-        lost = weight.detach().double()[(codes == 0).all(dim=1)]
-        layer.error_bound_value = rounding_bound(used, weight.shape[1]) + float(torch.linalg.vector_norm(lost))
+        layer._bound_error_from(weight)
         return layer.train(linear.training)
 
     @classmethod

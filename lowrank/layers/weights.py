@@ -13,7 +13,7 @@ from lowrank.errors import RankError, UsageError
 from lowrank.layers.base import CompressedLayer
 from lowrank.layers.factors import balanced, dense_product, round_factors, rounded_in_best_basis
 from lowrank.numerics.factors import Factors, factorize
-from lowrank.numerics.rounding import check_bits, dequantize_rows, largest_code, quantize_rows
+from lowrank.numerics.rounding import check_bits, dequantize_rows, largest_code, quantize_rows, rounding_bound
 
 __all__ = [
     "Codes",
@@ -223,6 +223,14 @@ class RowCodes(Codes):
         layer = self._like(None, scale.device)
         layer.codes, layer.scale = codes.view(layer.codes.shape), scale
         return layer
+
+    def _bound_error_from(self, weight: Tensor) -> None:
+        """Note how far the codes can be from the weight, of their shape, that was rounded to them."""
+        rows, codes = weight.detach().flatten(1), self.codes.flatten(1)
+        used = (codes != 0).any(dim=1)
+        # Rows too small for their scale round to nothing: what they held counts whole.
+        lost = float(torch.linalg.vector_norm(rows.double()[~used]))
+        self.error_bound_value = rounding_bound(self.scale[used], rows.shape[1]) + lost
 
     def _sharpen(self, floats: nn.Module, dense: nn.Module) -> None:
         """Start training from the numbers before they were rounded, where their rounding is this layer."""
