@@ -191,12 +191,12 @@ class SVDCompressedConv(FloatFactors, FactoredConv):
         carry_over(conv, layer)
         return layer
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Map (B, in, *size) to (B, out, *output size), or both without B."""
-        batched = self._batched(x)
+        batched = self._batched(input)
         y = float_conv(batched, self.right, None, self.first_geometry)
         y = float_conv(y, self.left, self.bias, self.second_geometry)
-        return y if batched is x else y[0]
+        return y if batched is input else y[0]
 
     def dense_weight(self) -> Tensor:
         """Give the kernel (out, in / groups, *kernel), multiplied in float64 and rounded once."""

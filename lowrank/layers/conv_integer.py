@@ -43,20 +43,20 @@ class IntegerConvLayer(ConvLayer, IntegerLayer):
         """See :meth:`IntegerLayer.derive`."""
         return tuple(_kernel_of(stage) for stage in self.stages())
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Map (B, in, *size) to (B, out, *output size) of the same dtype, or both without B; computed in float32 (weight-only
         float64 in float64).
 
         Gradients reach the input, as if its rounding were not there, and the bias.
         """
-        batched = self._batched(x)
+        batched = self._batched(input)
         rounded = self.activations == INTEGER_ACTIVATIONS
-        working = torch.float64 if x.dtype == torch.float64 and not rounded else torch.float32
+        working = torch.float64 if input.dtype == torch.float64 and not rounded else torch.float32
         y = batched if batched.dtype == working else batched.to(working)
         bias = self.bias if self.bias is None or self.bias.dtype == working else self.bias.to(working)
         y = self._rounded(y, bias) if rounded else self._weight_only(y, bias)
-        y = y if y.dtype == x.dtype else y.to(x.dtype)
-        return y if batched is x else y[0]
+        y = y if y.dtype == input.dtype else y.to(input.dtype)
+        return y if batched is input else y[0]
 
     def _weight_only(self, x: Tensor, bias: Tensor | None) -> Tensor:
         raise NotImplementedError

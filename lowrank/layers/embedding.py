@@ -145,9 +145,9 @@ class LowRankEmbedding(FloatFactors, CompressedEmbedding):
             parameter.requires_grad_(source.weight.requires_grad)
         return layer.train(source.training)
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Map (...) integers to (..., embedding_dim)."""
-        return F.embedding(ids, self.left, self.padding_idx) @ self.right
+        return F.embedding(input, self.left, self.padding_idx) @ self.right
 
     def dense_weight(self) -> Tensor:
         """Compute ``left @ right``, (num, dim), multiplied in float64 and rounded once."""

@@ -89,10 +89,10 @@ class QuantizedEmbedding(RowCodes, CompressedEmbedding):
         layer.codes, layer.scale = codes, scale
         return layer
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Map (...) integers to (..., embedding_dim) in the layer's dtype."""
-        rows = F.embedding(ids, self.codes).to(torch.float32)
-        return rows.mul_(F.embedding(ids, self.scale[:, None])).to(self.dtype)
+        rows = F.embedding(input, self.codes).to(torch.float32)
+        return rows.mul_(F.embedding(input, self.scale[:, None])).to(self.dtype)
 
 
 class QuantizedLowRankEmbedding(FactorCodes, CompressedEmbedding):
@@ -188,14 +188,14 @@ class QuantizedLowRankEmbedding(FactorCodes, CompressedEmbedding):
         layer.left_codes, layer.right_codes, layer.scale = left_codes, right_codes, scale
         return layer
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Map (...) integers to (..., embedding_dim) in the layer's dtype."""
         if graph_is_made():
             result: Tensor = torch.ops.lowrank.lowrank_int8_embedding(
-                ids, self.left_codes, self.right_codes, self.scale, self.dtype
+                input, self.left_codes, self.right_codes, self.scale, self.dtype
             )
             return result
-        return self.looked_up(ids, self.dtype)
+        return self.looked_up(input, self.dtype)
 
     def looked_up(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         """Look up the rows of these ids in this dtype, (..., embedding_dim)."""

@@ -39,13 +39,16 @@ class IntegerLayer(Codes):
         raise NotImplementedError
 
     def prepared(self) -> Any:
-        """Give what is derived from the codes and the scale, made anew when one of them is replaced or written to.
+        """Give what is derived from the codes and the scale, made anew when one of them is replaced, moved or written to.
+
+        What is derived holds addresses. ``tensor.data = …``, ``share_memory()`` and a copy sent to another process move the numbers and
+        leave the tensor and its version as they are, so the address itself is compared.
 
         Tensors made in inference mode do not tell that they were written to: replace such a one instead.
         """
         tensors = self.codes_and_scale()
-        versions = [0 if tensor.is_inference() else tensor._version for tensor in tensors]
-        kept: tuple[tuple[Tensor, ...], list[int], Any] | None = self.__dict__.get("_derived")
+        versions = [(tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
+        kept: tuple[tuple[Tensor, ...], list[tuple[int, int]], Any] | None = self.__dict__.get("_derived")
         if kept is not None and kept[1] == versions and all(map(is_, kept[0], tensors)):
             return kept[2]
         made = self.derive()

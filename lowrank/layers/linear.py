@@ -181,9 +181,9 @@ class SVDCompressedLinear(FloatFactors, LinearLayer):
         carry_over(linear, layer)
         return layer
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Map (..., in_features) to (..., out_features)."""
-        return F.linear(F.linear(x, self.right), self.left, self.bias)
+        return F.linear(F.linear(input, self.right), self.left, self.bias)
 
     def dense_weight(self) -> Tensor:
         """Compute ``left @ right``, (out, in), multiplied in float64 and rounded once."""

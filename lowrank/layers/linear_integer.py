@@ -38,7 +38,7 @@ class IntegerLinear(LinearLayer, IntegerLayer):
         """Compute ``gradient @ W'`` for (M, out), in its dtype."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Map (..., in_features) to (..., out_features) of the same dtype; computed in float32 (weight-only float64 in
         float64).
 
@@ -46,11 +46,11 @@ class IntegerLinear(LinearLayer, IntegerLayer):
         """
         bias = self.bias
         if graph_is_made():
-            return self.in_graph(x)
-        if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-            result: Tensor = _StraightThrough.apply(x, bias, self, *self.codes_and_scale())
+            return self.in_graph(input)
+        if torch.is_grad_enabled() and (input.requires_grad or (bias is not None and bias.requires_grad)):
+            result: Tensor = _StraightThrough.apply(input, bias, self, *self.codes_and_scale())
             return result
-        return self._product(x, bias)
+        return self._product(input, bias)
 
     def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         if x.shape[-1] != self.in_features or not x.is_floating_point():
