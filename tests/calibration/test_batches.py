@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lowrank.calibration.batches import Batch, evaluating, model_tensor, prepare_batches, sample_count, split_batches
+from lowrank.calibration.batches import Batch, evaluating, sample_count, split_batches
+from lowrank.calibration.outputs import model_tensor
+from lowrank.calibration.preparing import prepare_batches
 from lowrank.errors import CalibrationError
 
 

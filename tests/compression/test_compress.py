@@ -13,8 +13,8 @@ from helpers import assert_same_state
 from torch import Tensor, nn
 
 import lowrank
-from lowrank.calibration.batches import prepare_batches
 from lowrank.calibration.evaluation import Evaluator
+from lowrank.calibration.preparing import prepare_batches
 from lowrank.checkpoint import stored_tensors
 from lowrank.compression.candidates import Plan
 from lowrank.errors import BudgetError, CalibrationError, LowRankError, NumericsError, RankError, UsageError
