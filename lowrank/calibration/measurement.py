@@ -28,7 +28,8 @@ class Measurement:
         numerators, denominators: (samples,) float64: squared error and squared size, or nats and tokens.
 
     Example:
-        >>> m = Measurement(sampled_metric("output"), torch.tensor([1.0, 1.1, 0.9]), torch.tensor([100.0, 100.0, 100.0]))
+        >>> from lowrank.calibration.metrics import OUTPUT
+        >>> m = Measurement(OUTPUT, torch.tensor([1.0, 1.1, 0.9]), torch.tensor([100.0, 100.0, 100.0]))
         >>> round(m.value, 3), m.value < m.upper() < 0.12, m.passes(0.12), m.passes(0.1)
         (0.1, True, True, False)
     """
@@ -133,7 +134,8 @@ class Comparison:
         same_top1: samples whose likeliest class is unchanged, and samples; of models that give one vector of scores a sample.
 
     Example:
-        >>> one = Measurement(sampled_metric("output"), torch.tensor([1.0, 1.1, 0.9]), torch.tensor([100.0, 100.0, 100.0]))
+        >>> from lowrank.calibration.metrics import OUTPUT
+        >>> one = Measurement(OUTPUT, torch.tensor([1.0, 1.1, 0.9]), torch.tensor([100.0, 100.0, 100.0]))
         >>> both = Comparison({"box": one, "score": Measurement(one.metric, one.numerators * 4, one.denominators)})
         >>> both.worst, round(both.value, 3)
         ('score', 0.2)

@@ -130,13 +130,11 @@ def _bound(
         call = calls[min(way, len(calls) - 1)]
         left_out = left_out or call.left_out
         batch = _sized(Batch(call.args, call.kwargs, names=call.names))
-        if not call.args and not call.kwargs:
-            raise CalibrationError(f"{where}: holds nothing")
-        if all(
-            value is None or isinstance(value, (str, bytes, int, float))
-            for value in (*call.args, *call.kwargs.values())
-        ):
-            raise CalibrationError(f"{where}: must be a tensor, a tuple or a dict of tensors, got {_described(item)}")
+        values = (*call.args, *call.kwargs.values())
+        if isinstance(item, (str, bytes)):
+            raise CalibrationError(f"{where}: must be a tensor, a tuple or a dict, got {type(item).__name__} ({item[:40]!r})")
+        if all(value is None or isinstance(value, (str, bytes, int, float)) for value in values):
+            raise CalibrationError(f"{where}: holds no tensor, got {_described(item)}")
         batches.append(batch)
     return batches, left_out
 

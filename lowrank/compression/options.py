@@ -39,7 +39,7 @@ def metric_choices() -> tuple[str, ...]:
 
     Example:
         >>> metric_choices()
-        ('auto', 'weight', 'output', 'kl', 'perplexity')
+        ('auto', 'weight', 'output', 'kl', 'perplexity', 'variation')
     """
     return (AUTO, *sorted(METRICS, key=lambda name: METRICS[name].needs_data))
 

@@ -46,5 +46,5 @@ __all__ = [
     "RelativeLoss",
 ]
 
-for _metric in (OUTPUT, VARIATION, WEIGHT, KL, PERPLEXITY):
+for _metric in (OUTPUT, WEIGHT, KL, PERPLEXITY, VARIATION):
     register_metric(_metric)

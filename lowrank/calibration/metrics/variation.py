@@ -19,6 +19,7 @@ class Centre:
     Features are the last dimension; of outputs with four dimensions or more (images) they are dimension 1.
 
     Example:
+        >>> import torch
         >>> centre = Centre()
         >>> centre.add(torch.tensor([[99.0], [101.0]]), Batch((torch.zeros(2, 1),), size=2))
         >>> centre.mean, round(centre.varying, 6)
