@@ -136,8 +136,10 @@ class LoRALayer(nn.Module):
         return self.lora_A, self.lora_B, self.lora_dropout, self.lora_magnitude_vector, self.lora_scale
 
     def _move(self, adapter: str, device: torch.device, dtype: torch.dtype) -> None:
+        # Over half precision PEFT rounds the start to it before it widens it again.
+        half = base_of(self.base_layer).dtype
         for parameter in self.adapter_parameters(adapter):
-            parameter.data = parameter.data.to(device, dtype)
+            parameter.data = parameter.data.to(half).to(device, dtype)
 
     # What the kinds of layer differ in
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 import re
@@ -39,9 +38,10 @@ from lowrank.lora.adapters import (
 )
 from lowrank.lora.bases import base_of
 from lowrank.lora.config import LoRAConfig
-from lowrank.lora.model import delete_adapter, install
+from lowrank.lora.model import install, remove
 from lowrank.lora.target_modules import ALL_LINEAR, find_targets
 from lowrank.lora.tensors import adapter_tensors, by_layer, fill, fill_saved, rank_of_parts
+from lowrank.targets.copying import copied
 from lowrank.targets.model import unwrapped
 
 __all__ = ["CONFIG_NAME", "TENSORS_NAME", "load_adapter", "reread_adapter", "save_adapter"]
@@ -155,7 +155,7 @@ def load_adapter(
     check_new_name(model, adapter_name)
     check_unmerged(model, "load_adapter")
     if not inplace:
-        model = copy.deepcopy(model)
+        model = copied(model)
     _load(model, adapter_name, file)
     return model
 
@@ -254,7 +254,7 @@ def _load(model: nn.Module, adapter: str, file: _AdapterFile) -> None:
             layer.configs[adapter] = file.config.replace(learnable_scale=here.learnable_scale)
         fill_saved(model, adapter, file.rest, file.where)
     except CheckpointError:
-        delete_adapter(model, adapter)
+        remove(model, adapter)
         activate(model, before)
         for parameter, flag in trainable.items():
             parameter.requires_grad_(flag)
@@ -320,7 +320,7 @@ def _config_of(model: nn.Module, adapter: str) -> LoRAConfig:
         config = config.replace(target_modules=_exactly(sorted(layers)), layers_to_transform=None, layers_pattern=None)
     transposed = any(is_conv1d(layer.unmerged_base) for layer in layers.values())
     path = getattr(getattr(model, "config", None), "_name_or_path", None) or None
-    extra = {"base_model_name_or_path": path, "inference_mode": True} | {
-        name: value for name, value in config.extra.items() if value is not None
-    }
-    return config.replace(fan_in_fan_out=config.fan_in_fan_out or transposed, extra=extra)
+    return config.replace(
+        fan_in_fan_out=config.fan_in_fan_out or transposed,
+        base_model_name_or_path=config.base_model_name_or_path or path,
+    )
