@@ -297,13 +297,13 @@ def add_weighted_adapter(
         present = [adapter for adapter, _ in pairs]
         if any(layer.configs[adapter].use_dora for adapter in present):
             raise AdapterError(f"layer {name}: DoRA adapters scale the base weight; a sum of them is no adapter")
-        if len({layer.is_zero_padded(adapter) for adapter in present}) > 1:
+        if len({layer.departures(adapter) for adapter in present}) > 1:
             raise AdapterError(
-                f"layer {name}: some of the adapters pad with zeros and some do not; their sum is no adapter"
+                f"layer {name}: some of the adapters pad with zeros (or have no dilation) and some do not; their sum is no adapter"
             )
         if present:
             each = [weight for adapter, weight in pairs for _ in range(layer.rank_of(adapter))]
-            sums[name] = layer.change(present), each, layer.is_zero_padded(present[0])
+            sums[name] = layer.change(present), each, layer.departures(present[0])
     ranks = {name: change.right.shape[0] for name, (change, *_) in sums.items()}
     for name, rank in ranks.items():
         base_of(lora_layers(model)[name].base_layer).require_rank(rank, name)
@@ -317,11 +317,10 @@ def add_weighted_adapter(
         r=top, lora_alpha=top, target_modules=list(ranks), rank_pattern=patterns, alpha_pattern=dict(patterns)
     )
     layers = lora_layers(model)
-    for name, (change, each, zero_padded) in sums.items():
+    for name, (change, each, departures) in sums.items():
         layer = layers[name]
         layer.add_adapter(adapter_name, config, name)
-        if zero_padded:
-            layer.lora_A[adapter_name].padding_mode = "zeros"
+        layer.depart(adapter_name, departures)
         layer.set_pair(adapter_name, change.left * change.left.new_tensor(each), change.right)
     activate(model, [adapter_name])
 
