@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lowrank.errors import AdapterError, LowRankError, RankError, UsageError, is_whole
-from lowrank.lora.peft_arguments import NEUTRAL, PEFT_DESCRIPTIVE, PeftArguments, advice, is_neutral
+from lowrank.lora.peft_arguments import NEUTRAL, PEFT_DESCRIPTIVE, PeftArguments, is_neutral
 
 __all__ = ["INITIALISATIONS", "LoRAConfig"]
 
@@ -199,7 +199,8 @@ class LoRAConfig(PeftArguments):
                 extra[name] = value
             elif name != "inference_mode" and not is_neutral(name, value):
                 raise AdapterError(
-                    f"{source}: {name} = {value!r} changes what the adapter computes and is not supported here; {advice(name)}"
+                    f"{source}: {name} = {value!r} changes what the adapter computes and is not supported here; load it with PEFT, "
+                    "merge it there (merge_and_unload), and compress the result"
                 )
         start = own.get("init_lora_weights")
         if start in _STARTED_ELSEWHERE:

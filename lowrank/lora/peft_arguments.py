@@ -8,7 +8,7 @@ from typing import Any
 
 from lowrank.errors import AdapterError
 
-__all__ = ["HEADS", "NEUTRAL", "PEFT_DESCRIPTIVE", "PeftArguments", "advice", "is_neutral"]
+__all__ = ["HEADS", "NEUTRAL", "PEFT_DESCRIPTIVE", "PeftArguments", "is_neutral"]
 
 # PEFT's tasks, and the modules that it trains whole for them: every module whose name ends in one of these.
 HEADS: dict[str, tuple[str, ...]] = {
@@ -83,11 +83,6 @@ def is_neutral(name: str, value: object) -> bool:
     return any(type(value) is type(known) and value == known for known in allowed)
 
 
-def advice(name: str) -> str:
-    """Say what to do instead of giving this argument another value than the neutral one."""
-    return NEUTRAL[name][1] if name in NEUTRAL else _IN_PEFT
-
-
 @dataclass(kw_only=True)
 class PeftArguments:
     """Arguments of ``peft.LoraConfig`` by keyword; those not described here are taken at the value that changes nothing alone.
@@ -142,11 +137,11 @@ class PeftArguments:
         if offload is False:
             # PEFT's own object of options, as they are by default.
             self.runtime_config = None
-        for name, (values, _) in NEUTRAL.items():
+        for name, (values, instead) in NEUTRAL.items():
             value = getattr(self, name)
             if not is_neutral(name, value):
                 raise AdapterError(
-                    f"{name}: must be {values[0]!r}, got {value!r}, which is not supported here; {advice(name)}"
+                    f"{name}: must be {values[0]!r}, got {value!r}, which is not supported here; {instead}"
                 )
             setattr(self, name, values[0])
 

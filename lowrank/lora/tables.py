@@ -57,7 +57,17 @@ def tables_to_save(model: nn.Module, adapter: str, wanted: bool | str) -> dict[s
     found = {place.name: place.module for place in outer_modules(model) if place.module in _asked(model)}
     adapted = {name for name, module in found.items() if isinstance(module, LoRALayer) and adapter in module.configs}
     resized = _vocabulary_changed(model)
-    chosen = brought | (adapted or (set(found) if wanted is True or resized else set()))
+    every = wanted is True or resized
+    chosen = brought | adapted | (set(found) if every else set())
+    others = [name for name, module in found.items() if name not in chosen and not _is_end_of(module, chosen, found)]
+    if adapted and others:
+        log.warning(
+            "save_adapter: the adapter %s is on the token table %s, which is saved with it; %s is not. If words were added to the "
+            "model, pass save_embedding_layers=True",
+            adapter,
+            min(adapted),
+            others[0],
+        )
     tables: dict[str, Tensor] = {}
     for name in sorted(chosen):
         module = model.get_submodule(name)
@@ -69,7 +79,7 @@ def tables_to_save(model: nn.Module, adapter: str, wanted: bool | str) -> dict[s
         module = module.unmerged_base if isinstance(module, LoRALayer) else module
         if isinstance(module, CompressedLayer):
             # Rounded numbers are no table to put over a dense one, but where there is no other.
-            if resized or wanted is True:
+            if every:
                 tables[f"{inner}.weight"] = module.dense_weight().detach().to(module.dtype)
             continue
         tables |= {f"{inner}.{part}": tensor.detach() for part, tensor in module.named_parameters(recurse=False)}
@@ -82,6 +92,12 @@ def _asked(model: nn.Module) -> list[nn.Module]:
     """The input and output embeddings, as they are on the model."""
     tables = [token_table(model, getter) for getter in _GETTERS]
     return [table for table in tables if table is not None]
+
+
+def _is_end_of(module: nn.Module, chosen: set[str], found: Mapping[str, nn.Module]) -> bool:
+    """Whether a table is tied to one of those chosen."""
+    own = getattr(_base(module), "weight", None)
+    return own is not None and any(getattr(_base(found[name]), "weight", None) is own for name in chosen & set(found))
 
 
 def _vocabulary_changed(model: nn.Module) -> bool:
@@ -129,6 +145,7 @@ def brought_tables(
             or a table that cannot be put under what the model has.
     """
     places = {name: place for place in outer_modules(model) for name in place.names}
+    rest = _with_tied_end(model, rest)
     unplaced: list[str] = []
     changed: dict[str, BroughtTable] = {}
     named: dict[str, None] = {}
@@ -158,12 +175,27 @@ def brought_tables(
     return list(changed.values()), tuple(named)
 
 
+def _with_tied_end(model: nn.Module, rest: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Where a model says that its tables are tied, a file may hold one end alone: its numbers are the other's as well."""
+    tables = _asked(model)
+    if len(tables) != len(_GETTERS) or not getattr(getattr(model, "config", None), "tie_word_embeddings", False):
+        return rest
+    names = [place.name for table in tables for place in outer_modules(model) if place.module is table]
+    given = [rest.get(f"{name}.base_layer.weight", rest.get(f"{name}.weight")) for name in names]
+    if len(names) != len(_GETTERS) or (given[0] is None) == (given[1] is None):
+        return rest
+    lacking, tensor = (names[0], given[1]) if given[0] is None else (names[1], given[0])
+    assert tensor is not None
+    return {**rest, f"{lacking}.weight": tensor}
+
+
 def put_tables(model: nn.Module, adapter: str, tables: list[BroughtTable], named: tuple[str, ...]) -> None:
     """Write a file's tables into the model, on both ends of a tie; a compressed one is dense from here on.
 
     Args:
         tables, named: what :func:`brought_tables` gave.
     """
+    made: dict[int, nn.Parameter] = {}
     for table in tables:
         holder = model.get_submodule(table.names[0])
         module = _base(holder)
@@ -174,6 +206,9 @@ def put_tables(model: nn.Module, adapter: str, tables: list[BroughtTable], named
                 own.data = tensor.to(own.device, own.dtype)
             continue
         dense = _dense(module, table.parts)
+        if "weight" in table.parts:
+            # Both ends of a tie hold one parameter again.
+            dense.weight = made.setdefault(id(table.parts["weight"]), dense.get_parameter("weight"))
         log.warning(
             "load_adapter: the file brings a token table of its own for %s, which is no longer compressed: %d bytes instead of %d. "
             "To keep it small, put the table into the dense model and compress that",

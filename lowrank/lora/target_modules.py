@@ -201,6 +201,8 @@ def _unfit(place: Place) -> str | None:
     module, parent = place.module, place.parent
     if isinstance(module, LoRALayer):
         return None
+    if isinstance(module, SavedModule):
+        return f"the adapter {', '.join(module.modules_to_save)} trains it whole (modules_to_save)"
     if isinstance(parent, nn.MultiheadAttention):
         return "nn.MultiheadAttention reads this weight without calling the layer"
     if isinstance(parent, nn.TransformerEncoderLayer) and parent.activation_relu_or_gelu != 0:
