@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from torch import nn
 
 from lowrank.errors import AdapterError, UsageError
+from lowrank.layers.model import copied
 from lowrank.lora.adapter_kinds import adapted
 from lowrank.lora.adapter_layer import FORMS, LoRALayer
 from lowrank.lora.adapters import (
@@ -32,7 +33,6 @@ from lowrank.lora.overlooked import overlooked
 from lowrank.lora.saved_module import SavedModule
 from lowrank.lora.target_modules import Targets, find_targets, outer_modules
 from lowrank.numerics.moments import InputStatistics, TokenCounts
-from lowrank.targets.copying import copied
 from lowrank.targets.model import replace_module, unwrapped
 
 __all__ = [
