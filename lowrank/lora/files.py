@@ -195,7 +195,8 @@ class _AdapterFile:
         where = printable(folder / TENSORS_NAME)
         header = read_safetensors_header(folder / TENSORS_NAME)
         note = _note(header.metadata, where)
-        return cls(config, *by_layer({name: read_tensor(header, name) for name in header.tensors}), note, where)
+        layers, rest = by_layer({name: read_tensor(header, name) for name in header.tensors})
+        return cls(_without_missing_head(config, rest, where), layers, rest, note, where)
 
     def check_rank(self, name: str, base: nn.Module) -> None:
         """Refuse a rank that would take all memory, or that the tensors do not have.
@@ -285,6 +286,20 @@ def _load(model: nn.Module, adapter: str, file: _AdapterFile) -> None:
             UserWarning,
             stacklevel=3,
         )
+
+
+def _without_missing_head(config: LoRAConfig, rest: Mapping[str, Tensor], where: str) -> LoRAConfig:
+    """Forget the task of an adapter whose file has no head for it: 0.3.0 wrote the task down and left the head alone."""
+    heads = config.head_names
+    listed = any(entry in heads for entry in config.modules_to_save or ())
+    if not heads or listed or any(part.endswith(heads) for key in rest for part in key.split(".")[:-1]):
+        return config
+    warnings.warn(
+        f"{where}: holds no head for task_type={config.task_type}; the model's own is used, and stays as it is",
+        UserWarning,
+        stacklevel=4,
+    )
+    return config.replace(task_type=None)
 
 
 def _exactly(names: Iterable[str]) -> str:
