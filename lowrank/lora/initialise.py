@@ -69,9 +69,6 @@ def start_from_singular_vectors(layer: LoRALayer, adapter: str, name: str) -> No
     rank = min(layer.rank_of(adapter), sigma.numel())
     _write(layer, adapter, left[:, :rank], sigma[:rank, None] * right[:rank], name)
     up, down = layer.pair(adapter)
-    for side in (up, down):
-        # Over half precision PEFT rounds the start to it before it widens it again.
-        side.data = side.data.to(base.dtype).to(side.dtype)
     # From the parameters as stored, so that base and adapter add up to W whatever their dtype rounds.
     base.set_weight(weight - layer.scaling[adapter] * (up.detach().double() @ down.detach().double()))
 

@@ -48,7 +48,7 @@ def tables_to_save(model: nn.Module, adapter: str, wanted: bool | str) -> dict[s
         >>> tables_to_save(nn.Sequential(nn.Embedding(3, 2)), "default", "auto")
         {}
     """
-    if not (isinstance(wanted, bool) or wanted == "auto"):
+    if wanted not in (True, False, "auto") or (isinstance(wanted, int) and not isinstance(wanted, bool)):
         raise UsageError(f'save_embedding_layers: must be True, False or "auto", got {wanted!r}')
     if wanted is False:
         return {}
