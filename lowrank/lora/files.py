@@ -160,8 +160,10 @@ def load_adapter(
         )
     for name in (CONFIG_NAME, TENSORS_NAME):
         if not (folder / name).is_file():
+            inside = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG_NAME}"))
+            hint = f"; there are adapters in its folders {', '.join(map(printable, inside[:5]))}" if inside else ""
             raise CheckpointError(
-                f"{printable(folder / name)}: missing; an adapter has {CONFIG_NAME} and {TENSORS_NAME}"
+                f"{printable(folder / name)}: missing; an adapter has {CONFIG_NAME} and {TENSORS_NAME}{hint}"
             )
     file = _AdapterFile.read(folder)
     model = unwrapped(model)

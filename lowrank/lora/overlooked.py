@@ -58,7 +58,8 @@ def overlooked(model: nn.Module, config: LoRAConfig, targets: Targets) -> list[s
 def _stacked_weights(model: nn.Module) -> Iterator[tuple[str, tuple[str, ...]]]:
     """Modules with matrices stacked in parameters of three dimensions, as mixtures of experts have them, and those parameters."""
     for name, module in model.named_modules():
-        if isinstance(module, (CompressedLayer, nn.modules.conv._ConvNd)):
+        if isinstance(module, CompressedLayer) or type(module).__module__.startswith("torch.nn."):
+            # torch's own layers with kernels are no experts.
             continue
         stacked = tuple(
             part
