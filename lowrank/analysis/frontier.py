@@ -18,7 +18,8 @@ from lowrank.analysis.frontier_report import STATE_NAME, FrontierReport
 from lowrank.analysis.frontier_state import Done, State, arguments_of
 from lowrank.calibration.batches import Batch, sample_count
 from lowrank.calibration.metrics import METRICS, metric_named
-from lowrank.calibration.preparing import prepare_batches, without_shared
+from lowrank.calibration.preparing import prepare_batches
+from lowrank.calibration.samples import without_shared
 from lowrank.calibration.untouched import borrowed
 from lowrank.compression.accounting import TargetBytes, frontier_point
 from lowrank.compression.choose import allocator_of, search_of, uniform_plans

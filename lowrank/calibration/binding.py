@@ -91,7 +91,8 @@ def items_of(data: Any, name: str) -> Iterable[Any]:
         tensor = torch.as_tensor(data)
         if not tensor.ndim:
             raise CalibrationError(f"{name}: is a single number; samples stand along dimension 0 of a tensor")
-        return tensor.split(ROWS_A_BATCH)
+        rows: tuple[Tensor, ...] = tensor.split(ROWS_A_BATCH)
+        return rows
     if isinstance(data, Mapping):
         arrays = {key: value for key, value in data.items() if isinstance(value, (Tensor, np.ndarray))}
         lengths = {len(value) for value in arrays.values() if value.ndim}
@@ -106,7 +107,8 @@ def items_of(data: Any, name: str) -> Iterable[Any]:
         raise CalibrationError(
             f"{name}: must be an iterable of batches, one tensor or one array, got a {type(data).__name__}"
         )
-    return data  # type: ignore[no-any-return]
+    found: Iterable[Any] = data
+    return found
 
 
 def _rows(arrays: Mapping[str, Tensor], length: int) -> Iterator[dict[str, Tensor]]:

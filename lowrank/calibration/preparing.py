@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import pickle
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -11,18 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.calibration.batches import (
-    MIN_VERIFICATION_SAMPLES,
     Batch,
     Batches,
     ForwardFn,
     evaluating,
-    sample_count,
 )
 from lowrank.calibration.binding import Call, calls_of, items_of, signature_of
 from lowrank.calibration.outputs import OutputFn, measured_tensors
+from lowrank.calibration.samples import ENOUGH, distinct, leaves
 from lowrank.errors import CalibrationError, UsageError
 
-__all__ = ["input_embedding", "prepare_batches", "sample_digests", "without_shared"]
+__all__ = ["input_embedding", "prepare_batches"]
 
 # What a model may raise that is called in a way it does not take.
 _REFUSALS = (
@@ -35,7 +32,6 @@ _REFUSALS = (
     AssertionError,
     NotImplementedError,
 )
-ENOUGH = 4 * MIN_VERIFICATION_SAMPLES
 
 
 def prepare_batches(
@@ -91,8 +87,8 @@ def prepare_batches(
     _check_ids(model, listed, name)
     listed, told = _whole_where_needed(model, listed, name, output_fn)
     notes += told
-    distinct, warnings = _distinct(listed, name)
-    return Batches(distinct, notes, warnings)
+    kept, warnings = distinct(listed, name)
+    return Batches(kept, notes, warnings)
 
 
 def _read(data: Iterable[Any], name: str) -> list[Any]:
@@ -132,11 +128,22 @@ def _bound(
         batch = _sized(Batch(call.args, call.kwargs, names=call.names))
         values = (*call.args, *call.kwargs.values())
         if isinstance(item, (str, bytes)):
-            raise CalibrationError(f"{where}: must be a tensor, a tuple or a dict, got {type(item).__name__} ({item[:40]!r})")
-        if all(value is None or isinstance(value, (str, bytes, int, float)) for value in values):
+            raise CalibrationError(
+                f"{where}: must be a tensor, a tuple or a dict, got {type(item).__name__} ({item[:40]!r})"
+            )
+        if all(map(_holds_nothing, values)):
             raise CalibrationError(f"{where}: holds no tensor, got {_described(item)}")
         batches.append(batch)
     return batches, left_out
+
+
+def _holds_nothing(value: Any) -> bool:
+    """Whether it is a plain number or text, or lists and dicts of such: nothing that a model runs on."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        return all(map(_holds_nothing, value))
+    return value is None or isinstance(value, (str, bytes, int, float))
 
 
 def _described(item: Any) -> str:
@@ -160,26 +167,11 @@ def _sized(batch: Batch) -> Batch:
     """The batch with the number of samples that its first tensor, or its list of objects, seems to hold."""
     values = [*batch.args, *batch.kwargs.values()]
     for value in values:
-        if isinstance(value, (list, tuple)) and value and not any(_holds_tensors(item) for item in value):
+        if isinstance(value, (list, tuple)) and value and not any(leaves(item) for item in value):
             return Batch(batch.args, batch.kwargs, len(value), batch.names, batch.forward_fn)
-    tensors = _leaves(values)
+    tensors = leaves(values)
     size = tensors[0].shape[0] if tensors and tensors[0].ndim else 1
     return Batch(batch.args, batch.kwargs, size, batch.names, batch.forward_fn)
-
-
-def _holds_tensors(value: Any) -> bool:
-    return bool(_leaves([value]))
-
-
-def _leaves(value: Any) -> list[Tensor]:
-    """Tensors in lists, tuples and dicts, but not in objects, which the model takes as they are."""
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, (list, tuple)):
-        return [tensor for item in value for tensor in _leaves(item)]
-    return []
 
 
 def _whole_where_needed(
@@ -286,115 +278,3 @@ def _check_ids(model: nn.Module, batches: Sequence[Batch], name: str) -> None:
                 raise CalibrationError(
                     f"{name}: batch {index} holds token id {bad}; the vocabulary has ids 0 to {limit - 1}"
                 )
-
-
-def sample_digests(batch: Batch) -> list[bytes]:
-    """Compute a digest of each sample: of what the model reads of it, less the padding.
-
-    Example:
-        >>> a, b, c = sample_digests(Batch((torch.tensor([[1.0], [2.0], [1.0]]),), size=3))
-        >>> a == c, a == b
-        (True, False)
-    """
-    hashes = [hashlib.blake2b(digest_size=16) for _ in range(batch.size)]
-    for value in (*batch.args, *(batch.kwargs[key] for key in sorted(batch.kwargs))):
-        _digest(value, batch, hashes)
-    return [each.digest() for each in hashes]
-
-
-def _digest(value: Any, batch: Batch, hashes: Sequence[Any]) -> None:
-    if isinstance(value, Tensor):
-        kept = batch.kept(value.shape) if value.ndim >= 2 else None
-        if batch.size > 1 and value.ndim and value.shape[0] == batch.size:
-            for index, each in enumerate(hashes):
-                row = value[index] if kept is None or kept.shape[0] != batch.size else value[index][kept[index]]
-                each.update(_bytes(row))
-            return
-        for each in hashes:
-            each.update(_bytes(value))
-    elif isinstance(value, (list, tuple, dict)):
-        items = list(value.values()) if isinstance(value, dict) else list(value)
-        if batch.size > 1 and len(items) == batch.size and not any(map(_holds_tensors, items)):
-            for item, each in zip(items, hashes, strict=True):
-                each.update(_object_bytes(item))
-            return
-        for item in items:
-            _digest(item, batch, hashes)
-    elif value is not None:
-        for each in hashes:
-            each.update(_object_bytes(value))
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    plain = tensor.detach().cpu().contiguous()
-    return str(tuple(plain.shape)).encode() + plain.reshape(-1).view(torch.uint8).numpy().tobytes()
-
-
-def _object_bytes(value: Any) -> bytes:
-    try:
-        return pickle.dumps(value)
-    except (pickle.PicklingError, TypeError, AttributeError, RuntimeError, NotImplementedError):
-        # Nothing can be said of what it holds; it is taken for different from all others.
-        return str(id(value)).encode()
-
-
-def _distinct(batches: list[Batch], name: str) -> tuple[list[Batch], list[str]]:
-    """The batches without repeated samples, as long as enough others remain; and what to say of it."""
-    seen: set[bytes] = set()
-    kept: list[Batch] = []
-    for batch in batches:
-        fresh = []
-        for index, digest in enumerate(sample_digests(batch)):
-            if digest not in seen:
-                seen.add(digest)
-                fresh.append(index)
-        if len(fresh) == batch.size:
-            kept.append(batch)
-        elif fresh:
-            kept.append(batch.select(torch.tensor(fresh)))
-    total, warnings = sample_count(batches), []
-    if all(
-        not bool(tensor.any()) for batch in batches for tensor in batch.tensors if tensor.is_floating_point()
-    ) and any(tensor.is_floating_point() for batch in batches for tensor in batch.tensors):
-        warnings.append(f"{name}: every input is zero throughout; nothing is learnt of other inputs")
-    if len(seen) == total:
-        return batches, warnings
-    if len(seen) >= ENOUGH:
-        return kept, [*warnings, f"{name}: of {total:,} samples {len(seen):,} are distinct; each counts once"]
-    few = "all samples are the same sample" if len(seen) == 1 else f"only {len(seen)} are distinct"
-    return batches, [
-        *warnings,
-        f"{name}: of {total:,} samples {few}: the error holds for those and proves nothing for others; "
-        f"at least {ENOUGH} distinct samples are needed",
-    ]
-
-
-def without_shared(checks: Batches, batches: Sequence[Batch]) -> Batches:
-    """Take out of validation batches the samples that are among the calibration samples too.
-
-    Raises:
-        CalibrationError: fewer than 4 remain.
-
-    Example:
-        >>> own, other = (Batches([Batch((torch.arange(k, k + 8.0)[:, None],), size=8)]) for k in (0, 4))
-        >>> sample_count(without_shared(other, own))
-        4
-    """
-    known = {digest for batch in batches for digest in sample_digests(batch)}
-    total, kept = sample_count(checks), []
-    for batch in checks:
-        fresh = [index for index, digest in enumerate(sample_digests(batch)) if digest not in known]
-        if len(fresh) == batch.size:
-            kept.append(batch)
-        elif fresh:
-            kept.append(batch.select(torch.tensor(fresh)))
-    left = sample_count(kept)
-    if left == total:
-        return checks
-    if left < MIN_VERIFICATION_SAMPLES:
-        raise CalibrationError(
-            f"validation: {total - left:,} of {total:,} samples are calibration samples too, so that what chooses would also verify; leave "
-            "validation out (a quarter of the calibration samples is then set aside) or pass other samples"
-        )
-    note = f"validation: {total - left:,} of {total:,} samples are calibration samples too and are left out of the verification"
-    return Batches(kept, checks.notes, [*checks.warnings, note])
