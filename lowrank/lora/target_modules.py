@@ -281,9 +281,13 @@ def _check_entries(
             else:
                 matched = [name for name in names if matches(entry if is_expression else [entry], name)]
             if not matched:
-                raise UsageError(
-                    f"{argument}: {entry!r} matches no module of the model{_near(entry, names, is_expression)}"
+                owner = next((place for place in places if entry in place.module._parameters), None)
+                near = (
+                    _near(entry, names, is_expression)
+                    if owner is None
+                    else f": it is a parameter of {owner.name}, a {type(owner.module).__name__}, and adapters go on modules"
                 )
+                raise UsageError(f"{argument}: {entry!r} matches no module of the model{near}")
             if argument == "target_modules" and not set(matched) & set(fitting):
                 if fitting and all(_is_saved(config, name) for name in matched):
                     # As in PEFT, where that counts; add_lora says so.
