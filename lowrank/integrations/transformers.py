@@ -6,9 +6,11 @@ Nothing is fetched and no code from a model's directory is run, whatever its ``c
 from __future__ import annotations
 
 import contextlib
+import copy
+import logging
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,8 +19,9 @@ import torch
 from torch import nn
 
 from lowrank.errors import CheckpointError, UsageError
+from lowrank.integrations.configuration import bounded_building, refuse_sizes, refuse_sources, without_origins
 from lowrank.integrations.text import read_text_samples, token_limit, tokenize
-from lowrank.io import open_tensors, printable, read_json
+from lowrank.io import TensorSource, open_tensors, printable, read_json
 from lowrank.io.version import PACKAGE
 
 if TYPE_CHECKING:
@@ -46,8 +49,6 @@ TOKENIZER_FILES = (
     "vocab.json",
     "spiece.model",
 )
-_LAYER_KEYS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers")
-_SIZE_KEYS = ("hidden_size", "intermediate_size", "vocab_size", "n_embd", "n_inner", "d_model", "d_ff", "dim")
 
 # Called causal by name or in transformers' list, but judge labels where they stand: read in the sources, and a test reads them again.
 UNSHIFTED = frozenset(
@@ -114,28 +115,136 @@ def load_pretrained(
     config_dict = _read_config(directory)
     _refuse_quantized(config_dict, directory)
     source = open_tensors(directory)
-    config, model_class = _resolve(config_dict, (entry.shape for entry in source.entries.values()), directory)
-    kind, where = model_class.__name__, printable(directory)
-    failed = f"{where}: transformers cannot load the weights as {kind}"
-    with _quiet(), _utf8_name(directory) as readable, _as_checkpoint_error(failed):
+    config, model_class = _resolve(config_dict, source, directory)
+    where = printable(directory)
+    # Read by us and handed over: transformers would look for an adapter, for other files that the configuration names,
+    # and map the file, so that one cut short meanwhile ends the process.
+    tensors = {name: source.read(name) for name in source.names}
+    model, missing, unexpected = _load_as(model_class, config, tensors, source, dtype, directory)
+    if missing and not unexpected:
+        raise CheckpointError(
+            f"{where}: {len(missing)} weights of {model_class.__name__} are not in the file, the first "
+            f'{printable(missing[0])!r}; name the class that was saved in "architectures" of config.json'
+        )
+    if unexpected:
+        model = _of_another_class(model_class, missing, unexpected, config, tensors, source, dtype, directory)
+    _refuse_changed_kinds(model, source, where)
+    model.config._name_or_path = model.name_or_path = str(directory)
+    _read_generation_config(model, directory)
+    return model.eval(), load_tokenizer(directory) if tokenizer else None
+
+
+def _load_as(
+    model_class: type[PreTrainedModel],
+    config: PreTrainedConfig,
+    tensors: Mapping[str, torch.Tensor],
+    source: TensorSource,
+    dtype: torch.dtype | None,
+    directory: Path,
+) -> tuple[PreTrainedModel, list[str], list[str]]:
+    """The model, the weights it has and the file has not, and the other way round but for what the class passes over."""
+    failed = f"{printable(directory)}: transformers cannot load the weights as {model_class.__name__}"
+    bounds = bounded_building(len(source.names), source.tensor_bytes, printable(directory / CONFIG_NAME))
+    with _quiet(), _as_checkpoint_error(failed), bounds:
         loaded: Any = model_class.from_pretrained(
-            readable,
+            None,
             config=config,
+            state_dict=dict(tensors),
             dtype="auto" if dtype is None else dtype,
             local_files_only=True,
-            use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
         )
-    model: PreTrainedModel = loaded[0]
-    info: dict[str, Any] = loaded[1]
-    missing = sorted(info.get("missing_keys", ()))
+    model, info = loaded
+    recomputed = {
+        name for name in info.get("unexpected_keys", ()) if _is_recomputed(model, name, tensors.get(name))
+    }
+    return model, sorted(info.get("missing_keys", ())), sorted(set(info.get("unexpected_keys", ())) - recomputed)
+
+
+def _is_recomputed(model: nn.Module, name: str, stored: torch.Tensor | None) -> bool:
+    """Whether the class makes a tensor anew that older versions of it stored (masks, tables of positions), and the same."""
+    prefix = getattr(model, "base_model_prefix", "")
+    buffers = dict(model.named_buffers())
+    for spelled in (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")):
+        made = buffers.get(spelled)
+        if made is not None and stored is not None and made.shape == stored.shape:
+            return torch.allclose(made.double(), stored.double(), rtol=1e-3, atol=1e-3)
+    return False
+
+
+def _of_another_class(
+    named: type[PreTrainedModel],
+    missing: Sequence[str],
+    unexpected: Sequence[str],
+    config: PreTrainedConfig,
+    tensors: Mapping[str, torch.Tensor],
+    source: TensorSource,
+    dtype: torch.dtype | None,
+    directory: Path,
+) -> PreTrainedModel:
+    """The model as the class that takes every tensor of the file, where the one that was named leaves some out."""
+    found: dict[str, PreTrainedModel] = {}
+    for model_class in _classes_of(config):
+        if model_class is named or model_class.__name__ in found:
+            continue
+        failed = f"{printable(directory)}: transformers cannot build {model_class.__name__}"
+        bounds = bounded_building(len(source.names), source.tensor_bytes, printable(directory / CONFIG_NAME))
+        with _quiet(), _as_checkpoint_error(failed), bounds, torch.device("meta"):
+            wanted = model_class(copy.deepcopy(config)).state_dict()
+        if any(name not in wanted or wanted[name].shape != tensors[name].shape for name in unexpected):
+            continue
+        model, lacking, left = _load_as(model_class, config, tensors, source, dtype, directory)
+        if not lacking and not left:
+            found[model_class.__name__] = model
+    if len(found) > 1 and not getattr(config, "is_decoder", False):
+        # The same tensors as the masked model's; only a decoder is meant by it.
+        found = {name: model for name, model in found.items() if not name.endswith("LMHeadModel")}
+    where = f"{printable(directory)}: {len(unexpected)} tensors of the file have no place in {named.__name__}, the first "
+    where += f"{printable(unexpected[0])!r}"
     if missing:
+        where += f", and {len(missing)} weights of that class are not in the file, the first {printable(missing[0])!r}"
+    if len(found) > 1:
         raise CheckpointError(
-            f"{where}: {len(missing)} weights of {kind} are not in the file, the first {printable(missing[0])!r}; "
-            'name the class that was saved in "architectures" of config.json'
+            f'{where}; several classes have one ({", ".join(found)}): name the right one in "architectures" of {CONFIG_NAME}'
         )
-    return model.eval(), load_tokenizer(directory) if tokenizer else None
+    if not found:
+        raise CheckpointError(
+            f"{where}, and nothing is left out in silence; {CONFIG_NAME} says fewer layers than the file holds, or "
+            '"architectures" names another class than the one that was saved'
+        )
+    ((name, model),) = found.items()
+    logging.getLogger(PACKAGE).warning("%s; read as %s, which has one for each", where, name)
+    model.config.architectures = [name]
+    return model
+
+
+def _classes_of(config: PreTrainedConfig) -> list[type[PreTrainedModel]]:
+    """Every class that transformers lists for a configuration: the plain one and those with heads."""
+    import transformers
+    from transformers.models.auto import modeling_auto
+
+    names: dict[str, None] = {}
+    for table in sorted(name for name in vars(modeling_auto) if name.endswith("MAPPING_NAMES")):
+        listed = getattr(modeling_auto, table).get(config.model_type, ())
+        names.update(dict.fromkeys([listed] if isinstance(listed, str) else listed))
+    found = [getattr(transformers, name, None) for name in names]
+    return [kind for kind in found if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)]
+
+
+def _refuse_changed_kinds(model: nn.Module, source: TensorSource, where: str) -> None:
+    """A weight that the file holds in integers or 8-bit floats is codes of somebody's, which a cast makes another number."""
+    parameters = dict(model.named_parameters())
+    for name, entry in source.entries.items():
+        kind = entry.torch_dtype
+        parameter = parameters.get(name)
+        if parameter is None or kind is None or not parameter.is_floating_point():
+            continue
+        if not kind.is_floating_point or kind.itemsize == 1:
+            raise CheckpointError(
+                f"{where}: tensor {printable(name)!r} is {entry.dtype} where the model wants floating-point weights: "
+                "quantised by something else; save the original, or its weights in float16 or wider"
+            )
 
 
 def load_tokenizer(path: str | Path) -> Any | None:
@@ -207,7 +316,7 @@ def _listed_causal_names() -> frozenset[str]:
 def build_from_config(
     config: Mapping[str, Any] | str | Path,
     *,
-    shapes: Iterable[Sequence[int]] | None = None,
+    source: TensorSource | None = None,
     dtype: torch.dtype | None = None,
 ) -> PreTrainedModel:
     """Build a model from its configuration on the CPU, in evaluation mode; its parameters are allocated but not filled.
@@ -215,8 +324,8 @@ def build_from_config(
     Args:
         config: the content of ``config.json``, or the directory it is in (then ``generation_config.json`` is read
             too).
-        shapes: shapes of the tensors that will fill it; sizes in the configuration that no tensor has are refused
-            before anything is allocated.
+        source: the tensors that will fill it; sizes in the configuration that no tensor has are refused before anything
+            is allocated.
         dtype: of the parameters; None takes the one in the configuration.
 
     Raises:
@@ -230,21 +339,32 @@ def build_from_config(
     """
     directory = None if isinstance(config, Mapping) else Path(config)
     config_dict = _read_config(directory) if directory is not None else dict(config)  # type: ignore[arg-type]
-    resolved, model_class = _resolve(config_dict, shapes, directory)
+    resolved, model_class = _resolve(config_dict, source, directory)
     chosen = dtype or getattr(resolved, "dtype", None) or torch.float32
     where = printable(directory) if directory is not None else CONFIG_NAME
-    with _quiet(), _as_checkpoint_error(f"{where}: transformers cannot build {model_class.__name__}"):
+    bounds: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if source is not None:
+        bounds = bounded_building(len(source.names), source.tensor_bytes, where)
+    with _quiet(), _as_checkpoint_error(f"{where}: transformers cannot build {model_class.__name__}"), bounds:
         from transformers.initialization import no_init_weights
 
         with _default_dtype(chosen), no_init_weights():
             model: PreTrainedModel = model_class(resolved)
             model.tie_weights()  # which the constructor leaves out together with the random numbers
-        if directory is not None and (directory / "generation_config.json").is_file() and model.can_generate():
-            from transformers import GenerationConfig
-
-            model.generation_config = GenerationConfig.from_pretrained(directory, local_files_only=True)
+    if directory is not None:
+        _read_generation_config(model, directory)
     model.eval()
     return model
+
+
+def _read_generation_config(model: PreTrainedModel, directory: Path) -> None:
+    name = "generation_config.json"
+    if (directory / name).is_file() and model.can_generate():
+        content = read_json(directory / name)
+        with _quiet(), _as_checkpoint_error(f"{printable(directory / name)}: transformers refuses it"):
+            from transformers import GenerationConfig
+
+            model.generation_config = GenerationConfig.from_dict(without_origins(content))
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
@@ -266,12 +386,13 @@ def _refuse_quantized(config: Mapping[str, Any], directory: Path) -> None:
 
 
 def _resolve(
-    config: Mapping[str, Any], shapes: Iterable[Sequence[int]] | None, directory: Path | None
+    config: Mapping[str, Any], source: TensorSource | None, directory: Path | None
 ) -> tuple[PreTrainedConfig, type[PreTrainedModel]]:
     """The configuration object and the model class, chosen only among transformers' own."""
     where = printable(directory / CONFIG_NAME) if directory is not None else CONFIG_NAME
-    if shapes is not None:
-        _check_sizes(config, list(shapes), where)
+    refuse_sources(without_origins(config, ("quantization_config",)), where)
+    if source is not None:
+        refuse_sizes(config, [entry.shape for entry in source.entries.values()], where)
     with _quiet():
         import transformers
 
@@ -279,7 +400,7 @@ def _resolve(
         if not isinstance(model_type, str) or model_type not in transformers.CONFIG_MAPPING:
             remote = "; it needs code of its own (auto_map), which lowrank never runs" if "auto_map" in config else ""
             raise CheckpointError(f"{where}: transformers has no model type {printable(model_type)!r}{remote}")
-        plain = {key: value for key, value in config.items() if key not in ("quantization_config", "auto_map")}
+        plain = without_origins(config, ("quantization_config", "auto_map", "use_pretrained_backbone"))
         with _as_checkpoint_error(f"{where}: transformers refuses the configuration"):
             resolved = transformers.CONFIG_MAPPING[model_type].from_dict(plain)
         named = config.get("architectures")
@@ -294,20 +415,6 @@ def _resolve(
                 f"{model_type!r}"
             )
         return resolved, found[0] if isinstance(found, tuple) else found
-
-
-def _check_sizes(config: Mapping[str, Any], shapes: Sequence[Sequence[int]], where: str) -> None:
-    largest = max((size for shape in shapes for size in shape), default=0)
-    for key, limit, what in [
-        *((key, len(shapes), f"the file holds {len(shapes)} tensors") for key in _LAYER_KEYS),
-        *((key, largest, f"the largest dimension in the file is {largest}") for key in _SIZE_KEYS),
-    ]:
-        value = config.get(key)
-        if isinstance(value, (int, float)) and value > limit:
-            raise CheckpointError(f"{where}: {key} is {value:g} but {what}; the configuration belongs to another model")
-    for value in config.values():
-        if isinstance(value, Mapping):
-            _check_sizes(value, shapes, where)
 
 
 @contextlib.contextmanager
@@ -336,19 +443,23 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' own log lines and progress bars; what matters in them is raised as an error here."""
+    """Without the network, log lines and progress bars of transformers; what matters in them is raised as an error here."""
     try:
         from transformers.utils import logging
     except ImportError as error:
         raise UsageError(
             "Hugging Face models need transformers, which is not installed; pip install 'lowrank[hf]'"
         ) from error
+    from huggingface_hub import constants
+
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    offline, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
     logging.set_verbosity(logging.CRITICAL)
     logging.disable_progress_bar()
     try:
         yield
     finally:
+        constants.HF_HUB_OFFLINE = offline
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
