@@ -17,8 +17,9 @@ from torch.nn.modules import module as torch_modules
 from lowrank.errors import CheckpointError
 from lowrank.io import printable
 
-__all__ = ["bounded_building", "refuse_sizes", "refuse_sources", "without_origins"]
+__all__ = ["CONFIG_NAME", "bounded_building", "refuse_sizes", "refuse_sources", "without_origins"]
 
+CONFIG_NAME = "config.json"
 # A count of layers, which are built one by one; also as a list with a count a stage.
 _COUNT = re.compile(r"(^|_)(layers?|depths?|blocks|stages)$|^(n|num)_(layers?|blocks|stages)")
 # What tables and loops are made of, though no tensor need have the number.

@@ -6,11 +6,8 @@ Nothing is fetched and no code from a model's directory is run, whatever its ``c
 from __future__ import annotations
 
 import contextlib
-import copy
-import logging
 import sys
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,9 +15,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lowrank.errors import CheckpointError, UsageError
-from lowrank.integrations.configuration import bounded_building, refuse_sizes, refuse_sources, without_origins
+from lowrank.errors import CheckpointError
+from lowrank.integrations.configuration import (
+    CONFIG_NAME,
+    bounded_building,
+    refuse_sizes,
+    refuse_sources,
+    without_origins,
+)
+from lowrank.integrations.library import as_checkpoint_error, local_and_quiet, utf8_name
 from lowrank.integrations.text import read_text_samples, token_limit, tokenize
+from lowrank.integrations.weights import load_as, load_as_another_class, refuse_changed_kinds
 from lowrank.io import TensorSource, open_tensors, printable, read_json
 from lowrank.io.version import PACKAGE
 
@@ -39,7 +44,6 @@ __all__ = [
     "tokenize",
 ]
 
-CONFIG_NAME = "config.json"
 # Any of these means that the directory means to bring a tokenizer.
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -120,131 +124,18 @@ def load_pretrained(
     # Read by us and handed over: transformers would look for an adapter, for other files that the configuration names,
     # and map the file, so that one cut short meanwhile ends the process.
     tensors = {name: source.read(name) for name in source.names}
-    model, missing, unexpected = _load_as(model_class, config, tensors, source, dtype, directory)
+    model, missing, unexpected = load_as(model_class, config, tensors, source, dtype, directory)
     if missing and not unexpected:
         raise CheckpointError(
             f"{where}: {len(missing)} weights of {model_class.__name__} are not in the file, the first "
             f'{printable(missing[0])!r}; name the class that was saved in "architectures" of config.json'
         )
     if unexpected:
-        model = _of_another_class(model_class, missing, unexpected, config, tensors, source, dtype, directory)
-    _refuse_changed_kinds(model, source, where)
+        model = load_as_another_class(model_class, missing, unexpected, config, tensors, source, dtype, directory)
+    refuse_changed_kinds(model, source, where)
     model.config._name_or_path = model.name_or_path = str(directory)
     _read_generation_config(model, directory)
     return model.eval(), load_tokenizer(directory) if tokenizer else None
-
-
-def _load_as(
-    model_class: type[PreTrainedModel],
-    config: PreTrainedConfig,
-    tensors: Mapping[str, torch.Tensor],
-    source: TensorSource,
-    dtype: torch.dtype | None,
-    directory: Path,
-) -> tuple[PreTrainedModel, list[str], list[str]]:
-    """The model, the weights it has and the file has not, and the other way round but for what the class passes over."""
-    failed = f"{printable(directory)}: transformers cannot load the weights as {model_class.__name__}"
-    bounds = bounded_building(len(source.names), source.tensor_bytes, printable(directory / CONFIG_NAME))
-    with _quiet(), _as_checkpoint_error(failed), bounds:
-        loaded: Any = model_class.from_pretrained(
-            None,
-            config=config,
-            state_dict=dict(tensors),
-            dtype="auto" if dtype is None else dtype,
-            local_files_only=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-    model, info = loaded
-    recomputed = {
-        name for name in info.get("unexpected_keys", ()) if _is_recomputed(model, name, tensors.get(name))
-    }
-    return model, sorted(info.get("missing_keys", ())), sorted(set(info.get("unexpected_keys", ())) - recomputed)
-
-
-def _is_recomputed(model: nn.Module, name: str, stored: torch.Tensor | None) -> bool:
-    """Whether the class makes a tensor anew that older versions of it stored (masks, tables of positions), and the same."""
-    prefix = getattr(model, "base_model_prefix", "")
-    buffers = dict(model.named_buffers())
-    for spelled in (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")):
-        made = buffers.get(spelled)
-        if made is not None and stored is not None and made.shape == stored.shape:
-            return torch.allclose(made.double(), stored.double(), rtol=1e-3, atol=1e-3)
-    return False
-
-
-def _of_another_class(
-    named: type[PreTrainedModel],
-    missing: Sequence[str],
-    unexpected: Sequence[str],
-    config: PreTrainedConfig,
-    tensors: Mapping[str, torch.Tensor],
-    source: TensorSource,
-    dtype: torch.dtype | None,
-    directory: Path,
-) -> PreTrainedModel:
-    """The model as the class that takes every tensor of the file, where the one that was named leaves some out."""
-    found: dict[str, PreTrainedModel] = {}
-    for model_class in _classes_of(config):
-        if model_class is named or model_class.__name__ in found:
-            continue
-        failed = f"{printable(directory)}: transformers cannot build {model_class.__name__}"
-        bounds = bounded_building(len(source.names), source.tensor_bytes, printable(directory / CONFIG_NAME))
-        with _quiet(), _as_checkpoint_error(failed), bounds, torch.device("meta"):
-            wanted = model_class(copy.deepcopy(config)).state_dict()
-        if any(name not in wanted or wanted[name].shape != tensors[name].shape for name in unexpected):
-            continue
-        model, lacking, left = _load_as(model_class, config, tensors, source, dtype, directory)
-        if not lacking and not left:
-            found[model_class.__name__] = model
-    if len(found) > 1 and not getattr(config, "is_decoder", False):
-        # The same tensors as the masked model's; only a decoder is meant by it.
-        found = {name: model for name, model in found.items() if not name.endswith("LMHeadModel")}
-    where = f"{printable(directory)}: {len(unexpected)} tensors of the file have no place in {named.__name__}, the first "
-    where += f"{printable(unexpected[0])!r}"
-    if missing:
-        where += f", and {len(missing)} weights of that class are not in the file, the first {printable(missing[0])!r}"
-    if len(found) > 1:
-        raise CheckpointError(
-            f'{where}; several classes have one ({", ".join(found)}): name the right one in "architectures" of {CONFIG_NAME}'
-        )
-    if not found:
-        raise CheckpointError(
-            f"{where}, and nothing is left out in silence; {CONFIG_NAME} says fewer layers than the file holds, or "
-            '"architectures" names another class than the one that was saved'
-        )
-    ((name, model),) = found.items()
-    logging.getLogger(PACKAGE).warning("%s; read as %s, which has one for each", where, name)
-    model.config.architectures = [name]
-    return model
-
-
-def _classes_of(config: PreTrainedConfig) -> list[type[PreTrainedModel]]:
-    """Every class that transformers lists for a configuration: the plain one and those with heads."""
-    import transformers
-    from transformers.models.auto import modeling_auto
-
-    names: dict[str, None] = {}
-    for table in sorted(name for name in vars(modeling_auto) if name.endswith("MAPPING_NAMES")):
-        listed = getattr(modeling_auto, table).get(config.model_type, ())
-        names.update(dict.fromkeys([listed] if isinstance(listed, str) else listed))
-    found = [getattr(transformers, name, None) for name in names]
-    return [kind for kind in found if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)]
-
-
-def _refuse_changed_kinds(model: nn.Module, source: TensorSource, where: str) -> None:
-    """A weight that the file holds in integers or 8-bit floats is codes of somebody's, which a cast makes another number."""
-    parameters = dict(model.named_parameters())
-    for name, entry in source.entries.items():
-        kind = entry.torch_dtype
-        parameter = parameters.get(name)
-        if parameter is None or kind is None or not parameter.is_floating_point():
-            continue
-        if not kind.is_floating_point or kind.itemsize == 1:
-            raise CheckpointError(
-                f"{where}: tensor {printable(name)!r} is {entry.dtype} where the model wants floating-point weights: "
-                "quantised by something else; save the original, or its weights in float16 or wider"
-            )
 
 
 def load_tokenizer(path: str | Path) -> Any | None:
@@ -261,7 +152,7 @@ def load_tokenizer(path: str | Path) -> Any | None:
     if not any((directory / name).is_file() for name in TOKENIZER_FILES):
         return None
     failed = f"{printable(directory)}: transformers cannot load the tokenizer"
-    with _quiet(), _utf8_name(directory) as readable, _as_checkpoint_error(failed):
+    with local_and_quiet(), utf8_name(directory) as readable, as_checkpoint_error(failed):
         from transformers import AutoTokenizer
 
         return AutoTokenizer.from_pretrained(readable, local_files_only=True, trust_remote_code=False)
@@ -345,7 +236,7 @@ def build_from_config(
     bounds: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if source is not None:
         bounds = bounded_building(len(source.names), source.tensor_bytes, where)
-    with _quiet(), _as_checkpoint_error(f"{where}: transformers cannot build {model_class.__name__}"), bounds:
+    with local_and_quiet(), as_checkpoint_error(f"{where}: transformers cannot build {model_class.__name__}"), bounds:
         from transformers.initialization import no_init_weights
 
         with _default_dtype(chosen), no_init_weights():
@@ -361,7 +252,7 @@ def _read_generation_config(model: PreTrainedModel, directory: Path) -> None:
     name = "generation_config.json"
     if (directory / name).is_file() and model.can_generate():
         content = read_json(directory / name)
-        with _quiet(), _as_checkpoint_error(f"{printable(directory / name)}: transformers refuses it"):
+        with local_and_quiet(), as_checkpoint_error(f"{printable(directory / name)}: transformers refuses it"):
             from transformers import GenerationConfig
 
             model.generation_config = GenerationConfig.from_dict(without_origins(content))
@@ -393,7 +284,7 @@ def _resolve(
     refuse_sources(without_origins(config, ("quantization_config",)), where)
     if source is not None:
         refuse_sizes(config, [entry.shape for entry in source.entries.values()], where)
-    with _quiet():
+    with local_and_quiet():
         import transformers
 
         model_type = config.get("model_type")
@@ -401,7 +292,7 @@ def _resolve(
             remote = "; it needs code of its own (auto_map), which lowrank never runs" if "auto_map" in config else ""
             raise CheckpointError(f"{where}: transformers has no model type {printable(model_type)!r}{remote}")
         plain = without_origins(config, ("quantization_config", "auto_map", "use_pretrained_backbone"))
-        with _as_checkpoint_error(f"{where}: transformers refuses the configuration"):
+        with as_checkpoint_error(f"{where}: transformers refuses the configuration"):
             resolved = transformers.CONFIG_MAPPING[model_type].from_dict(plain)
         named = config.get("architectures")
         name = named[0] if isinstance(named, list) and named else None
@@ -418,20 +309,6 @@ def _resolve(
 
 
 @contextlib.contextmanager
-def _utf8_name(directory: Path) -> Iterator[Path]:
-    """The directory under a name that is UTF-8: safetensors and tokenizers read no other, file systems hold any."""
-    try:
-        str(directory).encode("utf-8")
-    except UnicodeEncodeError:
-        with tempfile.TemporaryDirectory() as folder:
-            link = Path(folder, "model")
-            link.symlink_to(directory.absolute(), target_is_directory=True)
-            yield link
-        return
-    yield directory
-
-
-@contextlib.contextmanager
 def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -439,39 +316,3 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the network, log lines and progress bars of transformers; what matters in them is raised as an error here."""
-    try:
-        from transformers.utils import logging
-    except ImportError as error:
-        raise UsageError(
-            "Hugging Face models need transformers, which is not installed; pip install 'lowrank[hf]'"
-        ) from error
-    from huggingface_hub import constants
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    offline, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
-    logging.set_verbosity(logging.CRITICAL)
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = offline
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
-
-
-@contextlib.contextmanager
-def _as_checkpoint_error(what: str) -> Iterator[None]:
-    """Turn whatever a library makes of a bad directory into one line."""
-    try:
-        yield
-    except (CheckpointError, KeyboardInterrupt, MemoryError):
-        raise
-    except Exception as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise CheckpointError(f"{what}: {printable(lines[0])}") from error
