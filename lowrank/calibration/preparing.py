@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lowrank.calibration.batches import (
+    MIN_VERIFICATION_SAMPLES,
     Batch,
     Batches,
     ForwardFn,
@@ -21,7 +24,9 @@ from lowrank.calibration.outputs import OutputFn, measured_tensors
 from lowrank.calibration.samples import ENOUGH, distinct, leaves
 from lowrank.errors import CalibrationError, UsageError
 
-__all__ = ["input_embedding", "prepare_batches"]
+__all__ = ["input_embedding", "prepare_batches", "told"]
+
+log = logging.getLogger("lowrank")
 
 # Units of rounding a layer that another batch size may make; seen up to 10, and what mixes samples changes outputs by thousands.
 UNITS = 64.0
@@ -74,6 +79,45 @@ def prepare_batches(
     """
     if isinstance(data, Batches):
         return data
+    if not isinstance(data, (Tensor, np.ndarray)) or data.ndim < 2 or not len(data):
+        return _prepared(model, data, name, output_fn, forward_fn, repeats)
+    # Samples along dimension 0, also of a model that takes one at a time.
+    ways = (data, list(data))
+    refusals: list[CalibrationError] = []
+    found: list[Batches] = []
+    for way in ways:
+        try:
+            found.append(_prepared(model, way, name, output_fn, forward_fn, repeats))
+        except CalibrationError as error:
+            refusals.append(error)
+            continue
+        if way is data and all(batch.size > 1 for batch in found[0][:-1]) and found[0][0].size > 1:
+            return found[0]
+    if not found:
+        raise refusals[0]
+    return found[-1]
+
+
+def told(batches: Batches) -> Batches:
+    """Say on the logger "lowrank" what the reader should know of the batches, where no report will.
+
+    Example:
+        >>> told(Batches([Batch(())])) == [Batch(())]
+        True
+    """
+    for text in (*batches.warnings, *batches.notes):
+        log.warning("%s", text)
+    return batches
+
+
+def _prepared(
+    model: nn.Module,
+    data: Iterable[Any],
+    name: str,
+    output_fn: OutputFn | None,
+    forward_fn: ForwardFn | None,
+    repeats: bool,
+) -> Batches:
     items = _read(data, name)
     if not items:
         raise CalibrationError(f"{name}: is empty; at least {ENOUGH} samples are needed")
@@ -100,7 +144,7 @@ def prepare_batches(
     notes += told
     if repeats:
         return Batches(listed, notes)
-    kept, warnings = distinct(listed, name)
+    kept, warnings = distinct(listed, name, MIN_VERIFICATION_SAMPLES if name == "validation" else ENOUGH)
     return Batches(kept, notes, warnings)
 
 
@@ -156,7 +200,7 @@ def _holds_nothing(value: Any) -> bool:
         value = list(value.values())
     if isinstance(value, (list, tuple)):
         return all(map(_holds_nothing, value))
-    return value is None or isinstance(value, (str, bytes, int, float))
+    return value is None or isinstance(value, (bytes, int, float))
 
 
 def _described(item: Any) -> str:
@@ -257,7 +301,8 @@ def _difference(reference: dict[str, Tensor], part: dict[str, Tensor], indices: 
             if other is not None and other.shape == tensor.shape and torch.equal(other, tensor):
                 continue
             shape = None if other is None else tuple(other.shape)
-            return f"{_called(path)} has shape {tuple(tensor.shape)} for {size} indices and {shape} for {len(indices)}"
+            told = f"{_called(path)} has shape {tuple(tensor.shape)} for {size} indices and {shape} for {len(indices)}"
+            return f"{told}; output_fn picks the output that counts" if len(reference) > 1 else told
         wanted, got = tensor[indices.to(tensor.device)].double(), other.double()
         scale = float(wanted.norm())
         # Other batch sizes sum in another order, which adds up over layers like a random walk; at most half the digits.

@@ -117,8 +117,8 @@ def _object_bytes(value: Any, floating: torch.dtype) -> bytes:
     return repr(sorted(plain.items())).encode() + b"".join(_bytes(tensor, floating) for tensor in tensors)
 
 
-def distinct(batches: list[Batch], name: str) -> tuple[list[Batch], list[str]]:
-    """Give the batches without repeated samples, as long as enough others remain; and what to say of it.
+def distinct(batches: list[Batch], name: str, enough: int = ENOUGH) -> tuple[list[Batch], list[str]]:
+    """Give the batches without repeated samples, as long as ``enough`` others remain; and what to say of it.
 
     Example:
         >>> same = Batch((torch.ones(64, 2),), size=64)
@@ -146,13 +146,13 @@ def distinct(batches: list[Batch], name: str) -> tuple[list[Batch], list[str]]:
         warnings.append(f"{name}: every input is zero throughout; nothing is learnt of other inputs")
     if len(seen) == total:
         return batches, warnings
-    if len(seen) >= ENOUGH:
+    if len(seen) >= enough:
         return kept, [*warnings, f"{name}: of {total:,} samples {len(seen):,} are distinct; each counts once"]
     few = "all samples are the same sample" if len(seen) == 1 else f"only {len(seen)} are distinct"
     return batches, [
         *warnings,
         f"{name}: of {total:,} samples {few}: the error holds for those and proves nothing for others; "
-        f"at least {ENOUGH} distinct samples are needed",
+        f"at least {enough} distinct samples are needed",
     ]
 
 
