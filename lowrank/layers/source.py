@@ -90,7 +90,7 @@ def error_in(
     """
     if statistics is not None and statistics.count:
         return activation_error(
-            weight, approximation, statistics.moment(centred=centred, ridge=ridge).to(weight.device)
+            weight, approximation, statistics.metric(centred=centred, ridge=ridge).to(weight.device)
         )
     matrix = weight.detach().to(torch.float64)
     largest = float(matrix.abs().max()) if matrix.numel() else 0.0

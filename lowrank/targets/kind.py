@@ -21,6 +21,7 @@ from lowrank.errors import UsageError
 from lowrank.numerics.conv_factors import ConvCurve, largest_rank
 from lowrank.numerics.factors import RankCurve, factorize, factorize_embedding
 from lowrank.numerics.moments import InputStatistics, TokenCounts
+from lowrank.numerics.sampled_moments import Moment, moment_squares
 
 __all__ = [
     "Factoring",
@@ -172,11 +173,11 @@ class LayerKind(ABC):
         """Give the weight in the shape in which it is factored, without a gradient."""
         return self.matrix(module)
 
-    def moments(self, inputs: InputStatistics, *, blocks: int, centred: bool, device: torch.device) -> Tensor:
-        """Give Σ of what flows in: (in, in), or (blocks, in, in) where there are several blocks."""
-        return inputs.moment(centred=centred).to(device)
+    def moments(self, inputs: InputStatistics, *, blocks: int, centred: bool, device: torch.device) -> Moment:
+        """Give Σ of what flows in: (in, in), or (blocks, in, in) where there are several blocks; or the rows it is made of."""
+        return inputs.metric(centred=centred).to(device)
 
-    def squared_norm(self, matrix: Tensor, moments: Tensor | None, row_weights: Tensor | None, blocks: int) -> float:
+    def squared_norm(self, matrix: Tensor, moments: Moment | None, row_weights: Tensor | None, blocks: int) -> float:
         """Compute ‖matrix‖² in the norm of the inputs, or of the look-ups.
 
         Args:
@@ -186,8 +187,7 @@ class LayerKind(ABC):
             blocks: that never meet.
         """
         matrix = matrix.to(torch.float64)
-        weighted = matrix if moments is None else matrix @ moments
-        squares = (weighted * matrix).sum(dim=1)
+        squares = matrix.square().sum(dim=1) if moments is None else moment_squares(matrix, moments)
         return float((squares if row_weights is None else squares * row_weights).sum())
 
 
