@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lowrank.calibration.observers import AnyObserver, observer_of
 from lowrank.errors import UsageError
+from lowrank.layers.source import is_plain
 from lowrank.numerics.conv_factors import ConvCurve, largest_rank
 from lowrank.numerics.factors import RankCurve, factorize, factorize_embedding
 from lowrank.numerics.moments import InputStatistics, TokenCounts
@@ -64,7 +65,7 @@ class LayerKind(ABC):
         name: of the kind, as it stands in plans.
         target: what the argument ``targets`` of :func:`lowrank.compress_model` calls it.
         described: the classes in words, for messages.
-        types: the classes whose modules belong to the kind; not their subclasses, whose forward may differ.
+        types: the classes whose modules belong to the kind; of their subclasses those that compute the same.
         multiplies: whether rows are multiplied with the weight; else they are looked up in it.
         composite: whether a module holds several matrices, which are taken or left together.
         differentiated: whether gradients at a module's outputs tell what an error of it costs.
@@ -82,7 +83,7 @@ class LayerKind(ABC):
 
     def matches(self, module: nn.Module) -> bool:
         """Tell whether a module is of this kind."""
-        return type(module) in self.types
+        return any(is_plain(module, each) for each in self.types)
 
     def refusal(self, module: nn.Module) -> str | None:
         """Say why this module of the kind cannot be replaced, beyond what holds for every kind; ``None`` where it can."""
