@@ -118,10 +118,10 @@ class DecodedLayer(CompressedLayer):
             prefix = self.prefixes[name]
             self.register_buffer(f"{prefix}codes", torch.zeros(shape, dtype=torch.int8, device=device))
             self.register_buffer(f"{prefix}scale", torch.ones(self.weight_rows[name], device=device))
-        for name, shape in others.items():
-            self.register_parameter(name, nn.Parameter(torch.zeros(tuple(shape), dtype=self.dtype, device=device)))
-        for name, (kind, shape) in stored.items():
-            self.register_buffer(name, torch.zeros(tuple(shape), dtype=getattr(torch, kind), device=device))
+        for name, size in others.items():
+            self.register_parameter(name, nn.Parameter(torch.zeros(tuple(size), dtype=self.dtype, device=device)))
+        for name, (kind, size) in stored.items():
+            self.register_buffer(name, torch.zeros(tuple(size), dtype=getattr(torch, kind), device=device))
 
     @classmethod
     def from_module(cls: type[_Layer], module: nn.Module, *, bits: int = 8) -> _Layer:

@@ -115,8 +115,8 @@ class InputStatistics:
         if self.sampled:
             rows = self._joined().to(torch.float64)
             parts = rows.view(rows.shape[0], self.blocks, -1).transpose(0, 1)
-            return torch.block_diag(*(part.T @ part for part in parts))
-        return self._outer[0] if self.blocks == 1 else torch.block_diag(*self._outer)
+            return _block_diagonal([part.T @ part for part in parts])
+        return self._outer[0] if self.blocks == 1 else _block_diagonal(list(self._outer))
 
     @property
     def mean(self) -> Tensor:
@@ -158,8 +158,8 @@ class InputStatistics:
     def block_metric(self, blocks: int, *, centred: bool) -> Moment:
         """Return the moments within each of so many groups: (blocks, features of a group, the same), or the rows they are made of."""
         if not self.sampled:
-            parts = [self.block(index, blocks) for index in range(blocks)]
-            return torch.stack([part.moment(centred=centred) for part in parts])
+            groups = [self.block(index, blocks) for index in range(blocks)]
+            return torch.stack([group.moment(centred=centred) for group in groups])
         rows = self._joined()
         parts = rows.view(rows.shape[0], blocks, -1).transpose(0, 1)
         return SampledMoment(parts, self.mean.view(blocks, 1, -1) if centred else None)
@@ -173,12 +173,14 @@ class InputStatistics:
         """
         metric = self.metric(centred=False, ridge=ridge)
         if isinstance(metric, Tensor):
-            return torch.linalg.solve(metric, self.mean)
+            solved: Tensor = torch.linalg.solve(metric, self.mean)
+            return solved
         # Woodbury, for Σ = XᵀX / n + λ I and μ = Xᵀ1 / n: Σ⁻¹ μ = Xᵀ (X Xᵀ + n λ I)⁻¹ 1.
         rows = metric.rows.to(torch.float64)
         small = rows @ rows.T
         small.diagonal().add_(metric.count * metric.ridge)
-        return rows.T @ torch.linalg.solve(small, torch.ones_like(rows[:, 0]))
+        whitened: Tensor = rows.T @ torch.linalg.solve(small, torch.ones_like(rows[:, 0]))
+        return whitened
 
     def moment(self, *, centred: bool, ridge: float = 0.0) -> Tensor:
         """Return the metric of a layer's inputs: covariance or gram, plus ``ridge · mean(diagonal) · I``."""
@@ -190,6 +192,11 @@ class InputStatistics:
 
     def __repr__(self) -> str:
         return f"InputStatistics(n_features={self.n_features}, count={self.count})"
+
+
+def _block_diagonal(parts: list[Tensor]) -> Tensor:
+    whole: Tensor = torch.block_diag(*parts)
+    return whole
 
 
 class TokenCounts:

@@ -44,11 +44,8 @@ class Decoded(Composite):
             return False
         if isinstance(module, (CompressedLayer, *_NORMS)) or type(module).forward is nn.Module.forward:
             return False
-        if not matrices_of(module) or any(
-            True for child in module.children() for _ in child.state_dict(keep_vars=True)
-        ):
-            return False
-        return True
+        alone = not any(True for child in module.children() for _ in child.state_dict(keep_vars=True))
+        return alone and bool(matrices_of(module))
 
     def refusal(self, module: nn.Module) -> str | None:
         """Refuse what cannot be carried over, or is not a function of its weights."""
