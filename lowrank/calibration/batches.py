@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
+import copy
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lowrank.calibration.modes import evaluating
 from lowrank.errors import CalibrationError
 
-__all__ = ["Batch", "Split", "evaluating", "model_tensor", "prepare_batches", "sample_count", "split_batches"]
+__all__ = ["Batch", "Split", "evaluating", "fresh", "model_tensor", "prepare_batches", "sample_count", "split_batches"]
 
 # Fewer verification samples than this leave a 95 % test nothing to stand on (the t quantile at 1 degree of freedom is 6.3).
 MIN_VERIFICATION_SAMPLES = 4
@@ -47,8 +48,10 @@ class Batch:
         return None
 
     def run(self, model: nn.Module) -> Any:
-        """Call the model."""
-        return model(*self.args, **self.kwargs)
+        """Call the model with copies of the inputs, which its forward may change in place."""
+        copies: dict[int, Any] = {}
+        args = [fresh(value, copies) for value in self.args]
+        return model(*args, **{key: fresh(value, copies) for key, value in self.kwargs.items()})
 
     def select(self, indices: Tensor) -> Batch:
         """Give the batch of these samples."""
@@ -86,6 +89,36 @@ class Split:
     search: list[Batch]
     verification: list[Batch]
     ways: int = 3
+
+
+def fresh(value: Any, copies: dict[int, Any] | None = None) -> Any:
+    """Copy an input: tensors by value, containers with what they hold, other objects (a cache of keys) as ``copy.deepcopy`` does.
+
+    Args:
+        copies: by the id of the original: what is given twice is one copy.
+
+    Example:
+        >>> x = torch.zeros(2)
+        >>> fresh({"x": [x]})["x"][0].add_(1.0), x
+        (tensor([1., 1.]), tensor([0., 0.]))
+    """
+    copies = {} if copies is None else copies
+    if value is None or isinstance(value, (str, bytes, int, float, complex, nn.Module)) or callable(value):
+        return value
+    if id(value) not in copies:
+        if isinstance(value, Tensor):
+            copies[id(value)] = value.detach().clone().requires_grad_(value.requires_grad)
+        elif type(value) in (list, tuple, dict):
+            items = value.values() if isinstance(value, dict) else value
+            held = [fresh(item, copies) for item in items]
+            copies[id(value)] = dict(zip(value, held, strict=True)) if isinstance(value, dict) else type(value)(held)
+        else:
+            try:
+                copies[id(value)] = copy.deepcopy(value, copies)
+            except (TypeError, RuntimeError, NotImplementedError):
+                # An object that cannot be copied (it holds a lock, say) goes to the model as it is.
+                copies[id(value)] = value
+    return copies[id(value)]
 
 
 def model_tensor(output: Any) -> Tensor:
@@ -289,16 +322,3 @@ def split_batches(
     if validation is None and verify:
         return Split(parts[0], parts[1], parts[2])
     return Split(parts[0], parts[1], list(validation or ()), ways=2)
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; every module's own mode comes back afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

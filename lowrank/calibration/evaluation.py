@@ -162,7 +162,8 @@ class Evaluator:
         tensor = self.output_fn(output) if self.output_fn is not None else model_tensor(output)
         if not isinstance(tensor, Tensor):
             raise UsageError(f"output_fn: must return a tensor, got {type(tensor).__name__}")
-        return tensor.detach()
+        # The model may return a buffer of its own, which its next call overwrites.
+        return tensor.detach().clone()
 
 
 def _terms(metric: SampledMetric, reference: Tensor, output: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -226,9 +227,10 @@ def compare_models(
     for batch in tqdm(batches, desc="evaluate", delay=2, disable=not progress):
         with evaluating(original):
             raw = batch.run(original)
+            reference = (output_fn or model_tensor)(raw).detach().clone()
         with evaluating(compressed):
             other = batch.run(compressed)
-        reference, output = ((output_fn or model_tensor)(value).detach() for value in (raw, other))
+        output = (output_fn or model_tensor)(other).detach()
         samples += batch.size
         # Only what calls itself logits is read as such: the last dimension of a hidden state holds no classes.
         logits = output_fn is None and (hasattr(raw, "logits") or (isinstance(raw, dict) and "logits" in raw))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lowrank.calibration.batches import Batch, model_tensor
 from lowrank.calibration.inputs import no_fast_path
+from lowrank.calibration.modes import modes_kept
 from lowrank.calibration.observers import AnyObserver, observer_of
 from lowrank.errors import UsageError
 
@@ -72,7 +73,6 @@ def output_gradients(
     generator = torch.Generator().manual_seed(seed)
     sums: dict[str, Tensor] = {}
     samples = max(sum(batch.size for batch in batches), 1)
-    modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     mask: Tensor | None = None
 
@@ -94,13 +94,14 @@ def output_gradients(
         return hook
 
     with contextlib.ExitStack() as stack:
-        for module, mode in modes:
-            stack.callback(setattr, module, "training", mode)
+        stack.enter_context(modes_kept(model))
         for parameter, flag in flags:
             stack.callback(parameter.requires_grad_, flag)
             parameter.requires_grad_(False)
         model.eval()
         stack.enter_context(no_fast_path())
+        # Under inference mode there are no gradients, and enable_grad does not bring them.
+        stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         for name, module in targets.items():
             stack.callback(module.register_forward_hook(watch(name)).remove)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import os
 import platform
@@ -42,6 +41,7 @@ from lowrank.compression.working_copy import WorkingCopy
 from lowrank.errors import BudgetError, CheckpointError, NumericsError, UsageError, is_whole
 from lowrank.numerics.linalg import fallback_counts, reset_fallback_counts
 from lowrank.targets import target_names
+from lowrank.targets.copying import copy_model
 from lowrank.targets.model import unwrapped
 
 __all__ = ["CompressionResult", "apply_plan", "compress_model", "plan_model", "prepare"]
@@ -363,7 +363,7 @@ def _on_device(model: nn.Module, device: torch.device | str | None) -> nn.Module
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"device: {device!r} is not available here ({str(error).splitlines()[0]})") from error
     current = next((tensor.device for tensor in model.parameters()), wanted)
-    return model if current == wanted else copy.deepcopy(model).to(wanted)
+    return model if current == wanted else copy_model(model).to(wanted)
 
 
 @dataclass

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 import re
@@ -42,6 +41,7 @@ from lowrank.lora.config import LoRAConfig
 from lowrank.lora.model import delete_adapter, install
 from lowrank.lora.target_modules import ALL_LINEAR, find_targets
 from lowrank.lora.tensors import adapter_tensors, by_layer, fill, fill_saved, rank_of_parts
+from lowrank.targets.copying import copy_model
 from lowrank.targets.model import unwrapped
 
 __all__ = ["CONFIG_NAME", "TENSORS_NAME", "load_adapter", "reread_adapter", "save_adapter"]
@@ -155,7 +155,7 @@ def load_adapter(
     check_new_name(model, adapter_name)
     check_unmerged(model, "load_adapter")
     if not inplace:
-        model = copy.deepcopy(model)
+        model = copy_model(model)
     _load(model, adapter_name, file)
     return model
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
 import re
 import warnings
@@ -30,6 +29,7 @@ from lowrank.lora.initialise import Residual, drawn_from, start_from_residual, s
 from lowrank.lora.saved_module import SavedModule
 from lowrank.lora.target_modules import Targets, find_targets, outer_modules
 from lowrank.numerics.moments import InputStatistics, TokenCounts
+from lowrank.targets.copying import copy_model
 from lowrank.targets.model import replace_module, unwrapped
 
 __all__ = [
@@ -92,7 +92,7 @@ def add_lora(
         base = place.module.base_layer if isinstance(place.module, LoRALayer) else place.module
         base_of(base).require_rank(config.rank_of(place.name), place.name)
     if not inplace:
-        model = copy.deepcopy(model)
+        model = copy_model(model)
     with drawn_from(seed):
         residual = None if original is None else Residual(original, statistics or {})
         wide = install(model, config, adapter_name, find_targets(model, config), residual)

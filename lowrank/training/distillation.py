@@ -87,7 +87,10 @@ class Distillation:
             return self._kept[id(batch)][1]
         with torch.no_grad(), _recorded(self.original, self.taps) as wanted:
             reference = batch.run(self.original)
-        found = (self.output_fn or model_tensor)(reference), is_logits(reference) and self.output_fn is None, wanted
+            # Copies, since the model may return a buffer of its own, which its next call overwrites.
+            picked = (self.output_fn or model_tensor)(reference).clone()
+        wanted = {name: tensor.clone() for name, tensor in wanted.items()}
+        found = picked, is_logits(reference) and self.output_fn is None, wanted
         size = sum(tensor.nbytes for tensor in (found[0], *wanted.values()))
         if id(batch) in self._again and size <= self._room:
             self._room -= size

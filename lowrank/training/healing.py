@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import contextlib
 import json
 import math
 import time
@@ -16,7 +16,9 @@ from tqdm import tqdm
 
 from lowrank.calibration.batches import Batch, evaluating, prepare_batches, sample_count
 from lowrank.calibration.evaluation import Evaluator
+from lowrank.calibration.modes import modes_kept
 from lowrank.errors import CalibrationError, NumericsError
+from lowrank.targets.copying import copy_model
 from lowrank.training.data import derived_seed
 from lowrank.training.distillation import Distillation, is_logits
 from lowrank.training.forms import TrainableForm
@@ -173,18 +175,19 @@ def heal_batches(
     before = judge.measure(compressed).value
     halves = {tensor.dtype for tensor in compressed.parameters() if tensor.is_floating_point()} == {torch.float16}
     teacher = original
-    healed = copy.deepcopy(compressed)
+    healed = copy_model(compressed)
     if halves:
         # Gradients and steps of training leave float16's range; what has only that dtype is trained in float32.
-        healed, teacher = healed.float(), copy.deepcopy(original).float()
+        healed, teacher = healed.float(), copy_model(original).float()
         train = [batch.widened() for batch in train]
-    modes = [(name, module.training) for name, module in healed.named_modules()]
-    original_modes = [(module, module.training) for module in teacher.modules()]
     size = _bytes(compressed)
-    form = TrainableForm(healed, options.what, teacher)
     total = options.total_steps(sample_count(train))
     pool = SamplePool.of(train, vocabulary=_vocabulary(original), vary=options.vary)
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(modes_kept(healed))
+        stack.enter_context(modes_kept(teacher))
+        form = TrainableForm(healed, options.what, teacher)
+        stack.callback(form.close)
         healed.eval()
         teacher.eval()
         fixed = () if pool.varies else tuple(pool.epoch(options.batch_size, _generator(seed, 0)))
@@ -192,12 +195,6 @@ def heal_batches(
         drawn = _shuffled(fixed, seed) if fixed else _varied(pool, options.batch_size, seed)
         bar = tqdm(range(total), desc="heal", disable=not progress)
         losses = _train(form, loss, drawn, bar, options)
-    finally:
-        form.close()
-        for module, mode in original_modes:
-            module.training = mode
-        for name, mode in modes:
-            healed.get_submodule(name).training = mode
     if halves:
         healed = _halved(healed, compressed)
     after = judge.measure(healed).value
@@ -218,7 +215,7 @@ def heal_batches(
         losses=losses,
         run={"seconds": time.perf_counter() - started},
     )
-    return HealResult(healed if better else copy.deepcopy(compressed), report)
+    return HealResult(healed if better else copy_model(compressed), report)
 
 
 def _halved(healed: nn.Module, like: nn.Module) -> nn.Module:
