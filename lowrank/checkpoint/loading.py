@@ -19,6 +19,7 @@ from lowrank.checkpoint.manifest import (
     roles_of,
 )
 from lowrank.errors import CheckpointError, UsageError
+from lowrank.integrations.methods import guard_methods
 from lowrank.io import TensorSource, printable
 from lowrank.layers import CompressedLayer, call_every_layer
 from lowrank.layers.roles import CODES, SCALE
@@ -256,7 +257,7 @@ def _fill(
     model.load_state_dict(state, strict=True, assign=True)
     _tie(model, manifest)
     _move_unstored(model, manifest, device)
-    return model.eval()
+    return guard_methods(model).eval()
 
 
 def _replace(model: nn.Module, layers: Mapping[int, nn.Module]) -> nn.Module:

@@ -27,6 +27,8 @@ __all__ = ["computed_costs", "layer_choices", "probe_layers", "smaller_specs"]
 # What a weight-only layer is charged above its bytes: integer products are faster, so a layer gives them up only where that buys
 # more than this share of its size. A heuristic.
 WEIGHT_ONLY_CHARGE = 1.05
+# A contribution that no budget allows, where an output of size 0 becomes something: finite, so that it can be added up.
+NOTHING_LEFT = 1e300
 
 
 def computed_costs(layers: Sequence[LayerData]) -> dict[str, Measured]:
@@ -62,8 +64,7 @@ def probe_layers(
 
         def measure(spec: LayerSpec, data: LayerData = data) -> float:
             copy.install(data.name, spec)
-            measured = evaluator.measure(copy.model)
-            return max(float(measured.numerators.sum()), 0.0) / max(float(measured.denominators.sum()), 1e-300)
+            return min(evaluator.measure(copy.model).ratio, NOTHING_LEFT)
 
         try:
             found[data.name] = _probe(data, Measurements(measure, measurements.activations, share), formats)

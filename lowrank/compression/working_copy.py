@@ -33,7 +33,7 @@ class WorkingCopy:
         self.reference = model if reference is None else reference
         self.layers: Mapping[str, LayerData] = {data.name: data for data in layers}
         self._built: dict[str, dict[LayerSpec, dict[str, nn.Module]]] = {name: {} for name in self.layers}
-        # Buffers are its own: a forward may write to them.
+        # Not its buffers: a forward may write to those.
         self.model: nn.Module = sharing_copy(model)
         self._originals = {
             member.name: same_module(self.model.get_submodule(member.name))

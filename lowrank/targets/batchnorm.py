@@ -10,7 +10,7 @@ from itertools import chain
 import torch
 from torch import Tensor, fx, nn
 
-from lowrank.calibration.modes import modes_kept
+from lowrank.calibration.untouched import in_evaluation
 from lowrank.errors import CheckpointError, UsageError
 from lowrank.targets.copying import become, sharing_copy
 
@@ -94,9 +94,9 @@ def fold_sharing(model: nn.Module) -> tuple[nn.Module, list[tuple[str, str]]]:
 def _pairs(model: nn.Module, modules: dict[str, nn.Module]) -> Iterable[tuple[str, str]]:
     """Names of convolutions and BatchNorms between which nothing else happens."""
     reasons: list[str] = []
-    with modes_kept(model):
+    with in_evaluation(model):
         # In eval mode, because that is the mode whose arithmetic is folded.
-        graphs = list(_graphs(model.eval(), "", reasons))
+        graphs = list(_graphs(model, "", reasons))
     found = []
     calls = [(prefix, node) for prefix, graph in graphs for node in graph.nodes if node.op == "call_module"]
     used = Counter(id(modules[prefix + str(node.target)]) for prefix, node in calls)

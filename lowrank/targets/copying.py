@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from lowrank.errors import UsageError
 from lowrank.targets.references import owned, reachable, redirect
@@ -45,15 +46,14 @@ def copy_model(model: _Module, memo: dict[int, Any] | None = None) -> _Module:
     functions: list[types.FunctionType] = []
     references: list[weakref.ref[Any]] = []
     for _, value in reachable(model):
-        if isinstance(value, Tensor) and id(value) not in memo and value.grad_fn is not None:
-            memo[id(value)] = value.detach().clone()
-        elif isinstance(value, types.FunctionType):
+        if isinstance(value, types.FunctionType):
             if any(id(found) in own for _, found in reachable(value)):
                 functions.append(value)
         elif type(value) is weakref.ref and id(value()) in own:
             references.append(value)
     try:
-        copied: _Module = copy.deepcopy(model, memo)
+        with _Detaching():
+            copied: _Module = copy.deepcopy(model, memo)
         exchanged: dict[int, Any] = {id(function): _with_own_closure(function) for function in functions}
         # Filled only now that all of them are there: they may lead to each other.
         for function in functions:
@@ -64,7 +64,9 @@ def copy_model(model: _Module, memo: dict[int, Any] | None = None) -> _Module:
             made.__kwdefaults__ = copy.deepcopy(function.__kwdefaults__, memo)
             vars(made).update(copy.deepcopy(vars(function), memo))
     except (RuntimeError, TypeError, NotImplementedError, AttributeError, ValueError) as error:
-        raise UsageError(f"model: cannot be copied: {_culprit(model)}: {_first_line(error)}") from error
+        raise UsageError(
+            f"model: this {type(model).__name__} cannot be copied ({_first_line(error)}): {_culprit(model)}"
+        ) from error
     exchanged |= {
         id(reference): weakref.ref(memo[id(reference())]) for reference in references if id(reference()) in memo
     }
@@ -130,6 +132,18 @@ def become(module: nn.Module, other: nn.Module) -> None:
             part._modules[name] = twin
     module.__class__ = type(other)
     module.__dict__ = other.__dict__
+
+
+class _Detaching(TorchFunctionMode):
+    """Copy tensors that hang on a graph as tensors without one, which torch itself refuses."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.__deepcopy__ and args[0].grad_fn is not None:
+            tensor, memo = args
+            if id(tensor) not in memo:
+                memo[id(tensor)] = tensor.detach().clone()
+            return memo[id(tensor)]
+        return func(*args, **(kwargs or {}))
 
 
 def _with_own_closure(function: types.FunctionType) -> types.FunctionType:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lowrank import lora
-from lowrank.calibration.modes import modes_kept
+from lowrank.calibration.untouched import restore_modes
 from lowrank.errors import CalibrationError, UsageError
 from lowrank.integrations.accelerate import processes
 from lowrank.io import lock_destination
@@ -177,7 +177,7 @@ def finetune(
         if directory is not None and team.first:
             stack.enter_context(lock_destination(directory.directory))
             directory.start()
-        with torch.random.fork_rng(devices=devices), modes_kept(model):
+        with torch.random.fork_rng(devices=devices), _modes_kept(model):
             if gradient_checkpointing:
                 stack.enter_context(checkpointed(model))
             with _refusals_explained(loss_fn is None and not callable(metric)):
@@ -376,3 +376,12 @@ def _refusals_explained(ours: bool) -> Iterator[None]:
             f"finetune: the model or its loss refused a batch ({error}); is a token id outside the vocabulary, or a label not "
             "among the classes?"
         ) from error
+
+
+@contextlib.contextmanager
+def _modes_kept(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        restore_modes(modes)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import time
@@ -14,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lowrank.calibration.batches import Batch, evaluating, prepare_batches, sample_count
+from lowrank.calibration.batches import Batch, ForwardFn, evaluating, sample_count
 from lowrank.calibration.evaluation import Evaluator
-from lowrank.calibration.modes import modes_kept
+from lowrank.calibration.preparing import input_embedding, prepare_batches
+from lowrank.calibration.untouched import restore_modes, set_modes
 from lowrank.errors import CalibrationError, NumericsError
 from lowrank.targets.copying import copy_model
 from lowrank.training.data import derived_seed
@@ -97,6 +97,7 @@ def heal(
     vary: bool = False,
     max_grad_norm: float = 1.0,
     output_fn: Callable[[Any], Tensor] | None = None,
+    forward_fn: ForwardFn | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> HealResult:
@@ -125,6 +126,7 @@ def heal(
             step; else what it makes of a batch is kept, a third of the time of a step.
         max_grad_norm: gradients are clipped to it.
         output_fn: picks the tensor to match out of the model's output.
+        forward_fn: ``forward_fn(model, batch) -> output`` calls a model that takes objects.
         seed: of the split, the order and the variation; same input, seed and thread count give the same bytes.
         progress: a bar with the loss on standard error.
 
@@ -146,8 +148,9 @@ def heal(
     """
     check_seed(seed)
     options = HealOptions(steps, epochs, lr, what, hidden_weight, batch_size, vary, max_grad_norm)
-    batches = prepare_batches(original, calibration)
-    checks = None if validation is None else prepare_batches(original, validation, "validation")
+    called: dict[str, Any] = {"output_fn": output_fn, "forward_fn": forward_fn}
+    batches = prepare_batches(original, calibration, **called)
+    checks = None if validation is None else prepare_batches(original, validation, "validation", **called)
     train, held = _set_aside(batches, checks, seed)
     return heal_batches(compressed, original, train, held, options, output_fn=output_fn, seed=seed, progress=progress)
 
@@ -180,14 +183,13 @@ def heal_batches(
         # Gradients and steps of training leave float16's range; what has only that dtype is trained in float32.
         healed, teacher = healed.float(), copy_model(original).float()
         train = [batch.widened() for batch in train]
+    modes = {name: module.training for name, module in healed.named_modules()}
+    original_modes = [(module, module.training) for module in teacher.modules()]
     size = _bytes(compressed)
+    form = TrainableForm(healed, options.what, teacher)
     total = options.total_steps(sample_count(train))
     pool = SamplePool.of(train, vocabulary=_vocabulary(original), vary=options.vary)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(modes_kept(healed))
-        stack.enter_context(modes_kept(teacher))
-        form = TrainableForm(healed, options.what, teacher)
-        stack.callback(form.close)
+    try:
         healed.eval()
         teacher.eval()
         fixed = () if pool.varies else tuple(pool.epoch(options.batch_size, _generator(seed, 0)))
@@ -195,6 +197,10 @@ def heal_batches(
         drawn = _shuffled(fixed, seed) if fixed else _varied(pool, options.batch_size, seed)
         bar = tqdm(range(total), desc="heal", disable=not progress)
         losses = _train(form, loss, drawn, bar, options)
+    finally:
+        form.close()
+        restore_modes(original_modes)
+        set_modes(healed, modes)
     if halves:
         healed = _halved(healed, compressed)
     after = judge.measure(healed).value
@@ -311,8 +317,7 @@ def _metric_for(original: nn.Module, batch: Batch, output_fn: Callable[[Any], Te
 
 def _vocabulary(model: nn.Module) -> int:
     """Number of token ids of a model in transformers' manner; 0 where it does not say."""
-    find = getattr(model, "get_input_embeddings", None)
-    count = getattr(find(), "num_embeddings", 0) if callable(find) else 0
+    count = getattr(input_embedding(model), "num_embeddings", 0)
     return count if isinstance(count, int) else 0
 
 
