@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import difflib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -28,6 +27,7 @@ from lowrank.numerics.convolutions import ConvGeometry
 from lowrank.numerics.rounding import largest_code
 from lowrank.targets import kind_of
 from lowrank.targets.batchnorm import fold_skeleton
+from lowrank.targets.copying import become, copy_model
 
 __all__ = ["load_model"]
 
@@ -119,11 +119,9 @@ def _copy_without_weights(model: nn.Module) -> nn.Module:
         elif isinstance(value, torch.Tensor):
             memo[id(value)] = torch.empty_like(value, device="meta")
     try:
-        return copy.deepcopy(model, memo)
-    except (TypeError, RuntimeError, AttributeError) as error:
-        raise UsageError(
-            f"model: this {type(model).__name__} cannot be copied ({printable(error)}); pass a function that makes it"
-        ) from error
+        return copy_model(model, memo)
+    except UsageError as error:
+        raise UsageError(f"{error}; or pass a function that makes the model") from error
 
 
 def _check_fit(skeleton: nn.Module, manifest: Manifest, source: TensorSource, where: str) -> None:
@@ -256,11 +254,11 @@ def _fill(
 
 
 def _replace(model: nn.Module, layers: Mapping[int, nn.Module]) -> nn.Module:
-    """Put layers in the place of the modules with these ids, under all their names."""
-    for parent in list(model.modules()):
-        for child_name, child in parent._modules.items():
-            parent._modules[child_name] = layers.get(id(child), child)
-    return layers.get(id(model), model)
+    """Put layers in the place of the modules with these ids, whatever way leads there."""
+    for module in list(model.modules()):
+        if id(module) in layers:
+            become(module, layers[id(module)])
+    return model
 
 
 def _tie(model: nn.Module, manifest: Manifest) -> None:

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from torch import nn
 
 from lowrank.errors import AdapterError, UsageError
-from lowrank.layers.model import copied
 from lowrank.lora.adapter_kinds import adapted
 from lowrank.lora.adapter_layer import FORMS, LoRALayer
 from lowrank.lora.adapters import (
@@ -33,6 +32,7 @@ from lowrank.lora.overlooked import overlooked
 from lowrank.lora.saved_module import SavedModule
 from lowrank.lora.target_modules import Targets, find_targets, outer_modules
 from lowrank.numerics.moments import InputStatistics, TokenCounts
+from lowrank.targets.copying import copy_model
 from lowrank.targets.model import replace_module, unwrapped
 
 __all__ = [
@@ -98,7 +98,7 @@ def add_lora(
         base_of(base).require_rank(config.rank_of(place.name), place.name)
     said = overlooked(model, config, targets)
     if not inplace:
-        model = copied(model)
+        model = copy_model(model)
     with drawn_from(seed):
         residual = None if original is None else Residual(original, statistics or {})
         wide = install(model, config, adapter_name, find_targets(model, config), residual)
