@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lowrank.analysis.stopwatch import Spread, host_facts, interleaved, spread
-from lowrank.calibration.batches import Batch, evaluating, prepare_batches
+from lowrank.calibration.batches import Batch, evaluating
+from lowrank.calibration.preparing import prepare_batches
 from lowrank.compression.formats import DENSE
 from lowrank.errors import UsageError, is_whole
 from lowrank.io import printable

@@ -16,8 +16,11 @@ from tqdm import tqdm
 
 from lowrank.analysis.frontier_report import STATE_NAME, FrontierReport
 from lowrank.analysis.frontier_state import Done, State, arguments_of
-from lowrank.calibration.batches import Batch, prepare_batches, sample_count
+from lowrank.calibration.batches import Batch, sample_count
 from lowrank.calibration.metrics import METRICS, metric_named
+from lowrank.calibration.preparing import prepare_batches
+from lowrank.calibration.samples import without_shared
+from lowrank.calibration.untouched import borrowed
 from lowrank.compression.accounting import TargetBytes, frontier_point
 from lowrank.compression.choose import allocator_of, search_of, uniform_plans
 from lowrank.compression.compress import prepare
@@ -85,7 +88,7 @@ def measure_frontier(
         overwrite: start anew in a directory that holds something else, or points of other arguments.
         source: the model's name, for the report.
         options: ``metric``, ``formats``, ``targets``, ``ignore``, ``overrides``, ``activations``, ``output_fn``,
-            ``seed``, ``progress``, ``on_nonfinite``, ``strict``, ``fold_batchnorm`` of :func:`lowrank.compress_model`.
+            ``forward_fn``, ``seed``, ``progress``, ``on_nonfinite``, ``strict``, ``fold_batchnorm`` of :func:`lowrank.compress_model`.
 
     Raises:
         UsageError: budgets that mean nothing, an option that has no place here, a directory of something else.
@@ -103,8 +106,11 @@ def measure_frontier(
     original = unwrapped(model)
     wanted, checked = _checked(budgets, points, options, calibrated=calibration is not None)
     # Read once here: an iterator may not be read twice.
-    batches = None if calibration is None else prepare_batches(original, calibration)
-    checks = None if validation is None else prepare_batches(original, validation, "validation")
+    called: dict[str, Any] = {"output_fn": checked.output_fn, "forward_fn": checked.forward_fn}
+    batches = None if calibration is None else prepare_batches(original, calibration, **called)
+    checks = None if validation is None else prepare_batches(original, validation, "validation", **called)
+    if batches is not None and checks is not None:
+        checks = without_shared(checks, batches)
     arguments = arguments_of(original, batches, checks, wanted, checked)
     with _held(directory) as folder:
         state = State(arguments)
@@ -118,7 +124,8 @@ def measure_frontier(
         fill = 0 if budgets is not None else len(wanted)
         run = _Run(wanted, checked, state, folder, fill)
         if run.following() is not None:
-            run.measure(original, batches, checks)
+            with borrowed(original):
+                run.measure(original, batches, checks)
         return state.report()
 
 

@@ -47,15 +47,18 @@ class Observer(Generic[_Statistics]):
         """Make the statistics that inputs like this one are added to."""
         raise NotImplementedError
 
-    def add(self, statistics: _Statistics, value: Tensor, batch: Batch) -> None:
-        """Add the rows of an input, without padding."""
+    def add(self, statistics: _Statistics, value: Tensor, batch: Batch, name: str = "") -> None:
+        """Add the rows of an input, without padding.
+
+        Args:
+            name: of the module, which says on which of two sequences it works.
+        """
         raise NotImplementedError
 
-    def gradient_rows(self, gradient: Tensor, mask: Tensor | None) -> Tensor:
+    def gradient_rows(self, gradient: Tensor, batch: Batch, name: str = "") -> Tensor:
         """Give the gradients at the module's outputs as rows (positions, out), without padding."""
-        if mask is not None and gradient.shape[:2] == mask.shape:
-            return gradient[mask]
-        return gradient.flatten(0, -2)
+        mask = batch.kept(gradient.shape, name) if gradient.ndim >= 3 else None
+        return gradient.reshape(-1, gradient.shape[-1]) if mask is None else gradient[mask.to(gradient.device)]
 
 
 class TokenObserver(Observer[InputStatistics]):
@@ -65,9 +68,9 @@ class TokenObserver(Observer[InputStatistics]):
         """Make moments of the last dimension's features."""
         return InputStatistics(value.shape[-1], device=value.device)
 
-    def add(self, statistics: InputStatistics, value: Tensor, batch: Batch) -> None:
+    def add(self, statistics: InputStatistics, value: Tensor, batch: Batch, name: str = "") -> None:
         """Add every position."""
-        statistics.update(_kept(value, batch))
+        statistics.update(_kept(value, batch, name))
 
 
 class LookupObserver(Observer[TokenCounts]):
@@ -82,9 +85,9 @@ class LookupObserver(Observer[TokenCounts]):
         """Make counts of the table's rows."""
         return TokenCounts(self.rows, device=value.device)
 
-    def add(self, statistics: TokenCounts, value: Tensor, batch: Batch) -> None:
+    def add(self, statistics: TokenCounts, value: Tensor, batch: Batch, name: str = "") -> None:
         """Count the ids."""
-        statistics.update(_kept(value[..., None], batch))
+        statistics.update(_kept(value[..., None], batch, name))
 
 
 class PatchObserver(Observer[InputStatistics]):
@@ -109,7 +112,7 @@ class PatchObserver(Observer[InputStatistics]):
         channels = value.shape[-self.geometry.dims - 1]
         return int(channels * math.prod(self.geometry.kernel_size))
 
-    def add(self, statistics: InputStatistics, value: Tensor, batch: Batch) -> None:
+    def add(self, statistics: InputStatistics, value: Tensor, batch: Batch, name: str = "") -> None:
         """Add at most ``PATCHES_PER_LAYER`` patches (or 8 a feature) over all batches."""
         geometry, generator, dims = self.geometry, self._generator, self.geometry.dims
         allowed = max(PATCHES_PER_LAYER, PATCHES_PER_FEATURE * self._features(value) // geometry.groups)
@@ -117,8 +120,8 @@ class PatchObserver(Observer[InputStatistics]):
         positions = geometry.output_size(value.shape[-dims:])
         images = value.shape[0] if value.ndim == dims + 2 else 1
         offered = images * math.prod(positions)
-        mask = batch.mask
-        if mask is not None and value.ndim == 3 and (images, *positions) == mask.shape:
+        mask = batch.kept((images, *positions), name) if value.ndim == 3 else None
+        if mask is not None:
             # A convolution along a text: what lies on padding is left out.
             rows = patches(value, geometry)[mask.to(value.device)]
             offered = rows.shape[0]
@@ -128,17 +131,15 @@ class PatchObserver(Observer[InputStatistics]):
             rows = sample_patches(value, geometry, limit, generator) if offered > limit else patches(value, geometry)
         statistics.update(rows, offered)
 
-    def gradient_rows(self, gradient: Tensor, mask: Tensor | None) -> Tensor:
+    def gradient_rows(self, gradient: Tensor, batch: Batch, name: str = "") -> Tensor:
         """Give one row a position: channels stand second in a convolution's output."""
-        return super().gradient_rows(gradient.movedim(1, -1), mask)
+        return super().gradient_rows(gradient.movedim(1, -1), batch, name)
 
 
-def _kept(value: Tensor, batch: Batch) -> Tensor:
+def _kept(value: Tensor, batch: Batch, name: str) -> Tensor:
     """The tokens that are not padding."""
-    mask = batch.mask
-    if mask is not None and value.ndim >= 3 and value.shape[:2] == mask.shape:
-        return value[mask.to(value.device)]
-    return value
+    mask = batch.kept(value.shape, name) if value.ndim >= 3 else None
+    return value if mask is None else value[mask.to(value.device)]
 
 
 AnyObserver = Observer[InputStatistics] | Observer[TokenCounts]

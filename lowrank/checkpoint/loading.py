@@ -20,6 +20,7 @@ from lowrank.checkpoint.manifest import (
     roles_of,
 )
 from lowrank.errors import CheckpointError, UsageError
+from lowrank.integrations.methods import guard_methods
 from lowrank.io import TensorSource, printable
 from lowrank.layers import CompressedLayer, call_every_layer
 from lowrank.layers.roles import CODES, SCALE
@@ -31,9 +32,6 @@ from lowrank.targets.batchnorm import fold_skeleton
 __all__ = ["load_model"]
 
 _CONFIG_NAME = "config.json"
-# A model may hold buffers that no file does (masks, positions); far beyond its weights they are an attack or a mistake.
-_BUFFER_BYTES_PER_STORED_BYTE = 64
-_BUFFER_BYTES_ALWAYS = 256 << 20
 
 
 def load_model(
@@ -104,20 +102,12 @@ def _skeleton(
         )
     from lowrank.integrations.transformers import build_from_config
 
-    shapes = [entry.shape for entry in source.entries.values()]
     # On the meta device first: a configuration that does not fit the tensors costs no memory that way.
     with torch.device("meta"):
-        trial = build_from_config(directory, shapes=shapes, dtype=dtype)
+        trial = build_from_config(directory, source=source, dtype=dtype)
         fold_skeleton(trial, manifest.folded, source.entries, printable(directory))
     _check_fit(trial, manifest, source, printable(directory))
-    stored = trial.state_dict().keys()
-    unstored = sum(buffer.nbytes for name, buffer in trial.named_buffers() if name not in stored)
-    if unstored > _BUFFER_BYTES_PER_STORED_BYTE * source.tensor_bytes + _BUFFER_BYTES_ALWAYS:
-        raise CheckpointError(
-            f"{printable(directory / _CONFIG_NAME)}: the model would hold {unstored} bytes of buffers beside "
-            f"{source.tensor_bytes} bytes of tensors; a size in it is wrong"
-        )
-    return build_from_config(directory, shapes=shapes, dtype=dtype)
+    return build_from_config(directory, source=source, dtype=dtype)
 
 
 def _copy_without_weights(model: nn.Module) -> nn.Module:
@@ -258,7 +248,7 @@ def _fill(
     model.load_state_dict(state, strict=True, assign=True)
     _tie(model, manifest)
     _move_unstored(model, manifest, device)
-    return model.eval()
+    return guard_methods(model).eval()
 
 
 def _replace(model: nn.Module, layers: Mapping[int, nn.Module]) -> nn.Module:

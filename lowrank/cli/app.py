@@ -12,8 +12,8 @@ from typing import Any
 import click
 
 from lowrank.analysis.model import analyze_model
-from lowrank.calibration.batches import prepare_batches
 from lowrank.calibration.evaluation import compare_models
+from lowrank.calibration.preparing import prepare_batches
 from lowrank.checkpoint import describe
 from lowrank.cli import data as cli_data
 from lowrank.cli import demo

@@ -18,6 +18,7 @@ from lowrank.compression.healed_plans import heal_plan
 from lowrank.compression.options import Options
 from lowrank.compression.plan import Plan
 from lowrank.compression.prepare import Preparation
+from lowrank.compression.reasons import reasons_for_dense
 from lowrank.compression.search import Search
 from lowrank.compression.trial import ComputedError, ErrorMeasure, Healer, Outcome, SampledError, Trial
 from lowrank.compression.working_copy import weight_error_of
@@ -62,7 +63,14 @@ def search_of(
         verify_samples=sample_count(verification),
         heal=_healer(prepared, options),
         progress=options.progress,
+        reasons=lambda scale: prepared.refused | _unrefused(prepared, scale, options),
     )
+
+
+def _unrefused(prepared: Preparation, scale: float, options: Options) -> dict[str, str]:
+    """Why layers that could be replaced would stay as they are."""
+    found = reasons_for_dense(prepared.choices, None, scale, options)
+    return {name: reason for name, reason in found.items() if name not in prepared.refused}
 
 
 def _no_plan(total: float) -> Plan:

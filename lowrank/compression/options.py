@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lowrank.calibration.batches import ForwardFn
 from lowrank.calibration.metrics import METRICS, OUTPUT, WEIGHT, CallableMetric, ErrorMetric
 from lowrank.compression.formats import FORMATS, check_format, compressing_formats
 from lowrank.errors import UsageError, is_whole
@@ -16,7 +17,16 @@ from lowrank.layers.base import ACTIVATIONS
 from lowrank.targets import target_names
 from lowrank.training.options import HealOptions
 
-__all__ = ["MOST_SEED", "Metric", "Options", "check_budgets", "default_metric", "metric_choices", "metric_of"]
+__all__ = [
+    "MOST_SEED",
+    "Metric",
+    "Options",
+    "budget_of",
+    "check_budgets",
+    "default_metric",
+    "metric_choices",
+    "metric_of",
+]
 
 Metric = str | Callable[[nn.Module], float]
 AUTO = "auto"
@@ -29,7 +39,7 @@ def metric_choices() -> tuple[str, ...]:
 
     Example:
         >>> metric_choices()
-        ('auto', 'weight', 'output', 'kl', 'perplexity')
+        ('auto', 'weight', 'output', 'kl', 'perplexity', 'variation')
     """
     return (AUTO, *sorted(METRICS, key=lambda name: METRICS[name].needs_data))
 
@@ -63,6 +73,27 @@ def metric_of(metric: Metric, *, calibrated: bool, higher_is_better: bool = Fals
     if not callable(metric):
         raise UsageError(f"metric: must be a name or a callable(model) -> float, got {metric!r}")
     return CallableMetric(metric, higher_is_better=higher_is_better)
+
+
+def budget_of(value: Any, name: str) -> float | None:
+    """Read a budget: a number, or a text such as "5%" or "0.05" as the command line takes it.
+
+    Raises:
+        UsageError: a text that is no number.
+
+    Example:
+        >>> budget_of("5%", "error_budget"), budget_of(0.1, "error_budget"), budget_of(None, "size_budget")
+        (0.05, 0.1, None)
+    """
+    if not isinstance(value, str):
+        return value  # type: ignore[no-any-return]
+    text = value.strip()
+    share = text.endswith("%")
+    try:
+        number = float(text.removesuffix("%"))
+    except ValueError:
+        raise UsageError(f'{name}: must be a positive number such as 0.05 or "5%", got {value!r}') from None
+    return number / 100.0 if share else number
 
 
 def check_budgets(error_budget: float | None, size_budget: float | None, metric: Metric = "auto") -> None:
@@ -114,6 +145,7 @@ class Options:
     strict: bool = False
     activations: str = "auto"
     output_fn: Callable[[Any], Tensor] | None = None
+    forward_fn: ForwardFn | None = None
     seed: int = 0
     progress: bool = True
     on_nonfinite: str = "raise"
@@ -153,6 +185,9 @@ class Options:
         ):
             if value not in allowed:
                 raise UsageError(f"{name}: must be one of {', '.join(allowed)}, got {value!r}")
+        for name, function in (("output_fn", self.output_fn), ("forward_fn", self.forward_fn)):
+            if function is not None and not callable(function):
+                raise UsageError(f"{name}: must be a function, got {function!r}")
         if not isinstance(self.fold_batchnorm, bool):
             raise UsageError(f"fold_batchnorm: must be True or False, got {self.fold_batchnorm!r}")
         if not is_whole(self.seed, 0, MOST_SEED):

@@ -62,6 +62,13 @@ class Preparation:
     choices: list[LayerChoices]
     notes: list[str] = field(default_factory=list)
     speed: Speed | None = None
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def refused(self) -> dict[str, str]:
+        """Why targets cannot be replaced, by name."""
+        skipped = {item.member.name: item.reason for item in self.survey.skipped}
+        return {name: skipped[name] for name in self.copy.layers if name in skipped}
 
     @property
     def loss_aware(self) -> bool:

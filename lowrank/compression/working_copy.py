@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from lowrank.compression.formats import DENSE, FORMATS, format_of
 from lowrank.compression.layer_data import LayerData
 from lowrank.compression.plan import Plan
-from lowrank.errors import CheckpointError, UsageError
+from lowrank.errors import CheckpointError
 from lowrank.layers import CompressedLayer, call_every_layer
+from lowrank.layers.model import copied
 from lowrank.layers.spec import LayerSpec
 from lowrank.targets.model import replace_module
 
@@ -33,13 +34,8 @@ class WorkingCopy:
         self.reference = model if reference is None else reference
         self.layers: Mapping[str, LayerData] = {data.name: data for data in layers}
         self._built: dict[str, dict[LayerSpec, dict[str, nn.Module]]] = {name: {} for name in self.layers}
-        memo: dict[int, object] = {id(tensor): tensor for tensor in _tensors(model)}
-        try:
-            self.model: nn.Module = copying.deepcopy(model, memo)
-        except (RuntimeError, TypeError, NotImplementedError) as error:
-            raise UsageError(
-                f"model: cannot be copied ({error}); pass inplace=False models that copy.deepcopy takes"
-            ) from error
+        # Not its buffers: a forward may write to those.
+        self.model = copied(model, {id(tensor): tensor for tensor in model.parameters()})
         self._originals = {
             member.name: self.model.get_submodule(member.name) for data in layers for member in data.target.members
         }

@@ -74,6 +74,43 @@ class ConvLayer(CompressedLayer):
         """Into so many runs the channels are cut."""
         return self.geometry.groups
 
+    # As nn.Conv1d and nn.Conv2d call them, for code that reads a layer.
+
+    @property
+    def kernel_size(self) -> tuple[int, ...]:
+        """Sizes of the dense kernel."""
+        return self.geometry.kernel_size
+
+    @property
+    def stride(self) -> tuple[int, ...]:
+        """Steps of the kernel."""
+        return self.geometry.stride
+
+    @property
+    def padding(self) -> tuple[int, ...] | str:
+        """Margins, or "same" or "valid"."""
+        return self.geometry.padding
+
+    @property
+    def dilation(self) -> tuple[int, ...]:
+        """Distances between the kernel's entries."""
+        return self.geometry.dilation
+
+    @property
+    def padding_mode(self) -> str:
+        """What stands in the margins."""
+        return self.geometry.padding_mode
+
+    @property
+    def transposed(self) -> bool:
+        """Never."""
+        return False
+
+    @property
+    def output_padding(self) -> tuple[int, ...]:
+        """Zeros: only transposed convolutions have any."""
+        return (0,) * self.dims
+
     @property
     def shape(self) -> tuple[int, ...]:
         """(out_channels, in_channels / groups, *kernel_size), of the dense weight."""

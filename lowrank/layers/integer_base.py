@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lowrank.layers.checks import check_activations
 from lowrank.layers.weights import Codes
 
-__all__ = ["IntegerLayer"]
+__all__ = ["IntegerLayer", "in_autocast_type"]
 
 _Layer = TypeVar("_Layer", bound="IntegerLayer")
 
@@ -111,3 +111,18 @@ class IntegerLayer(Codes):
         with torch.no_grad():
             self.bias.copy_(bias)
         self.bias.requires_grad_(bias.requires_grad)
+
+
+def in_autocast_type(result: Tensor) -> Tensor:
+    """Give a product in the type that torch's own layers answer in under autocast.
+
+    Example:
+        >>> with torch.autocast("cpu", dtype=torch.bfloat16):
+        ...     in_autocast_type(torch.zeros(2)).dtype
+        torch.bfloat16
+    """
+    kind = result.device.type
+    # float64 is left alone, as by autocast itself.
+    if torch.is_autocast_enabled(kind) and result.dtype in (torch.float32, torch.float16, torch.bfloat16):
+        return result.to(torch.get_autocast_dtype(kind))
+    return result

@@ -167,6 +167,10 @@ class QuantizedRecurrent(CompressedLayer):
         # Models read such options of the module they call, to make its first state.
         if name in type(self).option_names and "options" in self.__dict__:
             return self.__dict__["options"][name]
+        if name in self.__dict__.get("weight_shapes", ()):
+            # Decoded each time, as CompressedLayer.weight is.
+            self.weight_decodings += 1
+            return self.dense_weights()[name].detach().to(self.dtype)
         return super().__getattr__(name)
 
     def extra_repr(self) -> str:

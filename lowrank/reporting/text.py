@@ -20,6 +20,7 @@ __all__ = [
     "MISSING",
     "Column",
     "count_text",
+    "counted",
     "human_bytes",
     "markdown_name",
     "markdown_table",
@@ -93,6 +94,16 @@ def count_text(number: int | float | None) -> str:
     if number is None or (isinstance(number, float) and not math.isfinite(number)):
         return MISSING
     return f"{number:,}" if isinstance(number, int) else f"{number:,.1f}"
+
+
+def counted(number: int, thing: str) -> str:
+    """Write a number of things, which agree with it.
+
+    Example:
+        >>> counted(1, "layer"), counted(2400, "layer")
+        ('1 layer', '2,400 layers')
+    """
+    return f"{number:,} {thing}" if number == 1 else f"{number:,} {thing}s"
 
 
 def shorten(text: str, width: int, keep: str = "left") -> str:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lowrank.calibration.batches import Batch, model_tensor
+from lowrank.calibration.batches import Batch
+from lowrank.calibration.outputs import model_tensor
 from lowrank.layers import CompressedLayer
 from lowrank.training.blocks import repeated_blocks
 
