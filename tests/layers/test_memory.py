@@ -1,4 +1,4 @@
-"""What layers derive from their codes is tied to the memory of these: moved, shared, freed or replaced, the right numbers are multiplied."""
+"""What layers derive from their codes is tied to the memory of these: moved, shared or freed, the right numbers are multiplied."""
 
 from __future__ import annotations
 
