@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lowrank.calibration.batches import Batch, evaluating
+from lowrank.calibration.batches import Batch, ForwardFn, evaluating
 from lowrank.calibration.measurement import Comparison, Measurement, named
 from lowrank.calibration.metrics import SampledMetric, sampled_metric, sampled_metrics
 from lowrank.calibration.metrics.sums import count_kept, per_sample, position_mask
 from lowrank.calibration.metrics.variation import Centre
 from lowrank.calibration.outputs import OutputFn, measured_tensors, model_tensor
+from lowrank.calibration.preparing import prepare_batches, told
 from lowrank.errors import CalibrationError, NumericsError
 
 __all__ = ["Comparison", "Evaluator", "Measurement", "compare_models"]
@@ -186,12 +188,20 @@ class _Sums:
 def compare_models(
     original: nn.Module,
     compressed: nn.Module,
-    batches: Sequence[Batch],
+    batches: Sequence[Batch] | Iterable[Any],
     *,
     output_fn: OutputFn | None = None,
+    forward_fn: ForwardFn | None = None,
     progress: bool = False,
 ) -> dict[str, dict[str, float]]:
     """Measure every registered metric that applies to the outputs, and the top-1 agreement of logits, with 95 % intervals over samples.
+
+    Args:
+        original, compressed: the models.
+        batches: as ``calibration`` of :func:`lowrank.compress_model`; copies of a sample count once.
+        output_fn: picks the tensor to measure out of the models' output.
+        forward_fn: ``forward_fn(model, batch) -> output`` calls models that take objects.
+        progress: a bar on standard error.
 
     Returns:
         ``{"output_error": {"value", "low", "high"}, "samples": {"value"}, …}``; "kl" in nats per token, "perplexity_increase" relative.
@@ -201,6 +211,8 @@ def compare_models(
         >>> compare_models(model, model, [Batch((torch.ones(4, 3),), size=4)])["output_error"]["value"]
         0.0
     """
+    if not (isinstance(batches, list) and batches and all(isinstance(batch, Batch) for batch in batches)):
+        batches = told(prepare_batches(original, batches, "data", output_fn=output_fn, forward_fn=forward_fn))
     metrics = (*sampled_metrics().values(), _Top1Agreement())
     sums = {metric.name: _Sums() for metric in metrics}
     centres: dict[str, Centre] = {}

@@ -90,8 +90,11 @@ class Distillation:
             return self._kept[id(batch)][1]
         with torch.no_grad(), _recorded(self.original, self.taps) as wanted:
             reference = batch.run(self.original)
+            # Copies, since the model may return a buffer of its own, which its next call overwrites.
+            picked = {path: tensor.clone() for path, tensor in measured_tensors(reference, self.output_fn).items()}
+        wanted = {name: tensor.clone() for name, tensor in wanted.items()}
         logits = "logits" if self.output_fn is None and is_logits(reference) else None
-        found = measured_tensors(reference, self.output_fn), logits, wanted
+        found = picked, logits, wanted
         size = sum(tensor.nbytes for tensor in (*found[0].values(), *wanted.values()))
         if id(batch) in self._again and size <= self._room:
             self._room -= size
