@@ -19,7 +19,7 @@ from lowrank.compression.plan import Plan
 from lowrank.compression.report import CompressionReport, LayerRow, sum_rows
 from lowrank.compression.trial import Outcome, Trial
 from lowrank.io.version import versions
-from lowrank.layers import CompressedLayer
+from lowrank.layers import CompressedLayer, DecodedLayer
 from lowrank.numerics.linalg import fallback_counts
 from lowrank.reporting.points import FrontierPoint
 from lowrank.reporting.text import counted
@@ -103,7 +103,7 @@ def layer_rows(
                 row,
                 weight_error=weight_error,
                 activation_error=activation_error if data.reached else None,
-                reason=None if member.name == first else f"tied with {first}",
+                reason=_how_decoded(module, member.module) if member.name == first else f"tied with {first}",
             )
         elif data is not None and member.name not in reasons:
             row = replace(
@@ -111,6 +111,16 @@ def layer_rows(
             )
         rows.append(row)
     return rows
+
+
+def _how_decoded(module: nn.Module, original: nn.Module) -> str | None:
+    """What is to be said of a layer whose codes are decoded for a forward of its own, which is slower than products on codes."""
+    if not isinstance(module, DecodedLayer):
+        return None
+    kind = type(original)
+    base = next((each for each in kind.__mro__ if each.__module__.startswith("torch.nn.modules")), nn.Module)
+    what = f"a subclass of nn.{base.__name__}" if base not in (kind, nn.Module) else "a layer"
+    return f"{what} with a forward of its own, for which the weight is decoded on every call"
 
 
 def _parts(module: nn.Module, name: str, named: Container[str]) -> Iterator[nn.Module]:

@@ -246,7 +246,9 @@ def _gradients(
     }
     notes = []
     if sound:
-        notes.append(f"low-rank factors of {len(sound)} layers are those whose error costs the output least")
+        notes.append(
+            f"low-rank factors of {len(sound)} layer{'' if len(sound) == 1 else 's'} are those whose error costs the output least"
+        )
     elif modules and options.loss_aware is True:
         raise UsageError("loss_aware=True: no gradient of the output reaches any layer; is it detached?")
     if wide:
