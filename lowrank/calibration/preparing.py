@@ -296,7 +296,7 @@ def _difference(reference: dict[str, Tensor], part: dict[str, Tensor], indices: 
         other = part.get(path)
         if other is not None and tensor.ndim == other.ndim > 1 and tensor.shape[1:] != other.shape[1:]:
             # Sequences that the model unpads come out as long as the longest of them.
-            cut = tuple(slice(length) for length in (size, *other.shape[1:]))
+            cut = (slice(None), *(slice(length) for length in other.shape[1:]))
             tensor = tensor[cut]
         if other is None or not tensor.ndim or len(tensor) != size or other.shape != (len(indices), *tensor.shape[1:]):
             if other is not None and other.shape == tensor.shape and torch.equal(other, tensor):

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from lowrank import lora
 from lowrank.calibration.batches import ForwardFn
+from lowrank.calibration.untouched import restore_modes
 from lowrank.errors import CalibrationError, UsageError
 from lowrank.integrations.accelerate import processes
 from lowrank.io import lock_destination
@@ -390,5 +391,4 @@ def _modes_kept(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for module, mode in modes:
-            module.training = mode
+        restore_modes(modes)
