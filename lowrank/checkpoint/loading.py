@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import difflib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -28,13 +27,11 @@ from lowrank.numerics.convolutions import ConvGeometry
 from lowrank.numerics.rounding import largest_code
 from lowrank.targets import kind_of
 from lowrank.targets.batchnorm import fold_skeleton
+from lowrank.targets.copying import become, copy_model
 
 __all__ = ["load_model"]
 
 _CONFIG_NAME = "config.json"
-# A model may hold buffers that no file does (masks, positions); far beyond its weights they are an attack or a mistake.
-_BUFFER_BYTES_PER_STORED_BYTE = 64
-_BUFFER_BYTES_ALWAYS = 256 << 20
 
 
 def load_model(
@@ -105,20 +102,12 @@ def _skeleton(
         )
     from lowrank.integrations.transformers import build_from_config
 
-    shapes = [entry.shape for entry in source.entries.values()]
     # On the meta device first: a configuration that does not fit the tensors costs no memory that way.
     with torch.device("meta"):
-        trial = build_from_config(directory, shapes=shapes, dtype=dtype)
+        trial = build_from_config(directory, source=source, dtype=dtype)
         fold_skeleton(trial, manifest.folded, source.entries, printable(directory))
     _check_fit(trial, manifest, source, printable(directory))
-    stored = trial.state_dict().keys()
-    unstored = sum(buffer.nbytes for name, buffer in trial.named_buffers() if name not in stored)
-    if unstored > _BUFFER_BYTES_PER_STORED_BYTE * source.tensor_bytes + _BUFFER_BYTES_ALWAYS:
-        raise CheckpointError(
-            f"{printable(directory / _CONFIG_NAME)}: the model would hold {unstored} bytes of buffers beside "
-            f"{source.tensor_bytes} bytes of tensors; a size in it is wrong"
-        )
-    return build_from_config(directory, shapes=shapes, dtype=dtype)
+    return build_from_config(directory, source=source, dtype=dtype)
 
 
 def _copy_without_weights(model: nn.Module) -> nn.Module:
@@ -130,11 +119,9 @@ def _copy_without_weights(model: nn.Module) -> nn.Module:
         elif isinstance(value, torch.Tensor):
             memo[id(value)] = torch.empty_like(value, device="meta")
     try:
-        return copy.deepcopy(model, memo)
-    except (TypeError, RuntimeError, AttributeError) as error:
-        raise UsageError(
-            f"model: this {type(model).__name__} cannot be copied ({printable(error)}); pass a function that makes it"
-        ) from error
+        return copy_model(model, memo)
+    except UsageError as error:
+        raise UsageError(f"{error}; or pass a function that makes the model") from error
 
 
 def _check_fit(skeleton: nn.Module, manifest: Manifest, source: TensorSource, where: str) -> None:
@@ -267,11 +254,11 @@ def _fill(
 
 
 def _replace(model: nn.Module, layers: Mapping[int, nn.Module]) -> nn.Module:
-    """Put layers in the place of the modules with these ids, under all their names."""
-    for parent in list(model.modules()):
-        for child_name, child in parent._modules.items():
-            parent._modules[child_name] = layers.get(id(child), child)
-    return layers.get(id(model), model)
+    """Put layers in the place of the modules with these ids, whatever way leads there."""
+    for module in list(model.modules()):
+        if id(module) in layers:
+            become(module, layers[id(module)])
+    return model
 
 
 def _tie(model: nn.Module, manifest: Manifest) -> None:

@@ -48,7 +48,7 @@ def apply_plan(
         LowRankError: the plan is for another model, or asks for something impossible.
 
     Example:
-        >>> from lowrank import plan_model
+        >>> from lowrank.compression.compress import plan_model
         >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))
         >>> plan = plan_model(model, error_budget=0.05, progress=False)
         >>> type(apply_plan(model, plan)[0]).__name__

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -41,6 +40,7 @@ from lowrank.errors import BudgetError, NumericsError, UsageError
 from lowrank.integrations.methods import guard_methods
 from lowrank.numerics.linalg import fallback_counts, reset_fallback_counts
 from lowrank.targets import target_names
+from lowrank.targets.copying import copy_model
 from lowrank.targets.model import unwrapped
 
 __all__ = ["CompressionResult", "compress_model", "plan_model", "prepare"]
@@ -332,4 +332,4 @@ def _on_device(model: nn.Module, device: torch.device | str | None) -> nn.Module
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"device: {device!r} is not available here ({str(error).splitlines()[0]})") from error
     current = next((tensor.device for tensor in model.parameters()), wanted)
-    return model if current == wanted else copy.deepcopy(model).to(wanted)
+    return model if current == wanted else copy_model(model).to(wanted)

@@ -29,6 +29,7 @@ from lowrank.numerics.linalg import check_finite
 from lowrank.numerics.moments import InputStatistics, TokenCounts
 from lowrank.targets import kind_of, layer_kinds
 from lowrank.targets.batchnorm import fold_sharing
+from lowrank.targets.copying import sharing_copy
 from lowrank.targets.model import refuse_adapters
 from lowrank.targets.survey import Member, Skipped, Survey, Target, survey
 
@@ -222,10 +223,12 @@ def _gradients(
     wide = [member.name for member in members if _outputs(member.module) > MAX_GRADIENT_OUTPUTS]
     modules, observers = _observed(member for member in members if member.name not in wide)
     try:
+        # In a copy, since modules that keep an activation would keep its graph.
+        scratch = sharing_copy(model)
         gradients = output_gradients(
-            model,
+            scratch,
             split.statistics,
-            modules,
+            {name: scratch.get_submodule(name) for name in modules},
             directions=options.directions,
             output_fn=options.output_fn,
             observers=observers,

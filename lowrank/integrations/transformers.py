@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,9 +15,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lowrank.errors import CheckpointError, UsageError
+from lowrank.errors import CheckpointError
+from lowrank.integrations.configuration import (
+    CONFIG_NAME,
+    bounded_building,
+    refuse_sizes,
+    refuse_sources,
+    without_origins,
+)
+from lowrank.integrations.library import as_checkpoint_error, local_and_quiet, utf8_name
 from lowrank.integrations.text import read_text_samples, token_limit, tokenize
-from lowrank.io import open_tensors, printable, read_json
+from lowrank.integrations.weights import load_as, load_as_another_class, refuse_changed_kinds
+from lowrank.io import TensorSource, open_tensors, printable, read_json
 from lowrank.io.version import PACKAGE
 
 if TYPE_CHECKING:
@@ -36,7 +44,6 @@ __all__ = [
     "tokenize",
 ]
 
-CONFIG_NAME = "config.json"
 # Any of these means that the directory means to bring a tokenizer.
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -46,8 +53,6 @@ TOKENIZER_FILES = (
     "vocab.json",
     "spiece.model",
 )
-_LAYER_KEYS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers")
-_SIZE_KEYS = ("hidden_size", "intermediate_size", "vocab_size", "n_embd", "n_inner", "d_model", "d_ff", "dim")
 
 # Called causal by name or in transformers' list, but judge labels where they stand: read in the sources, and a test reads them again.
 UNSHIFTED = frozenset(
@@ -114,27 +119,22 @@ def load_pretrained(
     config_dict = _read_config(directory)
     _refuse_quantized(config_dict, directory)
     source = open_tensors(directory)
-    config, model_class = _resolve(config_dict, (entry.shape for entry in source.entries.values()), directory)
-    kind, where = model_class.__name__, printable(directory)
-    failed = f"{where}: transformers cannot load the weights as {kind}"
-    with _quiet(), _utf8_name(directory) as readable, _as_checkpoint_error(failed):
-        loaded: Any = model_class.from_pretrained(
-            readable,
-            config=config,
-            dtype="auto" if dtype is None else dtype,
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-    model: PreTrainedModel = loaded[0]
-    info: dict[str, Any] = loaded[1]
-    missing = sorted(info.get("missing_keys", ()))
-    if missing:
+    config, model_class = _resolve(config_dict, source, directory)
+    where = printable(directory)
+    # Read by us and handed over: transformers would look for an adapter, for other files that the configuration names,
+    # and map the file, so that one cut short meanwhile ends the process.
+    tensors = {name: source.read(name) for name in source.names}
+    model, missing, unexpected = load_as(model_class, config, tensors, source, dtype, directory)
+    if missing and not unexpected:
         raise CheckpointError(
-            f"{where}: {len(missing)} weights of {kind} are not in the file, the first {printable(missing[0])!r}; "
-            'name the class that was saved in "architectures" of config.json'
+            f"{where}: {len(missing)} weights of {model_class.__name__} are not in the file, the first "
+            f'{printable(missing[0])!r}; name the class that was saved in "architectures" of config.json'
         )
+    if unexpected:
+        model = load_as_another_class(model_class, missing, unexpected, config, tensors, source, dtype, directory)
+    refuse_changed_kinds(model, source, where)
+    model.config._name_or_path = model.name_or_path = str(directory)
+    _read_generation_config(model, directory)
     return model.eval(), load_tokenizer(directory) if tokenizer else None
 
 
@@ -152,7 +152,7 @@ def load_tokenizer(path: str | Path) -> Any | None:
     if not any((directory / name).is_file() for name in TOKENIZER_FILES):
         return None
     failed = f"{printable(directory)}: transformers cannot load the tokenizer"
-    with _quiet(), _utf8_name(directory) as readable, _as_checkpoint_error(failed):
+    with local_and_quiet(), utf8_name(directory) as readable, as_checkpoint_error(failed):
         from transformers import AutoTokenizer
 
         return AutoTokenizer.from_pretrained(readable, local_files_only=True, trust_remote_code=False)
@@ -207,7 +207,7 @@ def _listed_causal_names() -> frozenset[str]:
 def build_from_config(
     config: Mapping[str, Any] | str | Path,
     *,
-    shapes: Iterable[Sequence[int]] | None = None,
+    source: TensorSource | None = None,
     dtype: torch.dtype | None = None,
 ) -> PreTrainedModel:
     """Build a model from its configuration on the CPU, in evaluation mode; its parameters are allocated but not filled.
@@ -215,8 +215,8 @@ def build_from_config(
     Args:
         config: the content of ``config.json``, or the directory it is in (then ``generation_config.json`` is read
             too).
-        shapes: shapes of the tensors that will fill it; sizes in the configuration that no tensor has are refused
-            before anything is allocated.
+        source: the tensors that will fill it; sizes in the configuration that no tensor has are refused before anything
+            is allocated.
         dtype: of the parameters; None takes the one in the configuration.
 
     Raises:
@@ -230,21 +230,32 @@ def build_from_config(
     """
     directory = None if isinstance(config, Mapping) else Path(config)
     config_dict = _read_config(directory) if directory is not None else dict(config)  # type: ignore[arg-type]
-    resolved, model_class = _resolve(config_dict, shapes, directory)
+    resolved, model_class = _resolve(config_dict, source, directory)
     chosen = dtype or getattr(resolved, "dtype", None) or torch.float32
     where = printable(directory) if directory is not None else CONFIG_NAME
-    with _quiet(), _as_checkpoint_error(f"{where}: transformers cannot build {model_class.__name__}"):
+    bounds: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if source is not None:
+        bounds = bounded_building(len(source.names), source.tensor_bytes, where)
+    with local_and_quiet(), as_checkpoint_error(f"{where}: transformers cannot build {model_class.__name__}"), bounds:
         from transformers.initialization import no_init_weights
 
         with _default_dtype(chosen), no_init_weights():
             model: PreTrainedModel = model_class(resolved)
             model.tie_weights()  # which the constructor leaves out together with the random numbers
-        if directory is not None and (directory / "generation_config.json").is_file() and model.can_generate():
-            from transformers import GenerationConfig
-
-            model.generation_config = GenerationConfig.from_pretrained(directory, local_files_only=True)
+    if directory is not None:
+        _read_generation_config(model, directory)
     model.eval()
     return model
+
+
+def _read_generation_config(model: PreTrainedModel, directory: Path) -> None:
+    name = "generation_config.json"
+    if (directory / name).is_file() and model.can_generate():
+        content = read_json(directory / name)
+        with local_and_quiet(), as_checkpoint_error(f"{printable(directory / name)}: transformers refuses it"):
+            from transformers import GenerationConfig
+
+            model.generation_config = GenerationConfig.from_dict(without_origins(content))
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
@@ -266,21 +277,22 @@ def _refuse_quantized(config: Mapping[str, Any], directory: Path) -> None:
 
 
 def _resolve(
-    config: Mapping[str, Any], shapes: Iterable[Sequence[int]] | None, directory: Path | None
+    config: Mapping[str, Any], source: TensorSource | None, directory: Path | None
 ) -> tuple[PreTrainedConfig, type[PreTrainedModel]]:
     """The configuration object and the model class, chosen only among transformers' own."""
     where = printable(directory / CONFIG_NAME) if directory is not None else CONFIG_NAME
-    if shapes is not None:
-        _check_sizes(config, list(shapes), where)
-    with _quiet():
+    refuse_sources(without_origins(config, ("quantization_config",)), where)
+    if source is not None:
+        refuse_sizes(config, [entry.shape for entry in source.entries.values()], where)
+    with local_and_quiet():
         import transformers
 
         model_type = config.get("model_type")
         if not isinstance(model_type, str) or model_type not in transformers.CONFIG_MAPPING:
             remote = "; it needs code of its own (auto_map), which lowrank never runs" if "auto_map" in config else ""
             raise CheckpointError(f"{where}: transformers has no model type {printable(model_type)!r}{remote}")
-        plain = {key: value for key, value in config.items() if key not in ("quantization_config", "auto_map")}
-        with _as_checkpoint_error(f"{where}: transformers refuses the configuration"):
+        plain = without_origins(config, ("quantization_config", "auto_map", "use_pretrained_backbone"))
+        with as_checkpoint_error(f"{where}: transformers refuses the configuration"):
             resolved = transformers.CONFIG_MAPPING[model_type].from_dict(plain)
         named = config.get("architectures")
         name = named[0] if isinstance(named, list) and named else None
@@ -296,34 +308,6 @@ def _resolve(
         return resolved, found[0] if isinstance(found, tuple) else found
 
 
-def _check_sizes(config: Mapping[str, Any], shapes: Sequence[Sequence[int]], where: str) -> None:
-    largest = max((size for shape in shapes for size in shape), default=0)
-    for key, limit, what in [
-        *((key, len(shapes), f"the file holds {len(shapes)} tensors") for key in _LAYER_KEYS),
-        *((key, largest, f"the largest dimension in the file is {largest}") for key in _SIZE_KEYS),
-    ]:
-        value = config.get(key)
-        if isinstance(value, (int, float)) and value > limit:
-            raise CheckpointError(f"{where}: {key} is {value:g} but {what}; the configuration belongs to another model")
-    for value in config.values():
-        if isinstance(value, Mapping):
-            _check_sizes(value, shapes, where)
-
-
-@contextlib.contextmanager
-def _utf8_name(directory: Path) -> Iterator[Path]:
-    """The directory under a name that is UTF-8: safetensors and tokenizers read no other, file systems hold any."""
-    try:
-        str(directory).encode("utf-8")
-    except UnicodeEncodeError:
-        with tempfile.TemporaryDirectory() as folder:
-            link = Path(folder, "model")
-            link.symlink_to(directory.absolute(), target_is_directory=True)
-            yield link
-        return
-    yield directory
-
-
 @contextlib.contextmanager
 def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
     before = torch.get_default_dtype()
@@ -332,35 +316,3 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' own log lines and progress bars; what matters in them is raised as an error here."""
-    try:
-        from transformers.utils import logging
-    except ImportError as error:
-        raise UsageError(
-            "Hugging Face models need transformers, which is not installed; pip install 'lowrank[hf]'"
-        ) from error
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(logging.CRITICAL)
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
-
-
-@contextlib.contextmanager
-def _as_checkpoint_error(what: str) -> Iterator[None]:
-    """Turn whatever a library makes of a bad directory into one line."""
-    try:
-        yield
-    except (CheckpointError, KeyboardInterrupt, MemoryError):
-        raise
-    except Exception as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise CheckpointError(f"{what}: {printable(lines[0])}") from error

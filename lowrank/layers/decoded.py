@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
@@ -13,7 +14,6 @@ from torch.func import functional_call
 from lowrank.errors import CheckpointError, UsageError, is_whole
 from lowrank.layers.base import CompressedLayer
 from lowrank.layers.checks import FLOAT_ACTIVATIONS
-from lowrank.layers.model import copied
 from lowrank.layers.roles import CODES, SCALE, Role
 from lowrank.layers.weights import joined, split
 from lowrank.numerics.rounding import check_bits, dequantize_rows, quantize_rows, require_finite
@@ -196,7 +196,7 @@ class DecodedLayer(CompressedLayer):
             elif value is not None:
                 empty[id(value)] = value.to("meta")
         # Not a child: its tensors are no tensors of the model.
-        self.__dict__["source"] = copied(module, empty)
+        self.__dict__["source"] = copy.deepcopy(module, empty)
 
     def _kept(self) -> dict[str, Tensor]:
         """The tensors that the module had as they are."""
@@ -259,7 +259,7 @@ class DecodedLayer(CompressedLayer):
 
     def _like(self: _Layer, rank: int | None, device: torch.device) -> _Layer:
         layer = super()._like(rank, device)
-        layer.__dict__["source"] = None if self.source is None else copied(self.source)
+        layer.__dict__["source"] = None if self.source is None else copy.deepcopy(self.source)
         for name, value in self._kept().items():
             if not isinstance(value, nn.Parameter):
                 layer._buffers[name] = value.detach().clone()
@@ -267,7 +267,7 @@ class DecodedLayer(CompressedLayer):
 
     def dequantize(self) -> nn.Module:
         """Make the module again, with the rounded weights, in the dtype of the model."""
-        module = copied(self._adopted())
+        module = copy.deepcopy(self._adopted())
         for name, value in self.dense_weights().items():
             was = module._parameters[name]
             module._parameters[name] = nn.Parameter(value.to(self.dtype), was is not None and was.requires_grad)
@@ -276,7 +276,8 @@ class DecodedLayer(CompressedLayer):
                 module._parameters[name] = nn.Parameter(value.detach().clone(), value.requires_grad)
             else:
                 module._buffers[name] = value.detach().clone()
-        return module.train(self.training)
+        found: nn.Module = module.train(self.training)
+        return found
 
     def _adopted(self) -> nn.Module:
         source: nn.Module | None = self.__dict__["source"]

@@ -118,9 +118,12 @@ def test_configurations_that_are_refused(
     assert "\n" not in str(caught.value)
 
 
-def test_without_a_known_architecture_the_type_names_the_class(directory: Path, tmp_path: Path) -> None:
+def test_without_a_known_architecture_the_tensors_name_the_class(directory: Path, tmp_path: Path) -> None:
     target = edit_config(directory, tmp_path / "m", architectures=["Trainer"], model_type="llama")
-    assert type(load_pretrained(target)[0]).__name__ == "LlamaModel"
+    model, _ = load_pretrained(target)
+    assert type(model).__name__ == "LlamaForCausalLM"
+    assert model.config.architectures == ["LlamaForCausalLM"]
+    assert_same_state(make_causal_model(), model)
 
 
 def test_pickled_weights_are_refused(directory: Path, tmp_path: Path) -> None:
