@@ -81,8 +81,8 @@ class CompressionResult:
 def compress_model(
     model: nn.Module,
     *,
-    error_budget: float | None = None,
-    size_budget: float | None = None,
+    error_budget: float | str | None = None,
+    size_budget: float | str | None = None,
     metric: Metric = "auto",
     higher_is_better: bool = False,
     calibration: Iterable[Any] | None = None,
@@ -114,7 +114,7 @@ def compress_model(
 
     Args:
         model: any module; it stays as it is unless ``inplace``.
-        error_budget: the error allowed, in the metric's unit; 0.05 is 5 %.
+        error_budget: the error allowed, in the metric's unit; 0.05 and "5%" are 5 %.
         size_budget: stored bytes after / before. Alone: the smallest error within it. With ``error_budget``: the promise is on both.
         metric: "output" (‖f(x)−f'(x)‖/‖f(x)‖), "weight" (√(Σ‖ΔW‖²/Σ‖W‖²)), "kl" (nats per token), "perplexity" (relative increase), a
             callable(model) -> float, or "auto": "output" with calibration data, "weight" without.
