@@ -16,6 +16,7 @@ __all__ = ["end_quietly", "is_command", "watch"]
 
 _INTERRUPTED = 130
 _COMMAND = "lowrank"
+_NEVER_SECONDS = 1_000_000_000
 
 
 def is_command() -> bool:
@@ -40,7 +41,14 @@ def end_quietly(number: int, frame: FrameType | None) -> None:
 
 
 def watch() -> None:
-    """Take Ctrl-C until the command itself does, where this process is the command line and nobody else takes it."""
+    """Take Ctrl-C until the command itself does, where this process is the command line and nobody else takes it.
+
+    Where standard error is a file, progress bars write their first and last state and nothing between.
+    """
+    if is_command() and sys.stderr is not None and not sys.stderr.isatty():
+        # Read by tqdm as it is imported.
+        for name in ("TQDM_MININTERVAL", "TQDM_MAXINTERVAL"):
+            os.environ.setdefault(name, str(_NEVER_SECONDS))
     if not is_command() or threading.current_thread() is not threading.main_thread():
         return
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:

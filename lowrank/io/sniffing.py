@@ -40,10 +40,10 @@ def describe_content(path: str | os.PathLike[str]) -> str | None:
         CheckpointError, StorageError: as :func:`lowrank.io.read_bounded`.
 
     Example:
-        >>> import os, tempfile
+        >>> import pathlib, tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     path = os.path.join(folder, "a.safetensors")
-        ...     _ = open(path, "wb").write(b"GGUF" + bytes(60))
+        ...     path = pathlib.Path(folder, "a.safetensors")
+        ...     _ = path.write_bytes(b"GGUF" + bytes(60))
         ...     describe_content(path)
         'a GGUF file of llama.cpp, quantised already; start from the original model in safetensors'
     """
