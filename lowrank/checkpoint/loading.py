@@ -15,6 +15,8 @@ from lowrank.checkpoint.manifest import (
     MANIFEST_NAME,
     Manifest,
     build_layer,
+    check_documents,
+    check_tensor,
     enclosing,
     open_checkpoint,
     roles_of,
@@ -76,6 +78,7 @@ def load_model(
     fold_skeleton(skeleton, manifest.folded, source.entries, printable(directory))
     _check_fit(skeleton, manifest, source, printable(directory))
     _check_buffers(skeleton, manifest, printable(directory))
+    check_documents(manifest, directory)
     # Scales first: they are small, and a bad one should not cost the reading of everything else.
     tensors = _read_all(manifest, source, target, dtype)
     return fill(skeleton, manifest, tensors, target, dtype, str(directory / MANIFEST_NAME))
@@ -219,6 +222,7 @@ def _read_all(
             continue
         tensor = source.read(stored)
         label = f"{printable(source.path)}: tensor {printable(stored)!r}"
+        raw = tensor
         if stored in scales:
             if not bool((torch.isfinite(tensor) & (tensor > 0)).all()):
                 raise CheckpointError(f"{label}: every scale must be positive and finite; the file is damaged")
@@ -227,6 +231,8 @@ def _read_all(
         limit = limits.get(stored)
         if limit is not None and tensor.numel() and (int(tensor.min()) < -limit or int(tensor.max()) > limit):
             raise CheckpointError(f"{label}: codes must lie in [-{limit}, {limit}]; the file is damaged")
+        # After the checks that say what is wrong with a value, not only that something is.
+        check_tensor(manifest, stored, raw, printable(source.path))
         tensors[stored] = tensor.to(device)
     return tensors
 

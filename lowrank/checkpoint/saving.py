@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from lowrank.checkpoint.manifest import FORMAT_VERSION, MANIFEST_NAME, manifest_limit_bytes, prefix_of
+from lowrank.checkpoint.manifest import FORMAT_VERSION, MANIFEST_NAME, manifest_limit_bytes, prefix_of, sealed
 from lowrank.errors import CheckpointError, UsageError
 from lowrank.io import (
     INDEX_NAME,
@@ -198,7 +198,11 @@ def save_compressed(
         if guard in tensors or guard in ties:
             raise CheckpointError(f"tensor {printable(guard)!r}: a compressed layer must not store a `weight`")
         tensors = {guard: torch.empty(0), **tensors}
-    manifest = _manifest(model, layers, ties, guard, extra)
+    # As a reader finds it: what JSON makes of it is what is digested.
+    written = None if config is None else json.loads(_to_json(config, "config.json"))
+    manifest = sealed(
+        json.loads(_to_json(_manifest(model, layers, ties, guard, extra), MANIFEST_NAME)), tensors, written
+    )
     manifest_text = _to_json(manifest, MANIFEST_NAME)
     if len(manifest_text.encode()) > manifest_limit_bytes(len(tensors)):
         raise UsageError(f"{MANIFEST_NAME} would have {len(manifest_text)} characters; pass less in extra=")

@@ -15,7 +15,7 @@ from lowrank.errors import UsageError
 if TYPE_CHECKING:
     from lowrank.layers.base import CompressedLayer
 
-__all__ = ["WeightView"]
+__all__ = ["WeightView", "no_other_weight"]
 
 log = logging.getLogger("lowrank")
 
@@ -142,3 +142,16 @@ class WeightView(Tensor):
         # A transpose, a row, another shape: a write into it would be lost, so it is read-only too.
         layer = source._layer
         return tree_map(lambda each: WeightView(layer, each) if isinstance(each, Tensor) else each, result)
+
+
+def no_other_weight(kind: str) -> UsageError:
+    """Say why a layer's ``.weight`` cannot be assigned to.
+
+    Example:
+        >>> str(no_other_weight("QuantizedLinear"))[:40]
+        'weight: QuantizedLinear holds codes or f'
+    """
+    return UsageError(
+        f"weight: {kind} holds codes or factors and takes no other weight by assignment; with_weight(...) makes a layer like it "
+        "for another weight, and tables are resized or tied before the model is compressed"
+    )
