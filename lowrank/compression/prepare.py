@@ -338,10 +338,10 @@ def _notes(layers: Sequence[LayerData], costs: Mapping[str, Measured] | None, sp
         drawn = [inputs for _, inputs in observed if inputs.offered > inputs.count]
         if drawn:
             notes.append(
-                f"statistics of {len(drawn)} convolutions from patches drawn at random: at most "
+                f"statistics of {len(drawn)} layers from patches or tokens drawn at random: at most "
                 f"{max(inputs.count for inputs in drawn):,} of {max(inputs.offered for inputs in drawn):,} in one layer"
             )
-        few = [data.name for data, inputs in observed if inputs.count < data.columns]
+        few = [data.name for data, inputs in observed if inputs.is_thin(data.rows)]
         if few:
             notes.append(f"fewer tokens than input channels in {_named(few)}: their statistics are thin")
     if costs is None:

@@ -262,7 +262,7 @@ def _load(model: nn.Module, adapter: str, file: _AdapterFile) -> None:
         module = places[name].module
         file.check_rank(name, module.base_layer if isinstance(module, LoRALayer) else module)
     here = file.config_here()
-    install(model, here, adapter, targets)
+    install(model, here, adapter, targets, decoded=True)
     try:
         for place in targets.adapted:
             layer = model.get_submodule(place.name)

@@ -112,7 +112,13 @@ def add_lora(
 
 
 def install(
-    model: nn.Module, config: LoRAConfig, adapter: str, targets: Targets, residual: Residual | None = None
+    model: nn.Module,
+    config: LoRAConfig,
+    adapter: str,
+    targets: Targets,
+    residual: Residual | None = None,
+    *,
+    decoded: bool = False,
 ) -> list[str]:
     """Add the adapter at these places; the model is as it was where that fails.
 
@@ -122,6 +128,7 @@ def install(
         adapter: its name.
         targets: of :func:`lowrank.lora.target_modules.find_targets`.
         residual: for ``init_lora_weights="residual"``, what it is fitted to.
+        decoded: modules that are trained whole may hold codes, since a file brings their numbers: this adapter's copy is dense.
 
     Returns:
         Names of the layers whose smaller side is below the rank.
@@ -151,7 +158,7 @@ def install(
         for place in targets.saved:
             wrapper = place.module if isinstance(place.module, SavedModule) else SavedModule(place.module)
             undo.callback(wrapper.delete_adapter, adapter)
-            wrapper.add_adapter(adapter)
+            wrapper.add_adapter(adapter, decoded=decoded)
             if wrapper is not place.module:
                 undo.callback(replace_module, model, place.names, place.module)
                 replace_module(model, place.names, wrapper)

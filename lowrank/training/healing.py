@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from lowrank.calibration.batches import Batch, ForwardFn, evaluating, sample_count
 from lowrank.calibration.evaluation import Evaluator
-from lowrank.calibration.preparing import input_embedding, prepare_batches
+from lowrank.calibration.preparing import input_embedding, prepare_batches, told
 from lowrank.calibration.untouched import restore_modes, set_modes
 from lowrank.checkpoint import stored_tensors
 from lowrank.errors import CalibrationError, NumericsError
@@ -150,8 +150,8 @@ def heal(
     check_seed(seed)
     options = HealOptions(steps, epochs, lr, what, hidden_weight, batch_size, vary, max_grad_norm)
     called: dict[str, Any] = {"output_fn": output_fn, "forward_fn": forward_fn}
-    batches = prepare_batches(original, calibration, **called)
-    checks = None if validation is None else prepare_batches(original, validation, "validation", **called)
+    batches = told(prepare_batches(original, calibration, **called))
+    checks = None if validation is None else told(prepare_batches(original, validation, "validation", **called))
     train, held = _set_aside(batches, checks, seed)
     return heal_batches(compressed, original, train, held, options, output_fn=output_fn, seed=seed, progress=progress)
 
