@@ -189,8 +189,12 @@ def compress_model(
     original = _on_device(unwrapped(model), device)
     with borrowed(original) as modes:
         result, copied, healed, batch = _compressed(original, calibration, validation, options, plan, inplace=inplace)
-        # Where layers are replaced in place the model shares its weights with the one that is still in evaluation mode.
-        rehearse(result.model, copied.reference, batch, None if inplace else modes)
+        if inplace:
+            # The model shares its weights with the one that is in evaluation mode.
+            rehearse(result.model, copied.reference, batch, None)
+    if not inplace:
+        # By now the original has lost what runs left on it, as what somebody loads into never had it.
+        rehearse(result.model, copied.reference, batch, modes)
     if inplace:
         # Only now: until here whatever was done to the caller's model is taken back.
         result.model = copied.write_back(healed)
