@@ -177,7 +177,9 @@ def test_the_weight_goes_to_numpy_copies_and_pickles_by_its_numbers(kind: str) -
         array[0] = 0.0
     for copied in (copy.deepcopy(layer.weight), pickle.loads(pickle.dumps(layer.weight)), layer.weight.clone()):
         assert type(copied) is Tensor and torch.equal(copied.zero_() + wanted, wanted)
-    assert torch.equal(layer.weight.flatten(1).T @ torch.ones(len(wanted)), wanted.flatten(1).T @ torch.ones(len(wanted)))
+    assert torch.equal(
+        layer.weight.flatten(1).T @ torch.ones(len(wanted)), wanted.flatten(1).T @ torch.ones(len(wanted))
+    )
     layer.weight.requires_grad_(False)
 
 
