@@ -185,7 +185,7 @@ def _analyse_item(
     matrix = item.read().flatten(1)
     told = f"layer {one_line(name)}"
     # Fewer tokens than channels leave directions unseen, which is no reason to leave them out.
-    enough = statistics is not None and statistics.count >= math.prod(item.shape[1:])
+    enough = statistics is not None and not statistics.is_thin(item.shape[0])
     spectrum = analyze_weight(matrix, name=told)
     data = None
     if statistics is not None and statistics.count and item.name == "weight":
@@ -290,7 +290,7 @@ def _totals(
 
 
 def _notes(rows: Sequence[AnalysisRow], statistics: dict[str, InputStatistics]) -> list[str]:
-    thin = [row for row in rows if row.tokens is not None and row.tokens < math.prod(row.shape[1:])]
+    thin = [row for row in rows if row.name in statistics and statistics[row.name].is_thin(row.shape[0])]
     if not thin:
         return []
     fewest = min(row.tokens or 0 for row in thin)
