@@ -15,8 +15,9 @@ from lowrank.analysis.model import AnalysisReport, analyze_model
 from lowrank.calibration.evaluation import compare_models
 from lowrank.calibration.inputs import collect_statistics
 from lowrank.checkpoint import load_model
+from lowrank.compression.apply import apply_plan
 from lowrank.compression.candidates import Candidate, LayerChoices, Plan, PlanEntry, plan_formats
-from lowrank.compression.compress import CompressionResult, apply_plan, compress_model
+from lowrank.compression.compress import CompressionResult, compress_model
 from lowrank.compression.report import CompressionReport, LayerRow
 from lowrank.errors import (
     AdapterError,

@@ -16,8 +16,11 @@ from tqdm import tqdm
 
 from lowrank.analysis.frontier_report import STATE_NAME, FrontierReport
 from lowrank.analysis.frontier_state import Done, State, arguments_of
-from lowrank.calibration.batches import Batch, prepare_batches, sample_count
+from lowrank.calibration.batches import Batch, sample_count
 from lowrank.calibration.metrics import METRICS, metric_named
+from lowrank.calibration.preparing import prepare_batches
+from lowrank.calibration.samples import without_shared
+from lowrank.calibration.untouched import borrowed
 from lowrank.compression.accounting import TargetBytes, frontier_point
 from lowrank.compression.choose import allocator_of, search_of, uniform_plans
 from lowrank.compression.compress import prepare
@@ -28,7 +31,6 @@ from lowrank.compression.search import Search, corrected
 from lowrank.compression.trial import Reading
 from lowrank.errors import BudgetError, UsageError, is_whole
 from lowrank.io import check_destination, lock_destination
-from lowrank.io.numbers import fraction
 from lowrank.io.version import versions
 from lowrank.layers.base import ACTIVATIONS
 from lowrank.reporting.points import FrontierPoint
@@ -86,7 +88,7 @@ def measure_frontier(
         overwrite: start anew in a directory that holds something else, or points of other arguments.
         source: the model's name, for the report.
         options: ``metric``, ``formats``, ``targets``, ``ignore``, ``overrides``, ``activations``, ``output_fn``,
-            ``seed``, ``progress``, ``on_nonfinite``, ``strict``, ``fold_batchnorm`` of :func:`lowrank.compress_model`.
+            ``forward_fn``, ``seed``, ``progress``, ``on_nonfinite``, ``strict``, ``fold_batchnorm`` of :func:`lowrank.compress_model`.
 
     Raises:
         UsageError: budgets that mean nothing, an option that has no place here, a directory of something else.
@@ -104,8 +106,11 @@ def measure_frontier(
     original = unwrapped(model)
     wanted, checked = _checked(budgets, points, options, calibrated=calibration is not None)
     # Read once here: an iterator may not be read twice.
-    batches = None if calibration is None else prepare_batches(original, calibration)
-    checks = None if validation is None else prepare_batches(original, validation, "validation")
+    called: dict[str, Any] = {"output_fn": checked.output_fn, "forward_fn": checked.forward_fn}
+    batches = None if calibration is None else prepare_batches(original, calibration, **called)
+    checks = None if validation is None else prepare_batches(original, validation, "validation", **called)
+    if batches is not None and checks is not None:
+        checks = without_shared(checks, batches)
     arguments = arguments_of(original, batches, checks, wanted, checked)
     with _held(directory) as folder:
         state = State(arguments)
@@ -119,7 +124,8 @@ def measure_frontier(
         fill = 0 if budgets is not None else len(wanted)
         run = _Run(wanted, checked, state, folder, fill)
         if run.following() is not None:
-            run.measure(original, batches, checks)
+            with borrowed(original):
+                run.measure(original, batches, checks)
         return state.report()
 
 
@@ -148,7 +154,6 @@ def _checked(
             raise UsageError(
                 f"budgets: must be a list of 1 to {MOST_POINTS} errors such as [0.02, 0.05], got {budgets!r}"
             )
-        budgets = [fraction(budget) for budget in budgets]  # type: ignore[misc]
         for budget in budgets:
             check_budgets(budget, None, metric)
     # Probes look at truncation about where a plan would put it: in the middle of the budgets.

@@ -35,7 +35,9 @@ def arguments_of(
 ) -> dict[str, Any]:
     """Everything that the points depend on, as plain data."""
     chosen = {
-        key: value for key, value in vars(options).items() if key not in ("progress", "error_budget", "output_fn")
+        key: value
+        for key, value in vars(options).items()
+        if key not in ("progress", "error_budget", "output_fn", "forward_fn")
     }
     if options.output_fn is not None:
         chosen["output_fn"] = options.output_fn_name

@@ -26,6 +26,7 @@ from lowrank.analysis.sources import (
     refusal_of,
     short_dtype,
 )
+from lowrank.calibration.batches import ForwardFn
 from lowrank.calibration.inputs import collect_statistics
 from lowrank.errors import UsageError
 from lowrank.io.version import versions
@@ -46,6 +47,7 @@ def analyze_model(
     energy: Sequence[float] = (0.9, 0.95, 0.99),
     ignore: Sequence[str] = (),
     *,
+    forward_fn: ForwardFn | None = None,
     progress: bool = True,
 ) -> AnalysisReport:
     """Singular values of every matrix of a model and what they say about compressing it.
@@ -60,6 +62,7 @@ def analyze_model(
             and of convolutions (but grouped ones), whose inputs are the patches under the kernel. Needs a module.
         energy: fractions of Σσ² to state ranks for, each in (0, 1].
         ignore: globs over layer names; one that covers a container covers what is inside.
+        forward_fn: ``forward_fn(model, batch) -> output`` calls a model that takes objects.
         progress: a bar on standard error when it takes more than two seconds.
 
     Raises:
@@ -98,7 +101,7 @@ def analyze_model(
             for layer in layers
             if layer.module is not None and layer.name not in ignored and _takes_statistics(layer.module)
         }
-        found = collect_statistics(model_or_path, calibration, targets, progress=progress)
+        found = collect_statistics(model_or_path, calibration, targets, forward_fn=forward_fn, progress=progress)
         statistics = {name: value for name, value in found.items() if isinstance(value, InputStatistics)}
     rows: list[AnalysisRow] = []
     spectra: list[tuple[Tensor, int, int, int]] = []
@@ -182,7 +185,7 @@ def _analyse_item(
     matrix = item.read().flatten(1)
     told = f"layer {one_line(name)}"
     # Fewer tokens than channels leave directions unseen, which is no reason to leave them out.
-    enough = statistics is not None and statistics.count >= math.prod(item.shape[1:])
+    enough = statistics is not None and not statistics.is_thin(item.shape[0])
     spectrum = analyze_weight(matrix, name=told)
     data = None
     if statistics is not None and statistics.count and item.name == "weight":
@@ -287,7 +290,7 @@ def _totals(
 
 
 def _notes(rows: Sequence[AnalysisRow], statistics: dict[str, InputStatistics]) -> list[str]:
-    thin = [row for row in rows if row.tokens is not None and row.tokens < math.prod(row.shape[1:])]
+    thin = [row for row in rows if row.name in statistics and statistics[row.name].is_thin(row.shape[0])]
     if not thin:
         return []
     fewest = min(row.tokens or 0 for row in thin)

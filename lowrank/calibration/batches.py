@@ -1,22 +1,26 @@
-"""Calibration data: batches of any shape, how the model is called with them, and their samples cut into parts."""
+"""Calibration data: one call of the model, and the samples of many calls cut into parts."""
 
 from __future__ import annotations
 
 import contextlib
-import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lowrank.calibration.masks import Mask, mask_of, masks_in
+from lowrank.calibration.outputs import tensors_in
+from lowrank.calibration.untouched import in_evaluation
 from lowrank.errors import CalibrationError
 
-__all__ = ["Batch", "Split", "evaluating", "model_tensor", "prepare_batches", "sample_count", "split_batches"]
+__all__ = ["Batch", "Batches", "ForwardFn", "Split", "evaluating", "sample_count", "split_batches"]
 
 # Fewer verification samples than this leave a 95 % test nothing to stand on (the t quantile at 1 degree of freedom is 6.3).
 MIN_VERIFICATION_SAMPLES = 4
+ForwardFn = Callable[[nn.Module, Any], Any]
 
 
 @dataclass(frozen=True)
@@ -24,31 +28,62 @@ class Batch:
     """One call of the model.
 
     Attributes:
-        args, kwargs: what the model is called with.
+        args, kwargs: what the model is called with; tensors may stand in lists, tuples and dicts.
         size: number of samples; 1 where dimension 0 does not count samples.
+        names: of the model's parameters that ``args`` fill, as far as they are known.
+        forward_fn: calls the model with the only one of ``args``, in the user's own way.
+        writes: the model has a decoder, which reads the labels where it is given nothing else.
     """
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     size: int = 1
+    names: tuple[str, ...] = ()
+    forward_fn: ForwardFn | None = None
+    writes: bool = False
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What is known by name of the call; with a ``forward_fn`` the batch itself, where that is a dict."""
+        if self.forward_fn is not None and self.args and isinstance(self.args[0], Mapping):
+            return dict(self.args[0])
+        return {**dict(zip(self.names, self.args, strict=False)), **self.kwargs}
+
+    @property
+    def masks(self) -> tuple[Mask, ...]:
+        """Which positions are padding, for each sequence that has a mask."""
+        return masks_in(self.arguments, writes=self.writes)
 
     @property
     def mask(self) -> Tensor | None:
-        """(samples, positions) bool: False where the position is padding."""
-        mask = self.kwargs.get("attention_mask")
-        return mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        """(samples, positions) bool of the sequence that the output belongs to: False where the position is padding."""
+        masks = self.masks
+        return masks[-1].kept if masks else None
+
+    def kept(self, shape: Sequence[int], name: str = "", *, side: str = "") -> Tensor | None:
+        """Give the mask of a tensor of this shape; see :func:`lowrank.calibration.masks.mask_of`."""
+        masks = self.masks
+        return mask_of(masks, shape, name, side=side) if masks and len(shape) >= 2 else None
 
     @property
     def token_ids(self) -> Tensor | None:
         """(samples, positions) integer ids, where the model reads such."""
-        candidate = self.kwargs.get("input_ids", self.args[0] if self.args else None)
+        candidate = self.arguments.get("input_ids", self.args[0] if self.args else None)
         if isinstance(candidate, Tensor) and candidate.ndim == 2 and not candidate.is_floating_point():
             return candidate
         return None
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Every tensor of the call, however deep."""
+        return list(tensors_in((self.args, dict(self.kwargs))))
+
     def run(self, model: nn.Module) -> Any:
-        """Call the model."""
-        return model(*self.args, **self.kwargs)
+        """Call the model, with copies of the tensors: a model that works in place leaves the batch as it is."""
+        call = self._mapped(lambda value: value.clone() if isinstance(value, Tensor) else value, self.size)
+        if self.forward_fn is not None:
+            return self.forward_fn(model, call.args[0])
+        return model(*call.args, **call.kwargs)
 
     def select(self, indices: Tensor) -> Batch:
         """Give the batch of these samples."""
@@ -60,7 +95,7 @@ class Batch:
                 return value[indices.to(value.device)]
             return value
 
-        return self._mapped(pick, len(indices))
+        return self._mapped(pick, len(indices), among=indices.tolist())
 
     def widened(self) -> Batch:
         """Floating tensors in float32."""
@@ -70,8 +105,49 @@ class Batch:
         """Give the batch on another device."""
         return self._mapped(lambda x: x.to(device) if isinstance(x, Tensor) else x, self.size)
 
-    def _mapped(self, fn: Callable[[Any], Any], size: int) -> Batch:
-        return Batch(tuple(map(fn, self.args)), {key: fn(value) for key, value in self.kwargs.items()}, size)
+    def whole(self) -> Batch:
+        """Give the batch as one sample."""
+        return dataclasses.replace(self, size=1)
+
+    def _mapped(self, fn: Callable[[Any], Any], size: int, *, among: list[int] | None = None) -> Batch:
+        """The batch with every leaf mapped; of lists of as many objects as there are samples only these are kept."""
+
+        def walk(value: Any) -> Any:
+            if isinstance(value, Mapping):
+                return {key: walk(item) for key, item in value.items()} if type(value) is dict else value
+            if isinstance(value, tuple) and hasattr(value, "_fields"):
+                return type(value)(*map(walk, value))
+            if type(value) in (list, tuple):
+                if among is not None and len(value) == self.size and not any(map(_counts, value)):
+                    value = type(value)(value[index] for index in among)
+                return type(value)(map(walk, value))
+            return fn(value)
+
+        args = tuple(map(walk, self.args))
+        return dataclasses.replace(
+            self, args=args, kwargs={key: walk(item) for key, item in self.kwargs.items()}, size=size
+        )
+
+
+def _counts(value: Any) -> bool:
+    """Whether a list's item counts samples itself, so that the list does not."""
+    return isinstance(value, Tensor) or (
+        isinstance(value, (list, tuple, Mapping)) and any(True for _ in tensors_in(value))
+    )
+
+
+class Batches(list[Batch]):
+    """Prepared batches, with what the reader should know of them.
+
+    Attributes:
+        notes: sentences for the report.
+        warnings: the same, of what takes away from the promise.
+    """
+
+    def __init__(self, batches: Sequence[Batch] = (), notes: Sequence[str] = (), warnings: Sequence[str] = ()) -> None:
+        super().__init__(batches)
+        self.notes = list(notes)
+        self.warnings = list(warnings)
 
 
 @dataclass(frozen=True)
@@ -86,149 +162,6 @@ class Split:
     search: list[Batch]
     verification: list[Batch]
     ways: int = 3
-
-
-def model_tensor(output: Any) -> Tensor:
-    """Give the tensor that an output is judged by: ``logits``, else ``last_hidden_state``, else the first floating tensor.
-
-    Raises:
-        CalibrationError: the output holds no floating tensor.
-
-    Example:
-        >>> model_tensor({"loss": None, "logits": torch.ones(2)})
-        tensor([1., 1.])
-    """
-    if isinstance(output, Tensor):
-        return output
-    for name in ("logits", "last_hidden_state"):
-        value = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
-        if isinstance(value, Tensor):
-            return value
-    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else ()
-    for value in values:
-        if isinstance(value, Tensor) and value.is_floating_point():
-            return value
-        if isinstance(value, (tuple, list, Mapping)) and value:
-            return model_tensor(value)
-    raise CalibrationError(
-        f"the model's output of type {type(output).__name__} holds no tensor to measure; pass output_fn=lambda output: <tensor>"
-    )
-
-
-def prepare_batches(model: nn.Module, data: Iterable[Any], name: str = "calibration") -> list[Batch]:
-    """Read the data once and say how the model is called with each batch.
-
-    A tensor or tuple is positional, a dict is keyword arguments; of a pair from a ``DataLoader``, or a pair that the model's forward
-    cannot take, only the first (the inputs) is used; ``labels`` in a dict are left out where the forward does not take them.
-    Tensors are moved to the model's device when they run.
-
-    Raises:
-        CalibrationError: no batch, a batch of another type, an iterator that failed, token ids outside the vocabulary.
-
-    Example:
-        >>> batches = prepare_batches(nn.Sequential(nn.Linear(3, 2)), [torch.zeros(4, 3), (torch.zeros(5, 3), torch.zeros(5))])
-        >>> [batch.size for batch in batches]
-        [4, 5]
-    """
-    if isinstance(data, (Tensor, str, Mapping)):
-        raise CalibrationError(
-            f"{name}: must be an iterable of batches, got a single {type(data).__name__}; wrap it in a list"
-        )
-    from_loader = isinstance(data, torch.utils.data.DataLoader)
-    batches: list[Batch] = []
-    try:
-        for item in data:
-            batches.append(_batch(model, item, from_loader, f"{name}: batch {len(batches)}"))
-    except CalibrationError:
-        raise
-    except Exception as error:
-        raise CalibrationError(
-            f"{name}: reading batch {len(batches)} failed with {type(error).__name__}: {error}"
-        ) from error
-    if not any(batch.size for batch in batches):
-        raise CalibrationError(f"{name}: is empty; at least {4 * MIN_VERIFICATION_SAMPLES} samples are needed")
-    device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
-    return _whole_where_needed(model, [batch.to(device) for batch in batches if batch.size], name)
-
-
-def _batch(model: nn.Module, item: Any, from_loader: bool, name: str) -> Batch:
-    if isinstance(item, Batch):
-        return item
-    pair = isinstance(item, (tuple, list)) and len(item) == 2
-    if pair and (from_loader or not _takes_two(model)):
-        item = item[0]
-    kwargs: Mapping[str, Any] = {}
-    args: tuple[Any, ...] = ()
-    if isinstance(item, Tensor):
-        args = (item,)
-    elif isinstance(item, Mapping):
-        if not all(isinstance(key, str) for key in item):
-            raise CalibrationError(f"{name}: the keys of a dict are the model's argument names, got {list(item)[:3]!r}")
-        kwargs = _without_labels(model, item)
-    elif isinstance(item, (tuple, list)):
-        args = tuple(item)
-    else:
-        raise CalibrationError(f"{name}: must be a tensor, a tuple or a dict, got {type(item).__name__}")
-    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-    if not tensors:
-        raise CalibrationError(f"{name}: holds no tensor")
-    size = tensors[0].shape[0] if tensors[0].ndim else 1
-    return Batch(args, kwargs, size)
-
-
-def _without_labels(model: nn.Module, item: Mapping[str, Any]) -> dict[str, Any]:
-    """Less ``labels`` where the forward would refuse them."""
-    if "labels" not in item:
-        return dict(item)
-    kinds = {name: parameter.kind for name, parameter in inspect.signature(model.forward).parameters.items()}
-    if "labels" in kinds or inspect.Parameter.VAR_KEYWORD in kinds.values():
-        return dict(item)
-    return {name: value for name, value in item.items() if name != "labels"}
-
-
-def _takes_two(model: nn.Module) -> bool:
-    if isinstance(model, nn.Sequential):
-        return False
-    try:
-        inspect.signature(model.forward).bind(None, None)
-    except TypeError:
-        return False
-    return True
-
-
-def _whole_where_needed(model: nn.Module, batches: list[Batch], name: str) -> list[Batch]:
-    """Make a batch one sample where the output's dimension 0 is not the input's; the first batch stands for all."""
-    first = batches[0]
-    _check_ids(model, batches, name)
-    with evaluating(model):
-        try:
-            output = model_tensor(first.run(model))
-        except IndexError as error:
-            raise CalibrationError(
-                f"{name}: the model refused batch 0 ({error}); is a token id outside the vocabulary?"
-            ) from error
-        except (TypeError, RuntimeError, ValueError, KeyError) as error:
-            raise CalibrationError(f"{name}: the model refused batch 0 with {type(error).__name__}: {error}") from error
-    if output.ndim == 0 or output.shape[0] != first.size:
-        return [Batch(batch.args, batch.kwargs, 1) for batch in batches]
-    return batches
-
-
-def _check_ids(model: nn.Module, batches: Sequence[Batch], name: str) -> None:
-    """Refuse token ids outside the vocabulary of a model in transformers' manner, which says what its input embedding is."""
-    find = getattr(model, "get_input_embeddings", None)
-    limit = getattr(find(), "num_embeddings", None) if callable(find) else None
-    if not isinstance(limit, int):
-        return
-    for index, batch in enumerate(batches):
-        ids = batch.token_ids
-        if ids is not None and ids.numel():
-            low, high = int(ids.min()), int(ids.max())
-            if low < 0 or high >= limit:
-                bad = high if high >= limit else low
-                raise CalibrationError(
-                    f"{name}: batch {index} holds token id {bad}; the vocabulary has ids 0 to {limit - 1}"
-                )
 
 
 def sample_count(batches: Sequence[Batch]) -> int:
@@ -293,12 +226,6 @@ def split_batches(
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; every module's own mode comes back afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    """Evaluation mode without gradients; every module's own mode comes back afterwards, by its own ``train``."""
+    with in_evaluation(model), torch.no_grad():
+        yield

@@ -9,14 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowrank.calibration.batches import Batch, model_tensor
+from lowrank.calibration.batches import Batch
 from lowrank.calibration.inputs import no_fast_path
+from lowrank.calibration.metrics.sums import position_mask
 from lowrank.calibration.observers import AnyObserver, observer_of
+from lowrank.calibration.outputs import OutputFn, measured_tensors, model_tensor
+from lowrank.calibration.untouched import in_evaluation, untouched
 from lowrank.errors import UsageError
 
 __all__ = ["DIRECTIONS", "Directions", "output_gradients"]
 
-OutputFn = Callable[[Any], Tensor]
 # From the output, its mask of padding (or None) and a generator to what is back-propagated, of the output's shape.
 Directions = Callable[[Tensor, Tensor | None, torch.Generator], Tensor]
 # Activations are kept for the backward pass: so many samples at a time bound what that takes.
@@ -72,13 +74,12 @@ def output_gradients(
     generator = torch.Generator().manual_seed(seed)
     sums: dict[str, Tensor] = {}
     samples = max(sum(batch.size for batch in batches), 1)
-    modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    mask: Tensor | None = None
+    current = Batch(())
 
     def watch(name: str) -> Callable[[nn.Module, Any, Tensor], Tensor]:
         def add(gradient: Tensor) -> None:
-            rows = observed[name].gradient_rows(gradient, mask)
+            rows = observed[name].gradient_rows(gradient, current, name)
             # A batch is short: its products keep enough digits, their sum over batches is float64.
             sums[name] = sums.get(name, 0.0) + (rows.T @ rows).double()
 
@@ -94,22 +95,38 @@ def output_gradients(
         return hook
 
     with contextlib.ExitStack() as stack:
-        for module, mode in modes:
-            stack.callback(setattr, module, "training", mode)
+        # Also what the model keeps of a run: with its graph it could not even be copied.
+        stack.enter_context(untouched(model))
+        stack.enter_context(in_evaluation(model))
         for parameter, flag in flags:
             stack.callback(parameter.requires_grad_, flag)
             parameter.requires_grad_(False)
-        model.eval()
         stack.enter_context(no_fast_path())
         stack.enter_context(torch.enable_grad())
         for name, module in targets.items():
             stack.callback(module.register_forward_hook(watch(name)).remove)
         for batch in _in_pieces(batches):
-            mask = batch.mask
-            output = (output_fn or model_tensor)(batch.run(model))
-            if output.requires_grad:
-                output.backward(drawn(output, mask, generator))
+            current = batch
+            outputs = _differentiated(batch.run(model), output_fn, every=directions == "output")
+            if outputs:
+                back = [drawn(output, position_mask(output, batch), generator) for output in outputs]
+                if len(outputs) > 1:
+                    # Each output's error counts by its own size.
+                    back = [
+                        each / _positive(output.detach().norm()) for each, output in zip(back, outputs, strict=True)
+                    ]
+                torch.autograd.backward(outputs, back)
     return {name: sums[name] / samples for name in targets if name in sums}
+
+
+def _differentiated(output: Any, output_fn: OutputFn | None, *, every: bool) -> list[Tensor]:
+    """The tensors of an output that are back-propagated from."""
+    found = measured_tensors(output, output_fn).values() if every or output_fn is not None else [model_tensor(output)]
+    return [tensor for tensor in found if tensor.requires_grad]
+
+
+def _positive(norm: Tensor) -> Tensor:
+    return torch.where(norm > 0.0, norm, torch.ones_like(norm))
 
 
 def _in_pieces(batches: Sequence[Batch]) -> Iterator[Batch]:

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lowrank.calibration.batches import Batch, evaluating, prepare_batches, sample_count
+from lowrank.calibration.batches import Batch, ForwardFn, evaluating, sample_count
 from lowrank.calibration.observers import AnyObserver, observer_of
+from lowrank.calibration.preparing import prepare_batches, told
+from lowrank.calibration.untouched import untouched
 from lowrank.errors import NumericsError
 from lowrank.numerics.moments import InputStatistics, TokenCounts
 
@@ -50,7 +52,7 @@ class _Collector:
                 return
             if name not in self.statistics:
                 self.statistics[name] = observer.empty(value)
-            observer.add(self.statistics[name], value, self.batch)
+            observer.add(self.statistics[name], value, self.batch, name)
 
         return record
 
@@ -92,6 +94,7 @@ def collect_statistics(
     targets: Mapping[str, nn.Module],
     *,
     observers: Mapping[str, AnyObserver] | None = None,
+    forward_fn: ForwardFn | None = None,
     progress: bool = False,
     seed: int = 0,
 ) -> dict[str, InputStatistics | TokenCounts]:
@@ -105,21 +108,24 @@ def collect_statistics(
         model: runs the batches.
         batches: as for :func:`lowrank.compress_model`.
         targets: modules by name.
+        forward_fn: ``forward_fn(model, batch) -> output`` calls a model that takes objects.
         observers: of the modules, by name; else the ones that fit torch's layers (:func:`lowrank.calibration.observers.observer_of`).
         progress: a bar on standard error.
         seed: of the patches drawn.
 
     Raises:
         NumericsError: NaN or Inf flows into a layer; names the first.
+        CalibrationError: data that cannot be used.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(3, 2))
         >>> collect_statistics(model, [torch.ones(4, 3)], {"0": model[0]})
         {'0': InputStatistics(n_features=3, count=4)}
     """
-    listed = list(batches)
-    if not all(isinstance(batch, Batch) for batch in listed):
-        listed = prepare_batches(model, listed)
+    if isinstance(batches, list) and batches and all(isinstance(batch, Batch) for batch in batches):
+        listed = batches
+    else:
+        listed = told(prepare_batches(model, batches, forward_fn=forward_fn))
     found = {name: observer_of(module) for name, module in targets.items()} if observers is None else observers
 
     def collected(share: bool) -> dict[str, InputStatistics | TokenCounts]:
@@ -143,6 +149,7 @@ def _collect(
     culprit: Batch | None = None
     seen_by = ""
     with contextlib.ExitStack() as stack:
+        stack.enter_context(untouched(model))
         stack.enter_context(evaluating(model))
         stack.enter_context(no_fast_path())
         for name, module in targets.items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import difflib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -22,13 +21,15 @@ from lowrank.checkpoint.manifest import (
     roles_of,
 )
 from lowrank.errors import CheckpointError, UsageError
+from lowrank.integrations.methods import guard_methods
 from lowrank.io import TensorSource, printable
-from lowrank.layers import CompressedLayer, call_every_layer
+from lowrank.layers import LAYER_KINDS, CompressedLayer, DecodedLayer, call_every_layer
 from lowrank.layers.roles import CODES, SCALE
 from lowrank.numerics.convolutions import ConvGeometry
 from lowrank.numerics.rounding import largest_code
 from lowrank.targets import kind_of
 from lowrank.targets.batchnorm import fold_skeleton
+from lowrank.targets.copying import become, copy_model
 
 __all__ = ["load_model"]
 
@@ -121,11 +122,9 @@ def _copy_without_weights(model: nn.Module) -> nn.Module:
         elif isinstance(value, torch.Tensor):
             memo[id(value)] = torch.empty_like(value, device="meta")
     try:
-        return copy.deepcopy(model, memo)
-    except (TypeError, RuntimeError, AttributeError) as error:
-        raise UsageError(
-            f"model: this {type(model).__name__} cannot be copied ({printable(error)}); pass a function that makes it"
-        ) from error
+        return copy_model(model, memo)
+    except UsageError as error:
+        raise UsageError(f"{error}; or pass a function that makes the model") from error
 
 
 def _check_fit(skeleton: nn.Module, manifest: Manifest, source: TensorSource, where: str) -> None:
@@ -142,7 +141,8 @@ def _check_fit(skeleton: nn.Module, manifest: Manifest, source: TensorSource, wh
             raise CheckpointError(
                 f"{where}: layer {printable(name)!r} is {list(found)} in the model, but {config['shape']} in the file"
             )
-        geometry = ConvGeometry.of(module).to_json() if isinstance(module, (nn.Conv1d, nn.Conv2d)) else {}
+        compared = isinstance(module, (nn.Conv1d, nn.Conv2d)) and LAYER_KINDS[config["kind"]] is not DecodedLayer
+        geometry = ConvGeometry.of(module).to_json() if compared else {}
         for option, value in geometry.items():
             stored = (config.get("geometry") or {}).get(option)
             if stored != value:
@@ -246,22 +246,25 @@ def _fill(
     for name, config in manifest.layers.items():
         if dtype is not None:
             config = {**config, "dtype": str(dtype).removeprefix("torch.")}
-        layers[id(modules[name])] = build_layer(name, config, printable(origin), torch.device("meta"))
+        layer = build_layer(name, config, printable(origin), torch.device("meta"))
+        if isinstance(layer, DecodedLayer):
+            layer.adopt(modules[name], printable(name))
+        layers[id(modules[name])] = layer
     model = _replace(skeleton, layers)
     call_every_layer(model)
     state = {name: tensors[manifest.resolve(name)] for name in model.state_dict()}
     model.load_state_dict(state, strict=True, assign=True)
     _tie(model, manifest)
     _move_unstored(model, manifest, device)
-    return model.eval()
+    return guard_methods(model).eval()
 
 
 def _replace(model: nn.Module, layers: Mapping[int, nn.Module]) -> nn.Module:
-    """Put layers in the place of the modules with these ids, under all their names."""
-    for parent in list(model.modules()):
-        for child_name, child in parent._modules.items():
-            parent._modules[child_name] = layers.get(id(child), child)
-    return layers.get(id(model), model)
+    """Put layers in the place of the modules with these ids, whatever way leads there."""
+    for module in list(model.modules()):
+        if id(module) in layers:
+            become(module, layers[id(module)])
+    return model
 
 
 def _tie(model: nn.Module, manifest: Manifest) -> None:

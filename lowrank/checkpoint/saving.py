@@ -274,7 +274,11 @@ def _embeddings_tied(model: nn.Module) -> bool:
     """False only where there are two embedding tables and they share no tensor."""
     pointers: list[set[int]] = []
     for side in ("input", "output"):
-        table = getattr(model, f"get_{side}_embeddings", lambda: None)()
+        try:
+            table = getattr(model, f"get_{side}_embeddings", lambda: None)()
+        except (NotImplementedError, AttributeError, KeyError, TypeError):
+            # Models of images, sounds, or of two kinds of input have none of that name, and say so by raising.
+            return True
         if table is None:
             return True
         pointers.append({tensor.data_ptr() for tensor in table.state_dict().values()})

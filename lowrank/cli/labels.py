@@ -8,7 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from lowrank import training
-from lowrank.calibration.batches import evaluating, model_tensor, prepare_batches
+from lowrank.calibration.batches import evaluating
+from lowrank.calibration.outputs import model_tensor
+from lowrank.calibration.preparing import prepare_batches
 from lowrank.cli import data as cli_data
 from lowrank.cli.models import model_batches
 from lowrank.cli.shell import note

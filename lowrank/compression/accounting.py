@@ -22,6 +22,7 @@ from lowrank.io.version import versions
 from lowrank.layers import CompressedLayer
 from lowrank.numerics.linalg import fallback_counts
 from lowrank.reporting.points import FrontierPoint
+from lowrank.reporting.text import counted
 from lowrank.targets.survey import Survey
 
 __all__ = ["TargetBytes", "compression_report", "frontier_point", "layer_rows"]
@@ -55,7 +56,9 @@ class TargetBytes:
         return (self.rest + plan.bytes) / self.before
 
 
-def layer_rows(survey: Survey, compressed: nn.Module, layers: Mapping[str, LayerData]) -> list[LayerRow]:
+def layer_rows(
+    survey: Survey, compressed: nn.Module, layers: Mapping[str, LayerData], why: Mapping[str, str] | None = None
+) -> list[LayerRow]:
     """Make one row for every module that holds weights, sizes counted from the tensors of the two models.
 
     A tied tensor counts in the row of its first owner and not in the others.
@@ -64,6 +67,7 @@ def layer_rows(survey: Survey, compressed: nn.Module, layers: Mapping[str, Layer
         survey: of the original model, whose modules still hold its weights.
         compressed: the finished model, with the same module names.
         layers: by target name, for the errors.
+        why: by target name, why it was left as it is.
     """
     reasons = {item.member.name: item.reason for item in survey.skipped}
     known = {member.name: data for data in layers.values() for member in data.target.members}
@@ -102,7 +106,9 @@ def layer_rows(survey: Survey, compressed: nn.Module, layers: Mapping[str, Layer
                 reason=None if member.name == first else f"tied with {first}",
             )
         elif data is not None and member.name not in reasons:
-            row = replace(row, weight_error=0.0, activation_error=0.0, reason="dense is the plan's choice")
+            row = replace(
+                row, weight_error=0.0, activation_error=0.0, reason=(why or {}).get(data.name, "dense in the plan")
+            )
         rows.append(row)
     return rows
 
@@ -144,7 +150,7 @@ def _main_tensor(module: nn.Module) -> Tensor:
 
 
 def compression_report(
-    rows: list[LayerRow], outcome: Outcome, options: Options, notes: Sequence[str]
+    rows: list[LayerRow], outcome: Outcome, options: Options, notes: Sequence[str], warnings: Sequence[str] = ()
 ) -> CompressionReport:
     """Put together rows, the totals that they sum to, and what the reader should know."""
     chosen = outcome.chosen
@@ -158,15 +164,25 @@ def compression_report(
         "size_budget": options.size_budget,
         "seed": options.seed,
         "versions": versions(),
-        "finalists": [_trial(item, TargetBytes.of(rows, chosen.plan.bytes)) for item in outcome.trials],
+        "bytes_never_candidates": sum(row.bytes_before for row in rows if not _candidate(row, chosen.plan)),
+        "finalists": [
+            _trial(item, TargetBytes.of(rows, chosen.plan.bytes), outcome, options) for item in outcome.trials
+        ],
     }
     told = list(notes)
+    loud = list(warnings)
+    if verified.comparison is not None:
+        totals |= {"samples": verified.samples} | verified.comparison.figures()
+        constant = verified.comparison.notes()
+        told, loud = [*constant, *told], [*constant, *loud]
+    if loud:
+        totals["warnings"] = loud
     if chosen.healed is not None:
         healed = chosen.healed.report
         totals["heal"] = {key: value for key, value in healed.to_dict().items() if key != "losses"}
         told.append(
-            f"healed: {healed.steps} steps on {healed.samples:,} samples took the {healed.metric} error on the search part from "
-            f"{healed.error_before:.4g} to {healed.error_after:.4g}"
+            f"healed: {counted(healed.steps, 'step')} on {counted(healed.samples, 'sample')} took the "
+            f"{healed.metric} error on the search part from {healed.error_before:.4g} to {healed.error_after:.4g}"
         )
     counts = fallback_counts()
     if counts:
@@ -216,11 +232,20 @@ def _frontier(rows: Sequence[LayerRow], outcome: Outcome, options: Options) -> l
     return sorted(points, key=lambda item: (item.size_ratio, item.error))
 
 
-def _trial(item: Trial, sizes: TargetBytes) -> dict[str, Any]:
-    """One line of what else was tried: sizes of the whole model, errors on the search and verification parts."""
+def _candidate(row: LayerRow, plan: Plan) -> bool:
+    """Whether a module's bytes were ever to be made fewer."""
+    return row.compressed or row.name in {entry.name for entry in plan.entries}
+
+
+def _trial(item: Trial, sizes: TargetBytes, outcome: Outcome, options: Options) -> dict[str, Any]:
+    """One line of what else was tried: sizes of the whole model, errors on the search and verification parts, what became of it."""
     upper = None if item.verified is None else item.verified.upper
+    became = "chosen" if item is outcome.chosen else ""
+    if upper is not None and not became:
+        became = "passed" if options.error_budget is None or upper <= options.error_budget else "failed"
     return {
         "label": item.label,
+        "outcome": became,
         "size_ratio": sizes.ratio(item.plan),
         "error_search": item.searched.value,
         "error_measured": item.verified.value if item.verified is not None else None,

@@ -18,10 +18,12 @@ from lowrank.compression.healed_plans import heal_plan
 from lowrank.compression.options import Options
 from lowrank.compression.plan import Plan
 from lowrank.compression.prepare import Preparation
+from lowrank.compression.reasons import reasons_for_dense
 from lowrank.compression.search import Search
 from lowrank.compression.trial import ComputedError, ErrorMeasure, Healer, Outcome, SampledError, Trial
 from lowrank.compression.working_copy import weight_error_of
 from lowrank.errors import BudgetError, UsageError
+from lowrank.reporting.text import beside
 from lowrank.training.healing import HealResult, heal_batches
 from lowrank.training.options import HealOptions
 
@@ -62,7 +64,14 @@ def search_of(
         verify_samples=sample_count(verification),
         heal=_healer(prepared, options),
         progress=options.progress,
+        reasons=lambda scale: prepared.refused | _unrefused(prepared, scale, options),
     )
+
+
+def _unrefused(prepared: Preparation, scale: float, options: Options) -> dict[str, str]:
+    """Why layers that could be replaced would stay as they are."""
+    found = reasons_for_dense(prepared.choices, None, scale, options)
+    return {name: reason for name, reason in found.items() if name not in prepared.refused}
 
 
 def _no_plan(total: float) -> Plan:
@@ -186,8 +195,8 @@ def measure_given(prepared: Preparation, plan: Plan, verification: Sequence[Batc
     plan = replace(plan, entries=sized)
     if options.error_budget is not None and not reading.upper <= options.error_budget:
         raise BudgetError(
-            f"error budget {options.error_budget:g}: the given plan reaches {reading.value:.4g}, at most {reading.upper:.4g} "
-            "with 95 % confidence",
+            f"error budget {options.error_budget:g}: the given plan reaches {beside(reading.value, options.error_budget)}, "
+            f"at most {beside(reading.upper, options.error_budget)} with 95 % confidence",
             plan=plan,
             error=reading.upper,
         )

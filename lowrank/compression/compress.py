@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import os
-import platform
-import resource
-import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,32 +13,37 @@ import torch
 from torch import Tensor, nn
 
 from lowrank import checkpoint, kernels
-from lowrank.calibration.batches import Batch, prepare_batches
-from lowrank.calibration.metrics import METRICS
+from lowrank.calibration.batches import Batch, ForwardFn
+from lowrank.calibration.preparing import prepare_batches
+from lowrank.calibration.samples import without_shared
+from lowrank.calibration.untouched import borrowed, set_modes
 from lowrank.compression.accounting import compression_report, layer_rows
 from lowrank.compression.choose import allocator_of, choose, measure_given
 from lowrank.compression.formats import FORMATS, compressing_formats
 from lowrank.compression.latency import speed_of
-from lowrank.compression.options import MOST_SEED, Metric, Options, default_metric
+from lowrank.compression.options import Metric, Options, budget_of
 from lowrank.compression.plan import Plan
 from lowrank.compression.prepare import (
     Preparation,
     fold_and_find,
     gather,
     planned,
-    split_again,
     split_samples,
     weigh,
 )
+from lowrank.compression.reasons import reasons_for_dense
 from lowrank.compression.report import CompressionReport
+from lowrank.compression.stages import Stages
 from lowrank.compression.timings import load_timings
 from lowrank.compression.working_copy import WorkingCopy
-from lowrank.errors import BudgetError, CheckpointError, NumericsError, UsageError, is_whole
+from lowrank.errors import BudgetError, NumericsError, UsageError
+from lowrank.integrations.methods import guard_methods
 from lowrank.numerics.linalg import fallback_counts, reset_fallback_counts
 from lowrank.targets import target_names
+from lowrank.targets.copying import copy_model
 from lowrank.targets.model import unwrapped
 
-__all__ = ["CompressionResult", "apply_plan", "compress_model", "plan_model", "prepare"]
+__all__ = ["CompressionResult", "compress_model", "plan_model", "prepare"]
 
 log = logging.getLogger("lowrank")
 
@@ -97,6 +96,7 @@ def compress_model(
     strict: bool = False,
     activations: str = "auto",
     output_fn: Callable[[Any], Tensor] | None = None,
+    forward_fn: ForwardFn | None = None,
     inplace: bool = False,
     device: torch.device | str | None = None,
     seed: int = 0,
@@ -114,14 +114,16 @@ def compress_model(
 
     Args:
         model: any module; it stays as it is unless ``inplace``.
-        error_budget: the error allowed, in the metric's unit; 0.05 and "5%" are 5 %.
+        error_budget: the error allowed, in the metric's unit; 0.05 is 5 %, and so is "5%".
         size_budget: stored bytes after / before. Alone: the smallest error within it. With ``error_budget``: the promise is on both.
-        metric: "output" (‖f(x)−f'(x)‖/‖f(x)‖), "weight" (√(Σ‖ΔW‖²/Σ‖W‖²)), "kl" (nats per token), "perplexity" (relative increase), a
+        metric: "output" (‖f(x)−f'(x)‖/‖f(x)‖, pooled over the samples, of every floating output by itself), "variation" (the same over
+            ‖f(x)−mean f‖), "weight" (√(Σ‖ΔW‖²/Σ‖W‖²)), "kl" (nats per token), "perplexity" (relative increase), a
             callable(model) -> float, or "auto": "output" with calibration data, "weight" without.
         higher_is_better: for a callable; the budget is its allowed relative loss.
-        calibration: batches: a tensor or tuple (positional arguments), a dict (keyword arguments), or (inputs, labels). The "weight"
-            metric does not use them.
-        validation: batches for verification; else a quarter of the calibration samples is set aside.
+        calibration: one tensor or array (samples along dimension 0), or batches: a tensor or tuple (positional arguments), a dict
+            (keyword arguments), (inputs, labels) of a ``DataLoader``, nested lists and dicts of tensors, or what the model's one argument
+            takes. Only distinct samples count. The "weight" metric does not use them.
+        validation: batches for verification, none of them calibration samples; else a quarter of the calibration samples is set aside.
         formats: out of "int8", "lowrank", "lowrank-int8", or "all"; "dense" is always a candidate.
         targets: kinds of layers to compress.
         ignore: globs over module names to leave alone.
@@ -137,7 +139,8 @@ def compress_model(
             are healed.
         strict: raise where a decomposition needed a fallback.
         activations: "int8" (integer products), "float" (weight-only), or "auto": integer, weight-only where that buys size.
-        output_fn: picks the tensor to measure out of the model's output.
+        output_fn: picks the tensor to measure out of the model's output; else every floating tensor counts.
+        forward_fn: ``forward_fn(model, batch) -> output`` calls the model with a batch of the data as it is: for models that take objects.
         inplace: replace the layers in the model itself.
         device: move a copy there first.
         seed: of the split; same input, seed and thread count give the same bytes.
@@ -160,8 +163,8 @@ def compress_model(
         (True, True)
     """
     options = Options(
-        error_budget=error_budget,
-        size_budget=size_budget,
+        error_budget=budget_of(error_budget, "error_budget"),
+        size_budget=budget_of(size_budget, "size_budget"),
         metric=metric,
         higher_is_better=higher_is_better,
         formats=formats,
@@ -174,6 +177,7 @@ def compress_model(
         strict=strict,
         activations=activations,
         output_fn=output_fn,
+        forward_fn=forward_fn,
         seed=seed,
         progress=progress,
         on_nonfinite=on_nonfinite,
@@ -181,8 +185,28 @@ def compress_model(
     ).checked(calibrated=calibration is not None, planned=plan is not None)
     if plan is not None:
         options = planned(options, plan.metadata)
-    stages = _Stages()
     original = _on_device(unwrapped(model), device)
+    with borrowed(original) as modes:
+        result, copied, healed = _compressed(original, calibration, validation, options, plan, inplace=inplace)
+    if inplace:
+        # Only now: until here whatever was done to the caller's model is taken back.
+        result.model = copied.write_back(healed)
+    set_modes(result.model, modes)
+    guard_methods(result.model)
+    return result
+
+
+def _compressed(
+    original: nn.Module,
+    calibration: Iterable[Any] | None,
+    validation: Iterable[Any] | None,
+    options: Options,
+    plan: Plan | None,
+    *,
+    inplace: bool,
+) -> tuple[CompressionResult, WorkingCopy, nn.Module | None]:
+    """The result, the copy that it was made in, and the healed model if it is one."""
+    stages = Stages()
     with stages.stage("prepare"):
         prepared, verification = prepare(original, calibration, validation, options, probing=plan is None)
     with stages.stage("search"):
@@ -192,13 +216,14 @@ def compress_model(
             else measure_given(prepared, plan, verification, options)
         )
     with stages.stage("report"):
-        healed = outcome.chosen.healed
+        healed = None if outcome.chosen.healed is None else outcome.chosen.healed.model
         if healed is not None:
-            finished = healed.model
+            finished = healed
         else:
             finished = prepared.copy.release() if not inplace else prepared.copy.model
-        rows = layer_rows(prepared.survey, finished, prepared.copy.layers)
-        report = compression_report(rows, outcome, options, prepared.notes)
+        why = reasons_for_dense(prepared.choices, outcome.chosen.plan, outcome.calibration, options)
+        rows = layer_rows(prepared.survey, finished, prepared.copy.layers, why)
+        report = compression_report(rows, outcome, options, prepared.notes, prepared.warnings)
         if prepared.speed is not None:
             report.totals |= prepared.speed.summary(outcome.chosen.plan, prepared.copy.layers)
         report.run = stages.summary()
@@ -209,9 +234,7 @@ def compress_model(
                 plan=outcome.chosen.plan,
                 error=report.totals["error_upper"],
             )
-        if inplace:
-            finished = prepared.copy.write_back(None if healed is None else healed.model)
-    return CompressionResult(finished, outcome.chosen.plan, report, _local_source(original))
+    return CompressionResult(finished, outcome.chosen.plan, report, _local_source(original)), prepared.copy, healed
 
 
 def plan_model(
@@ -231,71 +254,10 @@ def plan_model(
         'int8'
     """
     checked = Options(**options).checked(calibrated=calibration is not None)
-    prepared, _ = prepare(unwrapped(model), calibration, validation, checked, probing=True)
-    return allocator_of(prepared, checked).plan(checked.contribution(checked.error_budget))
-
-
-def apply_plan(
-    model: nn.Module,
-    plan: Plan,
-    calibration: Iterable[Any] | None = None,
-    *,
-    output_fn: Callable[[Any], Tensor] | None = None,
-) -> nn.Module:
-    """Make a copy of the model with the plan's layers in place; nothing is decided and nothing measured.
-
-    With the calibration data that the plan was made with, the layers are the same to the last bit. Without any, factors come from
-    the plain SVD and a message on the logger "lowrank" says so.
-
-    Args:
-        model: the one that the plan was made for; stays as it is.
-        plan: from :func:`compress_model`, a file, or an edit by hand.
-        calibration: batches, as for :func:`compress_model`.
-        output_fn: the one that the plan was made with, if any.
-
-    Raises:
-        LowRankError: the plan is for another model, or asks for something impossible.
-
-    Example:
-        >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))
-        >>> plan = plan_model(model, error_budget=0.05, progress=False)
-        >>> type(apply_plan(model, plan)[0]).__name__
-        'QuantizedLinear'
-    """
-    metadata = plan.metadata
-    seed = metadata.get("seed", 0)
-    if not is_whole(seed, 0, MOST_SEED):
-        raise CheckpointError(f"plan: metadata: seed must be an integer from 0, got {seed!r}")
-    options = Options(
-        seed=seed,
-        progress=False,
-        output_fn=output_fn,
-        metric=default_metric(calibrated=calibration is not None and not _weights_only(metadata)),
-        fold_batchnorm=bool(metadata.get("fold_batchnorm")),
-    )
-    if calibration is None:
-        if metadata.get("data_aware") and any(entry.rank is not None for entry in plan.entries):
-            log.warning(
-                "apply_plan: the plan's factors were fitted to calibration data; without it they come from the plain SVD"
-            )
-    else:
-        options = planned(options, metadata)
-    if metadata.get("healed"):
-        log.warning("apply_plan: the plan's model was healed afterwards, which applying the plan does not repeat")
     original = unwrapped(model)
-    working, found, _ = fold_and_find(original, options)
-    batches = prepare_batches(original, calibration) if calibration is not None else None
-    split = split_again(batches, metadata) if batches is not None else None
-    factored = any(entry.rank is not None for entry in plan.entries)
-    copied = WorkingCopy(working, gather(working, found, split, options, factored=factored)[0])
-    copied.install_plan(plan)
-    return copied.release()
-
-
-def _weights_only(metadata: Mapping[str, Any]) -> bool:
-    """Whether a plan was made by its weights alone; a metric that is not known here was measured on data."""
-    metric = METRICS.get(str(metadata.get("metric")))
-    return metric is not None and metric.weights_only
+    with borrowed(original):
+        prepared, _ = prepare(original, calibration, validation, checked, probing=True)
+        return allocator_of(prepared, checked).plan(checked.contribution(checked.error_budget))
 
 
 def prepare(
@@ -317,11 +279,18 @@ def prepare(
     latency = probing and options.objective == "latency"
     # The "weight" metric needs no samples: its optimum is the plain SVD.
     blind = options.error_metric.weights_only
-    batches = prepare_batches(model, calibration) if calibration is not None and (latency or not blind) else None
+    called: dict[str, Any] = {"output_fn": options.output_fn, "forward_fn": options.forward_fn}
+    batches = (
+        prepare_batches(model, calibration, **called) if calibration is not None and (latency or not blind) else None
+    )
     calls = batches
     if blind:
         batches = validation = None
-    checks = prepare_batches(model, validation, "validation") if validation is not None else None
+    checks = prepare_batches(model, validation, "validation", **called) if validation is not None else None
+    if checks is not None and batches is not None:
+        checks = without_shared(checks, batches)
+    warnings = [text for read in (batches, checks) if read is not None for text in read.warnings]
+    notes += [*warnings, *(text for read in (batches, checks) if read is not None for text in read.notes)]
     split = split_samples(batches, checks, options)
     factored = not probing or bool(options.overrides) or any(FORMATS[name].factored for name in options.formats)
     layers, told = gather(working, found, split, options, factored=factored)
@@ -333,7 +302,7 @@ def prepare(
             _price(prepared, working, calls)
     else:
         prepared = Preparation(copied, found, split, [])
-    prepared.notes = notes + prepared.notes
+    prepared.notes, prepared.warnings = notes + prepared.notes, warnings
     if options.strict and fallback_counts():
         raise NumericsError(f"strict: a decomposition did not converge and a fallback was used: {fallback_counts()}")
     return prepared, split.verification if split is not None else []
@@ -363,30 +332,4 @@ def _on_device(model: nn.Module, device: torch.device | str | None) -> nn.Module
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"device: {device!r} is not available here ({str(error).splitlines()[0]})") from error
     current = next((tensor.device for tensor in model.parameters()), wanted)
-    return model if current == wanted else copy.deepcopy(model).to(wanted)
-
-
-@dataclass
-class _Stages:
-    """Seconds and peak memory of each stage."""
-
-    stages: dict[str, dict[str, float]] = field(default_factory=dict)
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        # Kilobytes on Linux, bytes on macOS.
-        unit = 1 if sys.platform == "darwin" else 1024
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-        self.stages[name] = {"seconds": time.perf_counter() - start, "peak_memory_bytes": peak}
-
-    def summary(self) -> dict[str, Any]:
-        host = {
-            "machine": platform.machine(),
-            "system": platform.system(),
-            "python": platform.python_version(),
-            "threads": torch.get_num_threads(),
-        }
-        # The last stage is still running when this is called; it counts rows and takes no time worth naming.
-        return {"stages": self.stages, "seconds": sum(item["seconds"] for item in self.stages.values()), "host": host}
+    return model if current == wanted else copy_model(model).to(wanted)

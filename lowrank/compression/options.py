@@ -9,15 +9,24 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lowrank.calibration.batches import ForwardFn
 from lowrank.calibration.metrics import METRICS, OUTPUT, WEIGHT, CallableMetric, ErrorMetric
 from lowrank.compression.formats import FORMATS, check_format, compressing_formats
 from lowrank.errors import UsageError, is_whole
-from lowrank.io.numbers import fraction
 from lowrank.layers.base import ACTIVATIONS
 from lowrank.targets import target_names
 from lowrank.training.options import HealOptions
 
-__all__ = ["MOST_SEED", "Metric", "Options", "check_budgets", "default_metric", "metric_choices", "metric_of"]
+__all__ = [
+    "MOST_SEED",
+    "Metric",
+    "Options",
+    "budget_of",
+    "check_budgets",
+    "default_metric",
+    "metric_choices",
+    "metric_of",
+]
 
 Metric = str | Callable[[nn.Module], float]
 AUTO = "auto"
@@ -30,7 +39,7 @@ def metric_choices() -> tuple[str, ...]:
 
     Example:
         >>> metric_choices()
-        ('auto', 'weight', 'output', 'kl', 'perplexity')
+        ('auto', 'weight', 'output', 'kl', 'perplexity', 'variation')
     """
     return (AUTO, *sorted(METRICS, key=lambda name: METRICS[name].needs_data))
 
@@ -66,6 +75,27 @@ def metric_of(metric: Metric, *, calibrated: bool, higher_is_better: bool = Fals
     return CallableMetric(metric, higher_is_better=higher_is_better)
 
 
+def budget_of(value: Any, name: str) -> float | None:
+    """Read a budget: a number, or a text such as "5%" or "0.05" as the command line takes it.
+
+    Raises:
+        UsageError: a text that is no number.
+
+    Example:
+        >>> budget_of("5%", "error_budget"), budget_of(0.1, "error_budget"), budget_of(None, "size_budget")
+        (0.05, 0.1, None)
+    """
+    if not isinstance(value, str):
+        return value  # type: ignore[no-any-return]
+    text = value.strip()
+    share = text.endswith("%")
+    try:
+        number = float(text.removesuffix("%"))
+    except ValueError:
+        raise UsageError(f'{name}: must be a positive number such as 0.05 or "5%", got {value!r}') from None
+    return number / 100.0 if share else number
+
+
 def check_budgets(error_budget: float | None, size_budget: float | None, metric: Metric = "auto") -> None:
     """Refuse budgets that mean nothing.
 
@@ -81,7 +111,7 @@ def check_budgets(error_budget: float | None, size_budget: float | None, metric:
         if value is None:
             continue
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0.0:
-            raise UsageError(f'{name}: must be a positive number such as 0.05 or "5%", got {value!r}')
+            raise UsageError(f"{name}: must be a positive number, got {value!r}")
     if error_budget is not None and error_budget > 1.0 and metric_of(metric, calibrated=True).relative:
         raise UsageError(
             f"error_budget: must be at most 1 for a relative error, got {error_budget!r}; 5 % is written 0.05"
@@ -101,8 +131,8 @@ class Options:
             :meth:`checked` finds them by ``loss_aware`` and the metric.
     """
 
-    error_budget: Any = None
-    size_budget: Any = None
+    error_budget: float | None = None
+    size_budget: float | None = None
     metric: Metric = "auto"
     higher_is_better: bool = False
     formats: Sequence[str] | str = compressing_formats()
@@ -115,6 +145,7 @@ class Options:
     strict: bool = False
     activations: str = "auto"
     output_fn: Callable[[Any], Tensor] | None = None
+    forward_fn: ForwardFn | None = None
     seed: int = 0
     progress: bool = True
     on_nonfinite: str = "raise"
@@ -136,11 +167,8 @@ class Options:
             >>> Options(error_budget=0.1).checked(calibrated=True).metric
             'output'
         """
-        budgets: dict[str, Any] = {
-            "error_budget": fraction(self.error_budget), "size_budget": fraction(self.size_budget)
-        }  # fmt: skip
-        if not planned or any(value is not None for value in budgets.values()):
-            check_budgets(**budgets, metric=self.metric)
+        if not planned or self.error_budget is not None or self.size_budget is not None:
+            check_budgets(self.error_budget, self.size_budget, self.metric)
         measured = metric_of(self.metric, calibrated=calibrated)
         metric = measured.name if self.metric == AUTO else self.metric
         if measured.needs_data and not calibrated:
@@ -157,11 +185,14 @@ class Options:
         ):
             if value not in allowed:
                 raise UsageError(f"{name}: must be one of {', '.join(allowed)}, got {value!r}")
+        for name, function in (("output_fn", self.output_fn), ("forward_fn", self.forward_fn)):
+            if function is not None and not callable(function):
+                raise UsageError(f"{name}: must be a function, got {function!r}")
         if not isinstance(self.fold_batchnorm, bool):
             raise UsageError(f"fold_batchnorm: must be True or False, got {self.fold_batchnorm!r}")
         if not is_whole(self.seed, 0, MOST_SEED):
             raise UsageError(f"seed: must be an integer from 0, got {self.seed!r}")
-        resolved = {**budgets, "metric": metric, "formats": self._formats(), "directions": self._directions(measured)}
+        resolved = {"metric": metric, "formats": self._formats(), "directions": self._directions(measured)}
         return Options(**{**vars(self), **resolved})
 
     @property

@@ -19,6 +19,7 @@ from lowrank.compression.formats import (
 )
 from lowrank.compression.layer_data import LayerData
 from lowrank.compression.working_copy import WorkingCopy
+from lowrank.errors import CalibrationError
 from lowrank.layers.base import FLOAT_ACTIVATIONS
 from lowrank.layers.spec import LayerSpec
 
@@ -27,6 +28,10 @@ __all__ = ["computed_costs", "layer_choices", "probe_layers", "smaller_specs"]
 # What a weight-only layer is charged above its bytes: integer products are faster, so a layer gives them up only where that buys
 # more than this share of its size. A heuristic.
 WEIGHT_ONLY_CHARGE = 1.05
+# A contribution that no budget allows, where an output of size 0 becomes something: finite, so that it can be added up.
+NOTHING_LEFT = 1e300
+# What a model may raise that finds something else than the layer it knows.
+BREAKING = (AttributeError, TypeError, RuntimeError, ValueError, LookupError, AssertionError, CalibrationError)
 
 
 def computed_costs(layers: Sequence[LayerData]) -> dict[str, Measured]:
@@ -62,13 +67,12 @@ def probe_layers(
 
         def measure(spec: LayerSpec, data: LayerData = data) -> float:
             copy.install(data.name, spec)
-            measured = evaluator.measure(copy.model)
-            return max(float(measured.numerators.sum()), 0.0) / max(float(measured.denominators.sum()), 1e-300)
+            return min(evaluator.measure(copy.model).ratio, NOTHING_LEFT)
 
         try:
             found[data.name] = _probe(data, Measurements(measure, measurements.activations, share), formats)
-        except (AttributeError, TypeError, RuntimeError) as error:
-            # A model may read .weight itself or call the layer in ways only a dense one takes: the layer is left alone, and named.
+        except BREAKING as error:
+            # A model may write to .weight or call the layer in ways only a dense one takes: the layer is left alone, and named.
             refused = f"replacing it breaks the model ({type(error).__name__}: {error})"
             found[data.name] = Measured(refused=refused)
         finally:

@@ -25,9 +25,12 @@ from lowrank.errors import LowRankError
 from lowrank.reporting import html
 from lowrank.reporting.points import FrontierPoint, points_as_json, points_from_json
 from lowrank.reporting.report import Report, Table
-from lowrank.reporting.text import human_bytes, one_line, percent, stable_json
+from lowrank.reporting.text import counted, human_bytes, one_line, percent, stable_json
 
 __all__ = ["CompressionReport", "LayerRow", "sum_rows"]
+
+# Characters of a remark in a terminal's table; longer ones stand in full under it.
+WIDEST_REMARK = 24
 
 
 @dataclass
@@ -76,7 +79,7 @@ class CompressionReport(Report):
         first, *others = formats
         if not others and is_plain_rounding(first):
             return f"{first}, no low rank"
-        parts = [f"{name} in {number} layer{'s' if number > 1 else ''}" for name, number in sorted(formats.items())]
+        parts = [f"{name} in {counted(number, 'layer')}" for name, number in sorted(formats.items())]
         return ", ".join(parts)
 
     def check_totals(self) -> None:
@@ -116,7 +119,7 @@ class CompressionReport(Report):
         parts = [size + ")", *self._error_phrases()]
         if totals.get("size_budget") is not None:
             parts.append(f"size budget {percent(totals['size_budget'], 3)}")
-        lines = [", ".join(parts) + "."]
+        lines = [", ".join(parts) + ".", *self._samples_lines()]
         lines.append(f"Answer: {self.answer}.")
         after = totals.get("bytes_after") or 0
         if after:
@@ -124,9 +127,35 @@ class CompressionReport(Report):
             lines.append(f"Of the bytes: {', '.join(shares)}.")
         left = [row for row in self.rows if not row.compressed]
         if left:
-            count = f"{len(left)} of {len(self.rows)} modules"
+            count = f"{len(left)} of {counted(len(self.rows), 'module')}"
             size_text = human_bytes(sum(row.bytes_after for row in left))
-            lines.append(f"{count} stay as they were ({size_text}); the table says why.")
+            never = totals.get("bytes_never_candidates")
+            told = "" if never is None else f", of which {human_bytes(never)} were never candidates"
+            lines.append(
+                f"{count} stay{'s' if len(left) == 1 else ''} as before ({size_text}{told}); the table says why."
+            )
+        lines += [f"Attention: {one_line(str(text))}." for text in totals.get("warnings") or ()]
+        return lines
+
+    def _samples_lines(self) -> list[str]:
+        """What single samples lose, and how many outputs were measured."""
+        totals, lines = self.totals, []
+        show = recorded_metric(str(totals.get("metric"))).show
+        outputs = totals.get("outputs") or {}
+        if len(outputs) > 1:
+            each = ", ".join(
+                f"{one_line(name)} {show(item['error'])}" for name, item in outputs.items() if item["error"] is not None
+            )
+            lines.append(f"{len(outputs)} outputs were measured, and the budget holds for each: {each}.")
+        if totals.get("error_worst") is not None:
+            line = (
+                f"Pooled over {counted(totals.get('samples', 0), 'sample')}; of the samples' own errors the median is "
+                f"{show(totals['error_median'])}, the worst tenth begins at {show(totals['error_worst_tenth'])}, the worst is "
+                f"{show(totals['error_worst'])}"
+            )
+            if totals.get("top1_unchanged") is not None:
+                line += f"; the likeliest class (top-1) is unchanged in {percent(totals['top1_unchanged'], 3)}"
+            lines.append(line + ".")
         return lines
 
     def _error_phrases(self) -> list[str]:
@@ -139,9 +168,12 @@ class CompressionReport(Report):
         elif totals.get("error_predicted") is not None:
             phrases.append(f"{name} {show(totals['error_predicted'])} predicted, not measured")
         if totals.get("error_upper") is not None and totals.get("error_upper") != totals.get("error_measured"):
-            phrases.append(f"at most {show(totals['error_upper'])} with 95 % confidence")
+            upper, budget = totals["error_upper"], totals.get("error_budget")
+            bound = show(upper) if budget is None or metric == "error" else known.show_beside(upper, budget)
+            phrases.append(f"at most {bound} with 95 % confidence")
         if totals.get("error_budget") is not None:
-            phrases.append(f"budget {show(totals['error_budget'])}")
+            shown = show if metric == "error" else known.show_limit
+            phrases.append(f"budget {shown(totals['error_budget'])}")
         return phrases
 
     def files(self) -> dict[str, str]:
@@ -169,11 +201,22 @@ class CompressionReport(Report):
         return super()._content() | {"rows": rows, "frontier": points_as_json(self.frontier)}
 
     def _tables(self, full: bool) -> list[Table]:
-        layers = Table(COLUMNS, [row_texts(row) for row in self.rows], total_texts(self.rows))
-        return [layers, *self._plans_tried()]
+        rows = [row_texts(row) for row in self.rows]
+        if not full:
+            footnotes = self._footnotes()
+            rows = [[*cells[:-1], footnotes.get(cells[-1], cells[-1])] for cells in rows]
+        return [Table(COLUMNS, rows, total_texts(self.rows)), *self._plans_tried()]
+
+    def _remarks(self, full: bool) -> list[str]:
+        return [] if full else [f"{mark} {text}" for text, mark in self._footnotes().items()]
+
+    def _footnotes(self) -> dict[str, str]:
+        """Remarks that a terminal's table would cut, with the mark that stands for each."""
+        long = dict.fromkeys(text for row in self.rows if len(text := row_texts(row)[-1]) > WIDEST_REMARK)
+        return {text: f"[{number}]" for number, text in enumerate(long, start=1)}
 
     def _plans_tried(self) -> list[Table]:
-        tried = trial_texts(self.totals, recorded_metric(str(self.totals.get("metric"))).show)
+        tried = trial_texts(self.totals, recorded_metric(str(self.totals.get("metric"))).show_beside)
         return [Table(TRIAL_COLUMNS, tried, title="Plans that were measured", named=False)] if tried else []
 
     def _sections(self) -> list[str]:

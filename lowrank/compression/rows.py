@@ -10,7 +10,7 @@ from typing import Any
 from lowrank.compression.formats import DENSE, is_dense
 from lowrank.errors import CheckpointError
 from lowrank.layers.spec import SPEC_FIELDS, HoldsSpec, LayerSpec
-from lowrank.reporting.text import Column, count_text, human_bytes, one_line, percent
+from lowrank.reporting.text import Column, counted, human_bytes, one_line, percent
 
 __all__ = [
     "ARITHMETICS",
@@ -70,6 +70,7 @@ TRIAL_COLUMNS = (
     Column("error (search)", numeric=True),
     Column("error (verified)", numeric=True),
     Column("at most (95 %)", numeric=True),
+    Column("outcome"),
 )
 
 
@@ -183,7 +184,7 @@ def total_texts(rows: Sequence[LayerRow]) -> list[str]:
     sums = sum_rows(rows)
     bits = sums["bits_per_weight"]
     return [
-        f"{count_text(len(rows))} modules",
+        counted(len(rows), "module"),
         "",
         "",
         human_bytes(sums["bytes_before"]),
@@ -197,19 +198,21 @@ def total_texts(rows: Sequence[LayerRow]) -> list[str]:
     ]
 
 
-def trial_texts(totals: Mapping[str, Any], show: Callable[[float], str]) -> list[list[str]]:
+def trial_texts(totals: Mapping[str, Any], show: Callable[[float, float], str]) -> list[list[str]]:
     """Write the cells under :data:`TRIAL_COLUMNS` of the plans that were measured, where the totals tell of any.
 
     Args:
         totals: of a report; ``totals["finalists"]`` holds maps of ``label``, ``size_ratio`` and errors.
-        show: an error as text.
+        show: an error as text, with the digits that tell it from the budget.
     """
+    budget = totals.get("error_budget") or 0.0
     keys = ("error_search", "error_measured", "error_upper")
     return [
         [
             one_line(str(item.get("label", ""))),
             percent(item.get("size_ratio"), 3),
-            *("" if item.get(key) is None else show(item[key]) for key in keys),
+            *("" if item.get(key) is None else show(item[key], budget) for key in keys),
+            one_line(str(item.get("outcome", ""))),
         ]
         for item in totals.get("finalists") or ()
     ]

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import NamedTuple
 
 from tqdm import tqdm
 
+from lowrank.calibration.measurement import named
 from lowrank.compression.healed_plans import heal_plan, healed_plans
 from lowrank.compression.plan import Plan, same_specs
 from lowrank.compression.trial import ErrorMeasure, Healer, Outcome, Reading, Trial
 from lowrank.compression.working_copy import WorkingCopy
 from lowrank.errors import BudgetError
+from lowrank.reporting.text import beside, counted, rounded_up
 
 __all__ = ["Search", "Step", "corrected"]
 
@@ -36,6 +38,8 @@ REACH_FACTOR = 1.3
 REACH_STEPS = 12
 # Trials whose bound on the search part is below this share of the budget will pass; only the smallest of them is verified.
 SURE_SHARE = 0.6
+# Layers whose reason an error names.
+MOST_REASONS = 8
 
 
 class Step(NamedTuple):
@@ -59,6 +63,7 @@ class Search:
         verify_samples: how many samples ``verify`` measures on; 0 where that means nothing.
         heal: trains the model of a plan; healed models are tried too. It may see neither part that is measured on.
         progress: bars on standard error.
+        reasons: from the scale to why each layer would stay dense, for the error that says so.
         target: the error on the search part to aim at.
         scale: measured over predicted contributions, as far as is known.
         trials: every plan that was measured and is worth choosing from.
@@ -72,6 +77,7 @@ class Search:
     verify_samples: int = 0
     heal: Healer | None = None
     progress: bool = False
+    reasons: Callable[[float], Mapping[str, str]] = lambda scale: {}
     target: float = math.inf
     scale: float = 1.0
     trials: list[Trial] = field(default_factory=list)
@@ -151,7 +157,7 @@ class Search:
             self.trials += healed_plans(self)
         if not self.trials:
             raise BudgetError(
-                f"error budget {budget:g}: nothing could be compressed within it; every layer stays dense",
+                f"error budget {budget:g}: nothing could be compressed within it; every layer stays dense{self._why()}",
                 plan=None,
                 error=0.0,
             )
@@ -206,15 +212,43 @@ class Search:
             passed = trial
         if passed is not None:
             return passed
-        first = sequence[0]
+        raise self._refusal(sequence[0], budget)
+
+    def _refusal(self, first: Trial, budget: float) -> BudgetError:
+        """Say what the safest plan reaches, and what would help: a larger budget, or so many samples."""
         assert first.verified is not None
-        raise BudgetError(
+        value, upper = first.verified.value, first.verified.upper
+        bound = f", at most {beside(upper, budget)} with 95 % confidence" if math.isfinite(upper) else ""
+        text = (
             f"error budget {budget:g}: cannot be met; the safest plan that compresses anything ({first.label}, "
-            f"{first.plan.bytes:,} bytes in the targets) reaches {first.verified.value:.4g}, at most {first.verified.upper:.4g} with 95 % "
-            "confidence; raise the budget to that, or give more calibration samples",
-            plan=first.plan,
-            error=first.verified.upper,
+            f"{first.plan.bytes:,} bytes in the targets) reaches {beside(value, budget)}{bound}"
         )
+        comparison = first.verified.comparison
+        if comparison is not None and len(comparison.parts) > 1:
+            text += f" in {named(comparison.worst)}, the worst of {len(comparison.parts)}"
+        if comparison is not None:
+            text += "".join(f"; {note}" for note in comparison.notes())
+        needed = None if comparison is None else comparison.samples_needed(budget)
+        if comparison is not None and needed is not None:
+            text += (
+                f"; the {comparison.samples:,} verification samples are too few, or too unlike, to prove that it keeps the budget: about "
+                f"{needed:,} like them would settle it (four times as many calibration samples, of which a quarter verifies)"
+            )
+        elif not math.isfinite(upper) and value <= budget:
+            text += "; the verification samples are too few, or too unlike each other, to bound it: give more samples"
+        elif math.isfinite(value):
+            reached = rounded_up(upper if math.isfinite(upper) else value)
+            text += f"; raise the budget to {reached}, or leave layers out with ignore"
+        else:
+            text += "; no budget allows that: leave layers out with ignore, or choose with output_fn what is measured"
+        return BudgetError(text + self._why(), plan=first.plan, error=upper)
+
+    def _why(self) -> str:
+        """What keeps each layer dense, for an error."""
+        reasons = self.reasons(self.scale)
+        listed = [f"{name}: {reason}" for name, reason in list(reasons.items())[:MOST_REASONS]]
+        more = [f"and {counted(len(reasons) - MOST_REASONS, 'more layer')}"] if len(reasons) > MOST_REASONS else []
+        return f" ({'; '.join([*listed, *more])})" if listed else ""
 
     def _reach(self) -> None:
         """Bolder and bolder plans, where predictions were too high, until one lies beyond the target or nothing smaller is left."""

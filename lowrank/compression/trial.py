@@ -8,7 +8,7 @@ from typing import Protocol
 
 from torch import nn
 
-from lowrank.calibration.evaluation import Evaluator
+from lowrank.calibration.evaluation import Comparison, Evaluator
 from lowrank.compression.plan import Plan
 from lowrank.compression.working_copy import WorkingCopy
 from lowrank.training.healing import HealResult
@@ -18,11 +18,17 @@ __all__ = ["ComputedError", "ErrorMeasure", "Healer", "Outcome", "Reading", "Sam
 
 @dataclass(frozen=True)
 class Reading:
-    """A measured error, and the bound that must lie within the budget."""
+    """A measured error, and the bound that must lie within the budget.
+
+    Attributes:
+        samples: that it was measured on; 0 where that means nothing.
+        comparison: of every output, where it was measured on samples.
+    """
 
     value: float
     upper: float
     samples: int = 0
+    comparison: Comparison | None = None
 
 
 class ErrorMeasure(Protocol):
@@ -40,7 +46,7 @@ class SampledError:
 
     def __call__(self, model: nn.Module) -> Reading:
         measured = self.evaluator.measure(model, desc=self.desc)
-        return Reading(measured.value, measured.upper(), len(measured.numerators))
+        return Reading(measured.value, measured.upper(), measured.samples, measured)
 
 
 @dataclass

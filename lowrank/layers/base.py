@@ -7,11 +7,13 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.fx.proxy import Proxy
 
 from lowrank.errors import UsageError
 from lowrank.layers.checks import ACTIVATIONS, FLOAT_ACTIVATIONS, INTEGER_ACTIVATIONS, dtype_from_name
 from lowrank.layers.roles import CODES, FLOAT, SCALE, Role
 from lowrank.layers.spec import LayerSpec
+from lowrank.layers.weight_view import WeightView
 from lowrank.numerics.conv_factors import largest_rank
 
 __all__ = [
@@ -55,6 +57,7 @@ class CompressedLayer(nn.Module):
         scheme: how a convolution's kernel is cut in two; ``None`` where it is not.
         looks_up: whether rows are looked up and not multiplied, so that the weight is held as (in, out).
         is_one_weight: whether there is one matrix or kernel; not so for recurrent layers and attention.
+        weight_decodings: how often :attr:`weight` was decoded for code that computes with it.
         trains_rounded: whether :meth:`rounded_forward` and what belongs to it are there.
 
     Example:
@@ -74,6 +77,15 @@ class CompressedLayer(nn.Module):
     n_bits: int | None = None
     activations: str | None = None
     scheme: str | None = None
+    weight_decodings: int = 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the layer; for ``torch.fx.symbolic_trace`` it is a leaf, as torch's own layers are."""
+        for value in args or kwargs.values():
+            if isinstance(value, Proxy):
+                tracer: Any = value.tracer
+                return tracer.create_proxy("call_module", tracer.path_of_module(self), args, dict(kwargs))
+        return super().__call__(*args, **kwargs)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -178,6 +190,39 @@ class CompressedLayer(nn.Module):
             setattr(self, name, getattr(owner, name))
 
     # The weight that it stands for
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as code reads it that was written for the dense layer: right shape, dtype and device, read-only, decoded on demand.
+
+        Float factors that are being trained give their product, with its gradient. See :class:`lowrank.layers.weight_view.WeightView`.
+
+        Raises:
+            AttributeError: a layer with several weights has none of this name.
+        """
+        if not self.is_one_weight:
+            raise AttributeError(f"{self.kind} has no attribute 'weight': it holds several")
+        trained = torch.is_grad_enabled() and any(
+            name in self.weight_names and parameter.requires_grad
+            for name, parameter in self.named_parameters(recurse=False)
+        )
+        return self.dense_weight() if trained or graph_is_made() else WeightView(self)
+
+    @weight.setter
+    def weight(self, value: object) -> None:
+        raise self._no_other_weight()
+
+    def _no_other_weight(self) -> UsageError:
+        return UsageError(
+            f"weight: {self.kind} holds codes or factors and takes no other weight by assignment; with_weight(...) makes a layer like it "
+            "for another weight, and tables are resized or tied before the model is compressed"
+        )
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Register a parameter; one called ``weight`` is refused, as :attr:`weight` says."""
+        if name == "weight":
+            raise self._no_other_weight()
+        super().register_parameter(name, param)
 
     def dense_weight(self) -> Tensor:
         """Make the weight that this layer stands for, (out, in) or (num, dim), in its dtype or float32 for integer codes."""
@@ -340,6 +385,7 @@ class CompressedLayer(nn.Module):
         state = dict(self.__dict__)
         # Recomputed on the next forward; a copy made for the original's tensors would only take space.
         state.pop("_derived", None)
+        state.pop("weight_decodings", None)
         return state
 
 

@@ -13,7 +13,7 @@ from lowrank.kernels import IntegerConv
 from lowrank.layers.base import graph_is_made
 from lowrank.layers.checks import INTEGER_ACTIVATIONS
 from lowrank.layers.conv_base import ConvLayer
-from lowrank.layers.integer_base import IntegerLayer
+from lowrank.layers.integer_base import IntegerLayer, in_autocast_type
 from lowrank.numerics.convolutions import ConvGeometry, pad_input
 
 __all__ = ["ConvStage", "IntegerConvLayer", "input_gradient", "unpadded"]
@@ -55,7 +55,10 @@ class IntegerConvLayer(ConvLayer, IntegerLayer):
         y = batched if batched.dtype == working else batched.to(working)
         bias = self.bias if self.bias is None or self.bias.dtype == working else self.bias.to(working)
         y = self._rounded(y, bias) if rounded else self._weight_only(y, bias)
-        y = y if y.dtype == input.dtype else y.to(input.dtype)
+        y = in_autocast_type(y if y.dtype == input.dtype else y.to(input.dtype))
+        if _channels_last(batched):
+            # As nn.Conv2d does: what comes behind (a pooling layer above all) may be many times slower on another layout.
+            y = y.contiguous(memory_format=torch.channels_last)
         return y if batched is input else y[0]
 
     def _weight_only(self, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -72,6 +75,16 @@ class IntegerConvLayer(ConvLayer, IntegerLayer):
     def extra_repr(self) -> str:
         """Say what ``repr`` shows."""
         return f"{super().extra_repr()}, bits={self.n_bits}, activations={self.activations}"
+
+
+def _channels_last(x: Tensor) -> bool:
+    """Whether an image batch lies in memory with its channels last, and not (also) as torch lays tensors out by default."""
+    return (
+        x.ndim == 4
+        and x.stride(1) == 1
+        and not x.is_contiguous()
+        and x.is_contiguous(memory_format=torch.channels_last)
+    )
 
 
 def _kernel_of(stage: ConvStage) -> IntegerConv:

@@ -26,6 +26,11 @@ class CompressedEmbedding(CompressedLayer):
 
     looks_up: ClassVar[bool] = True
     padding_idx: int | None
+    # As nn.Embedding calls them; tables with other values are refused before.
+    max_norm: ClassVar[None] = None
+    norm_type: ClassVar[float] = 2.0
+    scale_grad_by_freq: ClassVar[bool] = False
+    sparse: ClassVar[bool] = False
 
     def __init__(
         self, num_embeddings: int, embedding_dim: int, padding_idx: int | None, dtype: torch.dtype | None

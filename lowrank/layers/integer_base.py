@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from operator import is_
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,18 @@ from torch import Tensor, nn
 from lowrank.layers.checks import check_activations
 from lowrank.layers.weights import Codes
 
-__all__ = ["IntegerLayer"]
+__all__ = ["IntegerLayer", "in_autocast_type"]
 
 _Layer = TypeVar("_Layer", bound="IntegerLayer")
+
+
+class _Derived(NamedTuple):
+    """What was made of a layer's tensors, and how they were then: address and version of each."""
+
+    tensors: tuple[Tensor, ...]
+    aliases: tuple[Tensor, ...]
+    versions: list[tuple[int, int]]
+    made: Any
 
 
 class IntegerLayer(Codes):
@@ -42,17 +51,25 @@ class IntegerLayer(Codes):
         """Give what is derived from the codes and the scale, made anew when one of them is replaced, moved or written to.
 
         What is derived holds addresses. ``tensor.data = …``, ``share_memory()`` and a copy sent to another process move the numbers and
-        leave the tensor and its version as they are, so the address itself is compared.
+        leave the tensor and its version as they are, so the address itself is compared. An alias keeps the memory until then: freed, its
+        address might come back with other numbers in it.
 
-        Tensors made in inference mode do not tell that they were written to: replace such a one instead.
+        Writes of which torch keeps no count are not seen: into ``tensor.data`` or its NumPy array, by another process that shares the
+        memory, and into tensors made in inference mode. Replace the tensor instead, or write into the tensor itself.
         """
         tensors = self.codes_and_scale()
         versions = [(tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
-        kept: tuple[tuple[Tensor, ...], list[tuple[int, int]], Any] | None = self.__dict__.get("_derived")
-        if kept is not None and kept[1] == versions and all(map(is_, kept[0], tensors)):
-            return kept[2]
+        kept: _Derived | None = self.__dict__.get("_derived")
+        if (
+            kept is not None
+            and kept.versions == versions
+            and all(map(is_, kept.tensors, tensors))
+            # An alias moves with what is shared in place; then the address compared above is no longer held.
+            and all(alias.data_ptr() == version[0] for alias, version in zip(kept.aliases, versions, strict=True))
+        ):
+            return kept.made
         made = self.derive()
-        self.__dict__["_derived"] = (tensors, versions, made)
+        self.__dict__["_derived"] = _Derived(tensors, tuple(tensor.detach() for tensor in tensors), versions, made)
         return made
 
     def config(self) -> dict[str, Any]:
@@ -111,3 +128,18 @@ class IntegerLayer(Codes):
         with torch.no_grad():
             self.bias.copy_(bias)
         self.bias.requires_grad_(bias.requires_grad)
+
+
+def in_autocast_type(result: Tensor) -> Tensor:
+    """Give a product in the type that torch's own layers answer in under autocast.
+
+    Example:
+        >>> with torch.autocast("cpu", dtype=torch.bfloat16):
+        ...     in_autocast_type(torch.zeros(2)).dtype
+        torch.bfloat16
+    """
+    kind = result.device.type
+    # float64 is left alone, as by autocast itself.
+    if torch.is_autocast_enabled(kind) and result.dtype in (torch.float32, torch.float16, torch.bfloat16):
+        return result.to(torch.get_autocast_dtype(kind))
+    return result

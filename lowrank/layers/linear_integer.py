@@ -12,7 +12,7 @@ from lowrank.kernels import IntegerWeight
 from lowrank.kernels.activations import pieces_for
 from lowrank.layers.base import graph_is_made
 from lowrank.layers.checks import FLOAT_ACTIVATIONS, INTEGER_ACTIVATIONS
-from lowrank.layers.integer_base import IntegerLayer
+from lowrank.layers.integer_base import IntegerLayer, in_autocast_type
 from lowrank.layers.linear import LinearLayer
 
 __all__ = ["IntegerLinear"]
@@ -46,11 +46,11 @@ class IntegerLinear(LinearLayer, IntegerLayer):
         """
         bias = self.bias
         if graph_is_made():
-            return self.in_graph(input)
+            return in_autocast_type(self.in_graph(input))
         if torch.is_grad_enabled() and (input.requires_grad or (bias is not None and bias.requires_grad)):
             result: Tensor = _StraightThrough.apply(input, bias, self, *self.codes_and_scale())
-            return result
-        return self._product(input, bias)
+            return in_autocast_type(result)
+        return in_autocast_type(self._product(input, bias))
 
     def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         if x.shape[-1] != self.in_features or not x.is_floating_point():
@@ -94,9 +94,11 @@ class _StraightThrough(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         rows = gradient.reshape(gradient.shape[:-1].numel(), gradient.shape[-1])
         to_input = to_bias = None
+        # Read once: checkpointing without reentry unpacks each time, and forbids a second.
+        saved = ctx.saved_tensors
         if ctx.needs_input_grad[0]:
-            to_input = ctx.layer_type.input_gradient(rows, *ctx.saved_tensors)
+            to_input = ctx.layer_type.input_gradient(rows, *saved)
             to_input = to_input.view(*gradient.shape[:-1], to_input.shape[-1])
         if ctx.needs_input_grad[1]:
             to_bias = rows.sum(dim=0).to(ctx.bias_dtype)
-        return (to_input, to_bias, None, *(None for _ in ctx.saved_tensors))
+        return (to_input, to_bias, None, *(None for _ in saved))

@@ -150,12 +150,13 @@ def _derivative(kind: type[IntegerLinear]) -> Callable[[Any, Tensor], tuple[Tens
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         rows = gradient.reshape(-1, gradient.shape[-1])
         to_input = to_bias = None
+        saved = ctx.saved_tensors
         if ctx.needs_input_grad[0]:
-            to_input = kind.input_gradient(rows, *ctx.saved_tensors)
+            to_input = kind.input_gradient(rows, *saved)
             to_input = to_input.reshape(*gradient.shape[:-1], to_input.shape[-1])
         if ctx.bias_dtype is not None and ctx.needs_input_grad[-2]:
             to_bias = rows.sum(dim=0).to(ctx.bias_dtype)
-        return (to_input, *(None for _ in ctx.saved_tensors), to_bias, None)
+        return (to_input, *(None for _ in saved), to_bias, None)
 
     return backward
 

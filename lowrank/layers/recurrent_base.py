@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lowrank.errors import UsageError
 from lowrank.layers.base import CompressedLayer
 from lowrank.layers.checks import FLOAT_ACTIVATIONS
+from lowrank.layers.source import is_plain
 from lowrank.layers.weights import joined, split
 from lowrank.numerics.rounding import check_bits, dequantize_rows, quantize_rows, require_finite
 
@@ -77,7 +78,7 @@ class QuantizedRecurrent(CompressedLayer):
             RankError: bits outside 2 to 8.
             NumericsError: NaN or Inf in a tensor.
         """
-        if type(module) is not cls.dense_kind:
+        if not is_plain(module, cls.dense_kind):
             raise UsageError(f"module: must be an nn.{cls.dense_kind.__name__}, got {type(module).__name__}")
         options = {name: getattr(module, name) for name in cls.option_names}
         tensors = dict(module.named_parameters())
@@ -167,6 +168,10 @@ class QuantizedRecurrent(CompressedLayer):
         # Models read such options of the module they call, to make its first state.
         if name in type(self).option_names and "options" in self.__dict__:
             return self.__dict__["options"][name]
+        if name in self.__dict__.get("weight_shapes", ()):
+            # Decoded each time, as CompressedLayer.weight is.
+            self.weight_decodings += 1
+            return self.dense_weights()[name].detach().to(self.dtype)
         return super().__getattr__(name)
 
     def extra_repr(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any, ClassVar
 
@@ -164,19 +165,42 @@ class _LoRAConvNd(LoRALayer):
         return float_conv(x, weight, bias, base_of(self.base_layer).geometry)
 
     def is_weight(self, adapter: str) -> bool:
-        """Say no with groups, and where base and adapter pad with different things; see :meth:`LoRALayer.is_weight`."""
+        """Say no with groups, and where base and adapter pad or reach differently; see :meth:`LoRALayer.is_weight`."""
         down, up = self.lora_A[adapter], self.lora_B[adapter]
-        return down.groups == up.groups == 1 and not self.is_zero_padded(adapter)
+        return down.groups == up.groups == 1 and not self.departures(adapter)
 
-    def is_zero_padded(self, adapter: str) -> bool:
-        """Say whether only the adapter pads with zeros; see :meth:`LoRALayer.is_zero_padded`."""
-        mode = base_of(self.unmerged_base).geometry.padding_mode
-        return bool(mode != "zeros" and self.lora_A[adapter].padding_mode == "zeros")
+    def departures(self, adapter: str) -> tuple[str, ...]:
+        """Compare ``lora_A`` with the base; see :meth:`LoRALayer.departures`."""
+        geometry, down = base_of(self.unmerged_base).geometry, self.lora_A[adapter]
+        undilated = tuple(down.dilation) != tuple(geometry.dilation)
+        zero_padded = geometry.padding_mode != "zeros" and down.padding_mode == "zeros"
+        return ("undilated",) * undilated + ("zero_padded",) * zero_padded
+
+    def depart(self, adapter: str, departures: Iterable[str]) -> None:
+        """Change where ``lora_A`` looks; see :meth:`LoRALayer.depart`.
+
+        Raises:
+            AdapterError: an adapter without the base's dilation has outputs of another size.
+        """
+        down = self.lora_A[adapter]
+        if "zero_padded" in departures:
+            down.padding_mode = "zeros"
+        if "undilated" in departures and _reaches_further(down):
+            if down.padding != "same":
+                raise AdapterError(
+                    f"dilation={down.dilation} with padding={down.padding}: PEFT's adapter has no dilation, so that its outputs "
+                    'are of another size than the layer\'s; only with padding="same" does it compute anything'
+                )
+            down.dilation = (1,) * len(down.dilation)
+            # torch works the padding out once, when a convolution is made.
+            down._reversed_padding_repeated_twice = type(down)(
+                1, 1, down.kernel_size, padding="same", device="meta"
+            )._reversed_padding_repeated_twice
 
     def differs_in_peft(self, adapter: str) -> bool:
-        """Say yes to groups and to padding other than zeros; see :meth:`LoRALayer.differs_in_peft`."""
+        """Say yes to groups, to dilation and to padding other than zeros; see :meth:`LoRALayer.differs_in_peft`."""
         down = self.lora_A[adapter]
-        return bool(down.groups > 1 or down.padding_mode != "zeros")
+        return bool(down.groups > 1 or down.padding_mode != "zeros" or _reaches_further(down))
 
     def _as_magnitude(self, norms: Tensor) -> Tensor:
         return norms.view(1, -1, *[1] * (2 if self.family == "conv2d" else 1))
@@ -225,6 +249,11 @@ def adapted(base: nn.Module) -> LoRALayer:
 
 def _linear(inputs: int, outputs: int) -> nn.Linear:
     return nn.Linear(inputs, outputs, bias=False)
+
+
+def _reaches_further(convolution: Any) -> bool:
+    """Whether a convolution's dilation matters."""
+    return any(step > 1 and taps > 1 for step, taps in zip(convolution.dilation, convolution.kernel_size, strict=True))
 
 
 def _write(module: nn.Module, values: Tensor) -> None:

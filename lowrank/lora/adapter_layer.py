@@ -14,9 +14,11 @@ from lowrank.lora.bases import base_of
 from lowrank.lora.changes import Change, MergeRow
 from lowrank.lora.config import LoRAConfig
 
-__all__ = ["FORMS", "LoRALayer", "Magnitude"]
+__all__ = ["DEPARTURES", "FORMS", "LoRALayer", "Magnitude"]
 
 FORMS = ("separate", "merged")
+# Of PEFT's adapters of convolutions, which know neither the padding mode nor the dilation of the base.
+DEPARTURES = ("undilated", "zero_padded")
 
 
 class Magnitude(nn.Module):
@@ -59,6 +61,8 @@ class LoRALayer(nn.Module):
         self.lora_scale: Any = nn.ParameterDict()
         self.configs: dict[str, LoRAConfig] = {}
         self.scaling: dict[str, float] = {}
+        # Names of the token tables that came with an adapter's file, and go with it again.
+        self.tables: dict[str, tuple[str, ...]] = {}
         self.active_adapters: tuple[str, ...] = ()
         self.form = "separate"
         self.disabled = False
@@ -104,6 +108,7 @@ class LoRALayer(nn.Module):
                 del holder[adapter]
         self.configs.pop(adapter, None)
         self.scaling.pop(adapter, None)
+        self.tables.pop(adapter, None)
         self.active_adapters = tuple(name for name in self.active_adapters if name != adapter)
 
     def set_active(self, adapters: Sequence[str]) -> None:
@@ -136,8 +141,10 @@ class LoRALayer(nn.Module):
         return self.lora_A, self.lora_B, self.lora_dropout, self.lora_magnitude_vector, self.lora_scale
 
     def _move(self, adapter: str, device: torch.device, dtype: torch.dtype) -> None:
+        # Over half precision PEFT rounds the start to it before it widens it again.
+        half = base_of(self.base_layer).dtype
         for parameter in self.adapter_parameters(adapter):
-            parameter.data = parameter.data.to(device, dtype)
+            parameter.data = parameter.data.to(half).to(device, dtype)
 
     # What the kinds of layer differ in
 
@@ -177,9 +184,12 @@ class LoRALayer(nn.Module):
         """Say whether base and adapter together are one weight of the base's shape."""
         return True
 
-    def is_zero_padded(self, adapter: str) -> bool:
-        """Say whether ``lora_A`` pads with zeros, as PEFT's does, where the base does not."""
-        return False
+    def departures(self, adapter: str) -> tuple[str, ...]:
+        """Say where ``lora_A`` departs from the base's geometry, as PEFT's does: of :data:`DEPARTURES`."""
+        return ()
+
+    def depart(self, adapter: str, departures: Iterable[str]) -> None:
+        """Let ``lora_A`` depart from the base's geometry in these; in what no layer of its kind can, nothing happens."""
 
     def differs_in_peft(self, adapter: str) -> bool:
         """Say whether PEFT would compute another thing with these tensors, or refuse them."""

@@ -15,6 +15,7 @@ __all__ = [
     "active_adapters",
     "adapter_names",
     "check_new_name",
+    "check_one_copy",
     "check_unmerged",
     "lora_layers",
     "require_adapter",
@@ -96,6 +97,24 @@ def check_new_name(model: nn.Module, adapter: object) -> None:
         )
     if adapter in adapter_names(model):
         raise UsageError(f"adapter_name: the model already has an adapter {adapter!r}; delete it or take another name")
+
+
+def check_one_copy(model: nn.Module, adapters: Sequence[str], what: str) -> None:
+    """Refuse adapters that cannot count together, since each has a copy of its own of the same module.
+
+    Args:
+        what: is to be done, for the message.
+
+    Raises:
+        UsageError: names the module and the adapters.
+    """
+    for name, module in saved_modules(model).items():
+        own = [adapter for adapter in dict.fromkeys(adapters) if adapter in module.modules_to_save]
+        if len(own) > 1:
+            raise UsageError(
+                f"{what}: {', '.join(own)} each train {name} whole (modules_to_save), and only one copy of it can run; choose one "
+                "of them"
+            )
 
 
 def check_unmerged(model: nn.Module, what: str) -> None:

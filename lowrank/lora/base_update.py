@@ -76,10 +76,16 @@ def _check_geometry(name: str, base: Base, layer: LoRALayer, adapters: Sequence[
             "convolution can express; keep the adapter separate, or exclude the layer from target_modules"
         )
     for adapter in adapters:
-        if layer.is_zero_padded(adapter):
+        departures = layer.departures(adapter)
+        if "zero_padded" in departures:
             raise AdapterError(
                 f"layer {name}: adapter {adapter!r} pads with zeros, the base with "
                 f"padding_mode={base.geometry.padding_mode!r} (PEFT trains it so); no single convolution does both"
+            )
+        if departures:
+            raise AdapterError(
+                f"layer {name}: adapter {adapter!r} has no dilation, the base dilation={base.geometry.dilation} (PEFT trains it so); "
+                "no single convolution does both"
             )
 
 

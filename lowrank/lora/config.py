@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lowrank.errors import AdapterError, RankError, UsageError, is_whole
+from lowrank.errors import AdapterError, LowRankError, RankError, UsageError, is_whole
+from lowrank.lora.peft_arguments import NEUTRAL, PEFT_DESCRIPTIVE, PeftArguments, is_neutral
 
 __all__ = ["INITIALISATIONS", "LoRAConfig"]
 
@@ -18,43 +19,15 @@ _LARGEST = sys.float_info.max
 INITIALISATIONS = (True, False, "gaussian", "pissa", "residual")
 # PEFT's further initialisations that leave the base weight alone: once trained, their adapters are like any other.
 _STARTED_ELSEWHERE = ("eva", "mica", "orthogonal")
-# Fields of PEFT's LoraConfig that say where an adapter comes from, not what it computes: kept and written back.
-_DESCRIPTIVE = {
-    "auto_mapping": None,
-    "base_model_name_or_path": None,
-    "eva_config": None,
-    "inference_mode": True,
-    "peft_version": None,
-    "revision": None,
-    "task_type": None,
-    "megatron_core": "megatron.core",
-    "qalora_group_size": 16,
-}
-# Fields that change the computation in a way this package does not have: accepted at these (neutral) values alone.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "alora_invocation_tokens": (None,),
-    "arrow_config": (None,),
-    "bias": ("none",),
-    "corda_config": (None,),
-    "ensure_weight_tying": (False,),
-    "kasa_config": (None,),
-    "layer_replication": (None,),
-    "loftq_config": ({}, None),
-    "lora_bias": (False,),
-    "lora_ga_config": (None,),
-    "megatron_config": (None,),
-    "monteclora_config": (None,),
-    "target_parameters": (None, []),
-    "trainable_token_indices": (None,),
-    "use_bdlora": (None, False),
-    "use_qalora": (False,),
-    "velora_config": (None,),
-}
+# Those that take directions out of the base weight, which a file of the adapter alone does not hold.
+_CHANGES_BASE = ("corda", "loftq", "lora_ga", "olora")
 
 
 @dataclass
-class LoRAConfig:
+class LoRAConfig(PeftArguments):
     """An adapter's configuration; arguments and defaults are PEFT's.
+
+    Besides these it takes every further argument of ``peft.LoraConfig``, by keyword: see :class:`PeftArguments`.
 
     Attributes:
         r: rank of the adapters, ``lora_A (r, in)`` and ``lora_B (out, r)``.
@@ -75,7 +48,7 @@ class LoRAConfig:
         learnable_scale: train one factor on each layer's scaling, starting at 1 (not in PEFT: folded into ``lora_B``
             where the adapter is saved).
         fan_in_fan_out: kept for PEFT; here each layer knows how it stores its weight.
-        extra: further fields of a PEFT file that do not change the computation.
+        extra: further fields of a PEFT file that do not change the computation and are no arguments here.
 
     Raises:
         RankError: ``r`` is not an integer of at least 1.
@@ -105,6 +78,12 @@ class LoRAConfig:
     extra: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        # Of 0.3.0, where these were no arguments.
+        self.extra = dict(self.extra)
+        for name in PEFT_DESCRIPTIVE:
+            if name in self.extra:
+                setattr(self, name, self.extra.pop(name))
+        super().__post_init__()
         _check_rank(self.r, "r")
         _check_alpha(self.lora_alpha, "lora_alpha")
         dropout = self.lora_dropout
@@ -113,6 +92,8 @@ class LoRAConfig:
         for name in ("use_rslora", "use_dora", "learnable_scale", "fan_in_fan_out"):
             if not isinstance(getattr(self, name), bool):
                 raise AdapterError(f"{name}: must be true or false, got {getattr(self, name)!r}")
+        if isinstance(self.init_lora_weights, str):
+            self.init_lora_weights = self.init_lora_weights.lower()
         if not any(self.init_lora_weights is known or self.init_lora_weights == known for known in INITIALISATIONS):
             known = ", ".join(repr(value) for value in INITIALISATIONS)
             raise AdapterError(f"init_lora_weights: must be one of {known}, got {self.init_lora_weights!r}")
@@ -162,6 +143,16 @@ class LoRAConfig:
         rank = self.rank_of(name)
         return self.alpha_of(name) / (math.sqrt(rank) if self.use_rslora else rank)
 
+    @property
+    def trained_whole(self) -> list[str]:
+        """Ends of the names of modules that are trained whole: ``modules_to_save``, then the heads of the task.
+
+        Example:
+            >>> LoRAConfig(task_type="SEQ_CLS", modules_to_save=["score", "norm"]).trained_whole
+            ['score', 'norm', 'classifier']
+        """
+        return list(dict.fromkeys((*(self.modules_to_save or ()), *self.head_names)))
+
     def replace(self, **changes: Any) -> LoRAConfig:
         """Make a copy with other values."""
         return dataclasses.replace(self, **changes)
@@ -172,14 +163,15 @@ class LoRAConfig:
         ``init_lora_weights="residual"``, which PEFT does not know, is written as ``true``: it matters only where an
         adapter is made, not where one is loaded.
         """
-        document: dict[str, Any] = dict(_DESCRIPTIVE) | {name: values[0] for name, values in _NEUTRAL.items()}
         own = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self)}
-        document |= own.pop("extra")
-        own.pop("learnable_scale")
+        for name in ("learnable_scale", "runtime_config"):
+            own.pop(name)
+        extra = own.pop("extra")
         if own["init_lora_weights"] == "residual":
             own["init_lora_weights"] = True
-        document |= own | {"peft_type": "LORA"}
-        return dict(sorted(document.items()))
+        # A saved adapter is one to run, whoever trains it further.
+        own |= {"inference_mode": True, "modules_to_save": self.trained_whole or None}
+        return dict(sorted((own | extra).items()))
 
     @classmethod
     def from_peft(cls, document: Mapping[str, Any], source: str = "adapter_config.json") -> LoRAConfig:
@@ -197,26 +189,36 @@ class LoRAConfig:
         """
         if document.get("peft_type") != "LORA":
             raise AdapterError(f"{source}: peft_type must be 'LORA', got {document.get('peft_type')!r}")
-        known = {entry.name for entry in dataclasses.fields(cls)} - {"extra", "learnable_scale"}
+        known = {entry.name for entry in dataclasses.fields(cls)} - {"extra", "learnable_scale", *NEUTRAL}
         own: dict[str, Any] = {}
         extra: dict[str, Any] = {}
         for name, value in document.items():
             if name in known:
                 own[name] = value
-            elif name in _DESCRIPTIVE:
+            elif name == "eva_config" and value:
                 extra[name] = value
-            elif name == "peft_type" or value in _NEUTRAL.get(name, (None, False, {}, [])):
-                continue
-            else:
+            elif name != "inference_mode" and not is_neutral(name, value):
                 raise AdapterError(
-                    f"{source}: {name} = {value!r} changes what the adapter computes and is not supported here; "
-                    "load it with PEFT, merge it there, and compress the result"
+                    f"{source}: {name} = {value!r} changes what the adapter computes and is not supported here; load it with PEFT, "
+                    "merge it there (merge_and_unload), and compress the result"
                 )
-        if own.get("init_lora_weights") in _STARTED_ELSEWHERE:
+        start = own.get("init_lora_weights")
+        if start in _STARTED_ELSEWHERE:
             own["init_lora_weights"] = True
+        elif isinstance(start, str) and start.startswith((*_CHANGES_BASE, "pissa_niter")):
+            raise AdapterError(
+                f"{source}: init_lora_weights = {start!r} takes directions out of the base weight, which is not supported here; "
+                "save it in PEFT as a plain adapter (save_pretrained(..., path_initial_model_for_weight_conversion=...)), or "
+                "merge it there and compress the result"
+            )
         for name in ("rank_pattern", "alpha_pattern"):
             own[name] = own.get(name) or {}
-        return cls(**own, extra=extra)
+        try:
+            return cls(**own, extra=extra)
+        except RankError as error:
+            raise RankError(f"{source}: {error}") from error
+        except LowRankError as error:
+            raise AdapterError(f"{source}: {error}") from error
 
 
 def pattern_key(patterns: Mapping[str, Any], name: str) -> str | None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from lowrank.errors import AdapterError, CheckpointError, RankError, UsageError
 from lowrank.io import (
     atomic_directory,
     check_destination,
+    parse_json,
     printable,
     read_json,
     read_safetensors_header,
@@ -27,7 +28,7 @@ from lowrank.io import (
 )
 from lowrank.io.version import PACKAGE, __version__
 from lowrank.layers.source import is_conv1d
-from lowrank.lora.adapter_layer import LoRALayer
+from lowrank.lora.adapter_layer import DEPARTURES, LoRALayer
 from lowrank.lora.adapters import (
     activate,
     active_adapters,
@@ -39,9 +40,11 @@ from lowrank.lora.adapters import (
 )
 from lowrank.lora.bases import base_of
 from lowrank.lora.config import LoRAConfig
-from lowrank.lora.model import delete_adapter, install
-from lowrank.lora.target_modules import ALL_LINEAR, find_targets
-from lowrank.lora.tensors import adapter_tensors, by_layer, fill, fill_saved, rank_of_parts
+from lowrank.lora.model import install, remove
+from lowrank.lora.tables import brought_tables, put_tables, tables_to_save
+from lowrank.lora.target_modules import asks_for_all_linear, find_targets
+from lowrank.lora.tensors import PREFIX, adapter_tensors, by_layer, fill, fill_saved, rank_of_parts
+from lowrank.targets.copying import copy_model
 from lowrank.targets.model import unwrapped
 
 __all__ = ["CONFIG_NAME", "TENSORS_NAME", "load_adapter", "reread_adapter", "save_adapter"]
@@ -55,12 +58,17 @@ _SIDE_BYTES = 1 << 20
 
 
 def save_adapter(
-    model: nn.Module, directory: str | Path, adapter_name: str | None = None, *, overwrite: bool = False
+    model: nn.Module,
+    directory: str | Path,
+    adapter_name: str | None = None,
+    *,
+    overwrite: bool = False,
+    save_embedding_layers: bool | str = "auto",
 ) -> Path:
     """Write one adapter as PEFT does; ``directory`` appears complete or stays as it was.
 
-    PEFT loads the result on the dense model, and computes the same but for convolutions with groups or another padding than zeros
-    (the log names them). ``target_modules`` is written as the user gave it, or as the list of adapted
+    PEFT loads the result on the dense model, and computes the same but for convolutions with groups, dilation or another padding
+    than zeros (the log names them). ``target_modules`` is written as the user gave it, or as the list of adapted
     names where that was ``"all-linear"``: on a compressed model the same words cover other layers.
 
     Args:
@@ -68,32 +76,35 @@ def save_adapter(
         directory: where to; its parent must exist.
         adapter_name: default the active one.
         overwrite: replace a directory that is not empty.
+        save_embedding_layers: write the token tables (input and output embeddings) as well. ``"auto"`` does so where the adapter
+            is on them, where the vocabulary was resized after the model was loaded from a directory, and where they came with
+            the adapter's own file.
 
     Returns:
         The directory as an absolute path.
 
     Raises:
-        UsageError: no or several active adapters and no name given; the directory is not empty.
+        UsageError: no or several active adapters and no name given; the directory is not empty; an option that there is not.
         AdapterError: no adapter of that name.
         StorageError: writing failed.
     """
     adapter = _chosen(model, adapter_name)
     tensors = adapter_tensors(model, adapter)
+    tensors |= {PREFIX + name: table for name, table in tables_to_save(model, adapter, save_embedding_layers).items()}
     document = _config_of(model, adapter).to_peft()
     layers = {name: layer for name, layer in lora_layers(model).items() if adapter in layer.configs}
     note = {
         "version": __version__,
         "learnable_scale": _own_config(model, adapter).learnable_scale,
-        "zero_padded": [name for name, layer in layers.items() if layer.is_zero_padded(adapter)],
-    }
+    } | {how: [name for name, layer in layers.items() if how in layer.departures(adapter)] for how in DEPARTURES}
     metadata = {"format": "pt", PACKAGE: json.dumps(note, sort_keys=True)}
     needed_bytes = sum(tensor.nbytes for tensor in tensors.values()) + _SIDE_BYTES
     check_destination(directory, overwrite, needed_bytes=needed_bytes)
     own = [name for name, layer in layers.items() if layer.differs_in_peft(adapter)]
     if own:
         log.warning(
-            "save_adapter: PEFT builds the adapters of %d convolutions otherwise (the first is %s: groups, or padding that is not "
-            "zeros): load this adapter with lowrank",
+            "save_adapter: PEFT builds the adapters of %d convolutions otherwise (the first is %s: groups, dilation, or padding that "
+            "is not zeros): load this adapter with lowrank",
             len(own),
             printable(own[0]),
         )
@@ -112,8 +123,9 @@ def reread_adapter(model: nn.Module, adapter: str, file: Path) -> None:
             if adapter in layer.lora_scale:
                 torch.nn.init.ones_(layer.lora_scale[adapter])
             where = f"{printable(file)}: layer {printable(name)}"
-            fill(layer, adapter, layers.get(name, {}), where, zero_padded=False)
-    fill_saved(model, adapter, rest, printable(file))
+            fill(layer, adapter, layers.get(name, {}), where, ())
+    left = fill_saved(model, adapter, rest, printable(file))
+    put_tables(model, adapter, *brought_tables(model, adapter, left, printable(file)))
 
 
 def load_adapter(
@@ -121,7 +133,8 @@ def load_adapter(
 ) -> nn.Module:
     """Put an adapter from PEFT's files (PEFT's own or :func:`save_adapter`'s) on a model, dense or compressed.
 
-    Its adapters go where the file has tensors; every tensor must find its place. The adapter becomes the active one.
+    Its adapters go where the file has tensors; every tensor must find its place. A token table that the file brings (new words)
+    takes the place of the model's, also of a compressed one, which is dense from then on. The adapter becomes the active one.
 
     Args:
         model: the model it was trained on, or that model compressed.
@@ -147,15 +160,17 @@ def load_adapter(
         )
     for name in (CONFIG_NAME, TENSORS_NAME):
         if not (folder / name).is_file():
+            inside = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG_NAME}"))
+            hint = f"; there are adapters in its folders {', '.join(map(printable, inside[:5]))}" if inside else ""
             raise CheckpointError(
-                f"{printable(folder / name)}: missing; an adapter has {CONFIG_NAME} and {TENSORS_NAME}"
+                f"{printable(folder / name)}: missing; an adapter has {CONFIG_NAME} and {TENSORS_NAME}{hint}"
             )
     file = _AdapterFile.read(folder)
     model = unwrapped(model)
     check_new_name(model, adapter_name)
     check_unmerged(model, "load_adapter")
     if not inplace:
-        model = copy.deepcopy(model)
+        model = copy_model(model)
     _load(model, adapter_name, file)
     return model
 
@@ -182,7 +197,8 @@ class _AdapterFile:
         where = printable(folder / TENSORS_NAME)
         header = read_safetensors_header(folder / TENSORS_NAME)
         note = _note(header.metadata, where)
-        return cls(config, *by_layer({name: read_tensor(header, name) for name in header.tensors}), note, where)
+        layers, rest = by_layer({name: read_tensor(header, name) for name in header.tensors})
+        return cls(_without_missing_head(config, rest, where), layers, rest, note, where)
 
     def check_rank(self, name: str, base: nn.Module) -> None:
         """Refuse a rank that would take all memory, or that the tensors do not have.
@@ -215,9 +231,9 @@ class _AdapterFile:
             learnable_scale=bool(self.note.get("learnable_scale", False)),
         )
 
-    def is_zero_padded(self, name: str) -> bool:
-        """Tell whether the adapter of a convolution pads with zeros whatever its base does: all of PEFT's do."""
-        return not self.note or name in self.note["zero_padded"]
+    def departures(self, name: str) -> tuple[str, ...]:
+        """Say where the adapter of a convolution departs from its base's geometry: in all of PEFT's, wherever it can."""
+        return tuple(how for how in DEPARTURES if not self.note or name in self.note[how])
 
 
 def _load(model: nn.Module, adapter: str, file: _AdapterFile) -> None:
@@ -235,13 +251,18 @@ def _load(model: nn.Module, adapter: str, file: _AdapterFile) -> None:
         raise CheckpointError(
             f"{file.where}: holds no adapter of a layer, and no module of its configuration is in this model"
         )
+    lacking = [
+        place.name
+        for place in find_targets(model, file.config, strict=False).adapted
+        if not set(place.names) & set(file.layers)
+    ]
     before = active_adapters(model)
     trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
     for name in file.layers:
         module = places[name].module
         file.check_rank(name, module.base_layer if isinstance(module, LoRALayer) else module)
     here = file.config_here()
-    install(model, here, adapter, targets)
+    install(model, here, adapter, targets, decoded=True)
     try:
         for place in targets.adapted:
             layer = model.get_submodule(place.name)
@@ -250,15 +271,37 @@ def _load(model: nn.Module, adapter: str, file: _AdapterFile) -> None:
                 continue
             assert isinstance(layer, LoRALayer)
             where = f"{file.where}: layer {printable(key)}"
-            fill(layer, adapter, file.layers[key], where, zero_padded=file.is_zero_padded(key))
+            fill(layer, adapter, file.layers[key], where, file.departures(key))
             layer.configs[adapter] = file.config.replace(learnable_scale=here.learnable_scale)
-        fill_saved(model, adapter, file.rest, file.where)
+        left = fill_saved(model, adapter, file.rest, file.where)
+        put_tables(model, adapter, *brought_tables(model, adapter, left, file.where))
     except CheckpointError:
-        delete_adapter(model, adapter)
+        remove(model, adapter)
         activate(model, before)
         for parameter, flag in trainable.items():
             parameter.requires_grad_(flag)
         raise
+    if lacking:
+        shown = ", ".join(printable(name) for name in lacking[:5]) + (", ..." if len(lacking) > 5 else "")
+        warnings.warn(
+            f"{file.where}: holds nothing for {len(lacking)} layers that target_modules names ({shown}); no adapter is on them",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def _without_missing_head(config: LoRAConfig, rest: Mapping[str, Tensor], where: str) -> LoRAConfig:
+    """Forget the task of an adapter whose file has no head for it: 0.3.0 wrote the task down and left the head alone."""
+    heads = config.head_names
+    listed = any(entry in heads for entry in config.modules_to_save or ())
+    if not heads or listed or any(part.endswith(heads) for key in rest for part in key.split(".")[:-1]):
+        return config
+    warnings.warn(
+        f"{where}: holds no head for task_type={config.task_type}; the model's own is used, and stays as it is",
+        UserWarning,
+        stacklevel=4,
+    )
+    return config.replace(task_type=None)
 
 
 def _exactly(names: Iterable[str]) -> str:
@@ -278,11 +321,11 @@ def _note(metadata: Mapping[str, str], where: str) -> dict[str, Any]:
     if PACKAGE not in metadata:
         return {}
     try:
-        note = json.loads(metadata[PACKAGE])
-    except ValueError as error:
-        raise CheckpointError(f"{where}: its metadata on lowrank is not JSON") from error
-    if not isinstance(note, dict) or not isinstance(note.setdefault("zero_padded", []), list):
-        raise CheckpointError(f"{where}: its metadata on lowrank is not a map with a list zero_padded")
+        note = parse_json(metadata[PACKAGE], source=where)
+    except CheckpointError as error:
+        raise CheckpointError(f"{where}: its metadata on lowrank is damaged ({error})") from error
+    if not isinstance(note, dict) or not all(isinstance(note.setdefault(how, []), list) for how in DEPARTURES):
+        raise CheckpointError(f"{where}: its metadata on lowrank is not a map with lists {' and '.join(DEPARTURES)}")
     return note
 
 
@@ -312,15 +355,14 @@ def _config_of(model: nn.Module, adapter: str) -> LoRAConfig:
     """The configuration as PEFT will read it: resolved names, and how the bases store their weights."""
     config = _own_config(model, adapter)
     layers = {name: layer for name, layer in lora_layers(model).items() if adapter in layer.configs}
-    wanted = config.target_modules
-    if wanted is None or (isinstance(wanted, str) and wanted.lower() == ALL_LINEAR):
+    if asks_for_all_linear(config):
         config = config.replace(target_modules=sorted(layers))
     if {place.name for place in find_targets(model, config, strict=False).adapted} != set(layers):
         # A name that is also the end of another's: only an expression can tell them apart.
         config = config.replace(target_modules=_exactly(sorted(layers)), layers_to_transform=None, layers_pattern=None)
     transposed = any(is_conv1d(layer.unmerged_base) for layer in layers.values())
     path = getattr(getattr(model, "config", None), "_name_or_path", None) or None
-    extra = {"base_model_name_or_path": path, "inference_mode": True} | {
-        name: value for name, value in config.extra.items() if value is not None
-    }
-    return config.replace(fan_in_fan_out=config.fan_in_fan_out or transposed, extra=extra)
+    return config.replace(
+        fan_in_fan_out=config.fan_in_fan_out or transposed,
+        base_model_name_or_path=config.base_model_name_or_path or path,
+    )

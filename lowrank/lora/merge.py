@@ -14,7 +14,7 @@ from lowrank.checkpoint.saving import says_tied_wrongly
 from lowrank.errors import AdapterError, RankError, UsageError, is_whole
 from lowrank.layers import CompressedLayer
 from lowrank.lora.adapter_layer import LoRALayer
-from lowrank.lora.adapters import activate, lora_layers, require_adapter
+from lowrank.lora.adapters import activate, check_one_copy, lora_layers, require_adapter
 from lowrank.lora.base_update import MergeOptions, merged_base
 from lowrank.lora.changes import MergeRow
 from lowrank.lora.saved_module import SavedModule
@@ -100,7 +100,7 @@ def merge_lora(
     Raises:
         AdapterError: a layer cannot take its adapter; every such layer is listed with the reason, and nothing is merged.
         NumericsError: NaN or Inf in an adapter or a result; nothing is merged.
-        UsageError: other adapters are merged already, or nothing is there to merge.
+        UsageError: other adapters are merged already, nothing is there to merge, or several train the same module whole.
 
     Example:
         >>> from lowrank.lora import LoRAConfig, add_lora
@@ -116,6 +116,7 @@ def merge_lora(
             raise UsageError("merge_lora: adapters is empty; name one, or leave it out for the active ones")
         for adapter in adapters:
             require_adapter(model, adapter)
+        check_one_copy(model, adapters, "merge_lora")
     made: list[tuple[LoRALayer, nn.Module, tuple[str, ...], MergeRow]] = []
     refused: dict[str, list[str]] = {}
     for name, layer in layers.items():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
 import re
 import warnings
@@ -18,7 +17,9 @@ from lowrank.lora.adapter_layer import FORMS, LoRALayer
 from lowrank.lora.adapters import (
     activate,
     active_adapters,
+    adapter_names,
     check_new_name,
+    check_one_copy,
     check_unmerged,
     lora_layers,
     require_adapter,
@@ -27,9 +28,11 @@ from lowrank.lora.adapters import (
 from lowrank.lora.bases import base_of
 from lowrank.lora.config import LoRAConfig
 from lowrank.lora.initialise import Residual, drawn_from, start_from_residual, start_from_singular_vectors
+from lowrank.lora.overlooked import overlooked
 from lowrank.lora.saved_module import SavedModule
 from lowrank.lora.target_modules import Targets, find_targets, outer_modules
 from lowrank.numerics.moments import InputStatistics, TokenCounts
+from lowrank.targets.copying import copy_model
 from lowrank.targets.model import replace_module, unwrapped
 
 __all__ = [
@@ -38,6 +41,7 @@ __all__ = [
     "delete_adapter",
     "disable_adapter",
     "install",
+    "remove",
     "set_adapter",
     "set_form",
 ]
@@ -75,7 +79,7 @@ def add_lora(
     Raises:
         RankError: a rank that would take all memory.
         UsageError: an entry of the configuration that matches nothing, a name already taken, a merged model.
-        AdapterError: a layer that cannot carry this adapter.
+        AdapterError: a layer that cannot carry this adapter, or a module that cannot be trained whole.
 
     Example:
         >>> model = add_lora(nn.Sequential(nn.Linear(64, 10)), LoRAConfig(r=4))
@@ -88,25 +92,33 @@ def add_lora(
     check_unmerged(model, "add_lora")
     if config.init_lora_weights == "residual" and original is None:
         raise UsageError('init_lora_weights="residual": needs original=, the model before compression')
-    for place in find_targets(model, config).adapted:  # before a copy is made for nothing
+    targets = find_targets(model, config)
+    for place in targets.adapted:  # before a copy is made for nothing
         base = place.module.base_layer if isinstance(place.module, LoRALayer) else place.module
         base_of(base).require_rank(config.rank_of(place.name), place.name)
+    said = overlooked(model, config, targets)
     if not inplace:
-        model = copy.deepcopy(model)
+        model = copy_model(model)
     with drawn_from(seed):
         residual = None if original is None else Residual(original, statistics or {})
         wide = install(model, config, adapter_name, find_targets(model, config), residual)
     if wide:
-        warnings.warn(
-            f"r: over min(out, in) on {len(wide)} layers (first {wide[0]}), where the rest adds parameters but no freedom",
-            UserWarning,
-            stacklevel=2,
+        said.append(
+            f"r: over min(out, in) on {len(wide)} layers (first {wide[0]}), where the rest adds parameters but no freedom"
         )
+    for sentence in said:
+        warnings.warn(sentence, UserWarning, stacklevel=2)
     return model
 
 
 def install(
-    model: nn.Module, config: LoRAConfig, adapter: str, targets: Targets, residual: Residual | None = None
+    model: nn.Module,
+    config: LoRAConfig,
+    adapter: str,
+    targets: Targets,
+    residual: Residual | None = None,
+    *,
+    decoded: bool = False,
 ) -> list[str]:
     """Add the adapter at these places; the model is as it was where that fails.
 
@@ -116,6 +128,7 @@ def install(
         adapter: its name.
         targets: of :func:`lowrank.lora.target_modules.find_targets`.
         residual: for ``init_lora_weights="residual"``, what it is fitted to.
+        decoded: modules that are trained whole may hold codes, since a file brings their numbers: this adapter's copy is dense.
 
     Returns:
         Names of the layers whose smaller side is below the rank.
@@ -145,7 +158,7 @@ def install(
         for place in targets.saved:
             wrapper = place.module if isinstance(place.module, SavedModule) else SavedModule(place.module)
             undo.callback(wrapper.delete_adapter, adapter)
-            wrapper.add_adapter(adapter)
+            wrapper.add_adapter(adapter, decoded=decoded)
             if wrapper is not place.module:
                 undo.callback(replace_module, model, place.names, place.module)
                 replace_module(model, place.names, wrapper)
@@ -182,12 +195,13 @@ def set_adapter(model: nn.Module, adapter: str | Sequence[str] | None) -> None:
 
     Raises:
         AdapterError: the model has no adapter of that name.
-        UsageError: adapters are merged; unmerge first.
+        UsageError: adapters are merged (unmerge first), or several of them train the same module whole.
     """
     wanted = [] if adapter is None else [adapter] if isinstance(adapter, str) else list(adapter)
     for name in wanted:
         require_adapter(model, name)
     check_unmerged(model, "set_adapter")
+    check_one_copy(model, wanted, "set_adapter")
     activate(model, wanted)
 
 
@@ -219,7 +233,8 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
 def delete_adapter(model: nn.Module, adapter: str) -> None:
     """Remove an adapter; layers without any become the plain base again.
 
-    A base that ``"pissa"`` took directions out of stays without them.
+    Where it was the only active one, the first of the others becomes active, and a warning says so, as in PEFT. A base that
+    ``"pissa"`` took directions out of stays without them.
 
     Raises:
         AdapterError: no adapter of that name.
@@ -227,6 +242,18 @@ def delete_adapter(model: nn.Module, adapter: str) -> None:
     """
     require_adapter(model, adapter)
     check_unmerged(model, "delete_adapter")
+    was_active = adapter in active_adapters(model)
+    remove(model, adapter)
+    others = adapter_names(model)
+    if was_active and others and not active_adapters(model):
+        activate(model, others[:1])
+        warnings.warn(
+            f"delete_adapter: {adapter!r} was active; {others[0]!r} is from here on", UserWarning, stacklevel=2
+        )
+
+
+def remove(model: nn.Module, adapter: str) -> None:
+    """Take an adapter off the model, without a word on which others count."""
     for layer in lora_layers(model).values():
         layer.delete_adapter(adapter)
     for module in saved_modules(model).values():
@@ -277,13 +304,13 @@ def add_weighted_adapter(
         present = [adapter for adapter, _ in pairs]
         if any(layer.configs[adapter].use_dora for adapter in present):
             raise AdapterError(f"layer {name}: DoRA adapters scale the base weight; a sum of them is no adapter")
-        if len({layer.is_zero_padded(adapter) for adapter in present}) > 1:
+        if len({layer.departures(adapter) for adapter in present}) > 1:
             raise AdapterError(
-                f"layer {name}: some of the adapters pad with zeros and some do not; their sum is no adapter"
+                f"layer {name}: some of the adapters pad with zeros (or have no dilation) and some do not; their sum is no adapter"
             )
         if present:
             each = [weight for adapter, weight in pairs for _ in range(layer.rank_of(adapter))]
-            sums[name] = layer.change(present), each, layer.is_zero_padded(present[0])
+            sums[name] = layer.change(present), each, layer.departures(present[0])
     ranks = {name: change.right.shape[0] for name, (change, *_) in sums.items()}
     for name, rank in ranks.items():
         base_of(lora_layers(model)[name].base_layer).require_rank(rank, name)
@@ -297,11 +324,10 @@ def add_weighted_adapter(
         r=top, lora_alpha=top, target_modules=list(ranks), rank_pattern=patterns, alpha_pattern=dict(patterns)
     )
     layers = lora_layers(model)
-    for name, (change, each, zero_padded) in sums.items():
+    for name, (change, each, departures) in sums.items():
         layer = layers[name]
         layer.add_adapter(adapter_name, config, name)
-        if zero_padded:
-            layer.lora_A[adapter_name].padding_mode = "zeros"
+        layer.depart(adapter_name, departures)
         layer.set_pair(adapter_name, change.left * change.left.new_tensor(each), change.right)
     activate(model, [adapter_name])
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowrank.errors import UsageError
+from lowrank.errors import AdapterError, UsageError
 from lowrank.layers import CompressedLayer
 from lowrank.layers.source import is_conv1d
 from lowrank.lora.adapter_layer import LoRALayer
@@ -19,7 +19,16 @@ from lowrank.lora.bases import family
 from lowrank.lora.config import LoRAConfig, pattern_key
 from lowrank.lora.saved_module import SavedModule
 
-__all__ = ["ALL_LINEAR", "Place", "Targets", "find_targets", "outer_modules"]
+__all__ = [
+    "ALL_LINEAR",
+    "Place",
+    "Targets",
+    "asks_for_all_linear",
+    "find_targets",
+    "matches",
+    "outer_modules",
+    "token_table",
+]
 
 ALL_LINEAR = "all-linear"
 _HEAD = 'the output head, which "all-linear" leaves out; name it to adapt it'
@@ -76,7 +85,8 @@ def find_targets(model: nn.Module, config: LoRAConfig, *, strict: bool = True) -
 
     Raises:
         UsageError: an entry or pattern that matches nothing (near misses are listed), or nothing but modules that no
-            adapter fits.
+            adapter fits, or that are trained whole.
+        AdapterError: a module that is to be trained whole, and cannot.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))
@@ -89,6 +99,8 @@ def find_targets(model: nn.Module, config: LoRAConfig, *, strict: bool = True) -
     whole = tuple(f"{name}." for place in saved for name in place.names)
     # What lies inside another of them is trained with it.
     saved = tuple(place for place in saved if not place.name.startswith(whole))
+    for place in saved:
+        _check_trainable_whole(place)
     head = _output_head(model, config)
     adapted: list[Place] = []
     left: dict[str, str] = {}
@@ -103,8 +115,8 @@ def find_targets(model: nn.Module, config: LoRAConfig, *, strict: bool = True) -
         elif _holds_weights(place.module):
             left[place.name] = reason
     if strict:
-        _check_entries(places, (*adapted, *saved), left, config, every_name)
-    if strict and not adapted and not saved:
+        _check_entries(places, adapted, left, config, every_name)
+    if strict and not adapted:
         raise UsageError("target_modules: nothing in the model fits it; " + _why_nothing(left))
     return Targets(tuple(adapted), saved, left)
 
@@ -115,32 +127,53 @@ def _hit(entries: Sequence[str], name: str) -> bool:
 
 def _is_saved(config: LoRAConfig, name: str) -> bool:
     """As PEFT matches: an entry is any end of a name, not only a whole part of it ("norm" is "input_layernorm" too)."""
-    return name.endswith(tuple(config.modules_to_save or ()))
+    return name.endswith(tuple(config.trained_whole))
 
 
-def _matches(wanted: str | Sequence[str] | None, name: str) -> bool:
+def matches(wanted: str | Sequence[str] | None, name: str) -> bool:
+    """Tell whether a module's name fits a regular expression, or one of a list of names and their ends."""
     if wanted is None:
         return False
     return re.fullmatch(wanted, name) is not None if isinstance(wanted, str) else _hit(wanted, name)
 
 
-def _all_linear(config: LoRAConfig) -> bool:
+def asks_for_all_linear(config: LoRAConfig) -> bool:
+    """Tell whether ``target_modules`` is ``"all-linear"``, or left out."""
     wanted = config.target_modules
     return wanted is None or (isinstance(wanted, str) and wanted.lower() == ALL_LINEAR)
 
 
+def _check_trainable_whole(place: Place) -> None:
+    """Refuse a module that no copy can stand in for."""
+    module = place.module.original_module if isinstance(place.module, SavedModule) else place.module
+    if type(module).forward is nn.Module.forward or isinstance(module, (nn.ModuleDict, nn.ModuleList)):
+        inside = ", ".join(f"{place.name}.{name}" for name, _ in module.named_children()) or "the modules that run"
+        raise AdapterError(
+            f"modules_to_save: {place.name} is a {type(module).__name__}, which is never called itself; name what it holds "
+            f"({inside})"
+        )
+    for name, part in module.named_modules():
+        if isinstance(part, (LoRALayer, SavedModule)):
+            where = f"{place.name}.{name}" if name else place.name
+            adapters = ", ".join(part.configs if isinstance(part, LoRALayer) else part.modules_to_save)
+            raise AdapterError(
+                f"modules_to_save: {where} carries the adapter {adapters} already, and cannot be trained whole by another one; "
+                "delete that adapter, or leave the module out"
+            )
+
+
 def _unwanted(place: Place, config: LoRAConfig, head: nn.Module | None) -> str | None:
     """Why the configuration does not ask for this module."""
-    if any(_matches(config.exclude_modules, name) for name in place.names):
+    if any(matches(config.exclude_modules, name) for name in place.names):
         return "excluded by exclude_modules"
-    if _all_linear(config):
+    if asks_for_all_linear(config):
         if head is not None and (
             place.module is head or (isinstance(place.module, LoRALayer) and place.module.base_layer is head)
         ):
             return _HEAD
         kind = place.module.family if isinstance(place.module, LoRALayer) else family(place.module)
         return None if kind == "linear" else "not a linear layer"
-    hits = [name for name in place.names if _matches(config.target_modules, name)]
+    hits = [name for name in place.names if matches(config.target_modules, name)]
     if not hits:
         return "not among target_modules"
     wanted = config.layers_to_transform
@@ -168,6 +201,8 @@ def _unfit(place: Place) -> str | None:
     module, parent = place.module, place.parent
     if isinstance(module, LoRALayer):
         return None
+    if isinstance(module, SavedModule):
+        return f"the adapter {', '.join(module.modules_to_save)} trains it whole (modules_to_save)"
     if isinstance(parent, nn.MultiheadAttention):
         return "nn.MultiheadAttention reads this weight without calling the layer"
     if isinstance(parent, nn.TransformerEncoderLayer) and parent.activation_relu_or_gelu != 0:
@@ -196,22 +231,42 @@ def _holds_weights(module: nn.Module) -> bool:
     return isinstance(module, CompressedLayer) or next(module.parameters(recurse=False), None) is not None
 
 
+def token_table(model: nn.Module, getter: str) -> nn.Module | None:
+    """Ask a model of transformers for its input or output embeddings; ``None`` where it has none (or no such method).
+
+    Args:
+        getter: ``"get_input_embeddings"`` or ``"get_output_embeddings"``.
+
+    Example:
+        >>> token_table(nn.Sequential(nn.Linear(2, 2)), "get_input_embeddings") is None
+        True
+    """
+    find = getattr(model, getter, None)
+    if find is None:
+        return None
+    try:
+        found = find()
+    except (AttributeError, NotImplementedError):
+        # transformers raises these for models of images and sound.
+        return None
+    return found if isinstance(found, nn.Module) else None
+
+
 def _output_head(model: nn.Module, config: LoRAConfig) -> nn.Module | None:
     """The module that "all-linear" leaves out, found as PEFT finds it."""
-    getter = getattr(model, "get_output_embeddings", None)
-    if getter is None:
+    if not hasattr(model, "get_output_embeddings"):
         return None
-    head = getter()
-    if head is None and config.extra.get("task_type") == "SEQ_CLS":
+    head = token_table(model, "get_output_embeddings")
+    if head is None and config.task_type == "SEQ_CLS":
         head = next((getattr(model, name) for name in _CLASSIFIER_HEADS if hasattr(model, name)), None)
     return head if isinstance(head, nn.Module) else None
 
 
 def _check_entries(
-    places: Sequence[Place], fit: Sequence[Place], left: dict[str, str], config: LoRAConfig, names: Sequence[str]
+    places: Sequence[Place], adapted: Sequence[Place], left: dict[str, str], config: LoRAConfig, names: Sequence[str]
 ) -> None:
-    targets = [] if _all_linear(config) else _listed(config.target_modules)
-    fitting = [name for place in fit for name in place.names]
+    targets = [] if asks_for_all_linear(config) else _listed(config.target_modules)
+    fitting = [name for place in adapted for name in place.names]
     for argument, entries in (
         ("target_modules", targets),
         ("exclude_modules", _listed(config.exclude_modules)),
@@ -219,14 +274,24 @@ def _check_entries(
     ):
         for entry, is_expression in entries:
             if argument == "modules_to_save":
+                if entry in config.head_names:
+                    # PEFT writes down both names of a task's head, of which a model has one.
+                    continue
                 matched = [name for name in names if name.endswith(entry)]
             else:
-                matched = [name for name in names if _matches(entry if is_expression else [entry], name)]
+                matched = [name for name in names if matches(entry if is_expression else [entry], name)]
             if not matched:
-                raise UsageError(
-                    f"{argument}: {entry!r} matches no module of the model{_near(entry, names, is_expression)}"
+                owner = next((place for place in places if entry in place.module._parameters), None)
+                near = (
+                    _near(entry, names, is_expression)
+                    if owner is None
+                    else f": it is a parameter of {owner.name}, a {type(owner.module).__name__}, and adapters go on modules"
                 )
+                raise UsageError(f"{argument}: {entry!r} matches no module of the model{near}")
             if argument == "target_modules" and not set(matched) & set(fitting):
+                if fitting and all(_is_saved(config, name) for name in matched):
+                    # As in PEFT, where that counts; add_lora says so.
+                    continue
                 reasons = _reasons(matched, places, config, left)
                 raise UsageError(f"target_modules: {entry!r} matches {matched[0]}, but {reasons}")
     for argument, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lowrank.errors import CheckpointError
+from lowrank.errors import AdapterError, CheckpointError
 from lowrank.io import printable
-from lowrank.layers import CompressedLayer
 from lowrank.lora.adapter_layer import LoRALayer
 from lowrank.lora.adapters import lora_layers, saved_modules
 
@@ -79,22 +78,25 @@ def rank_of_parts(parts: Mapping[str, Tensor]) -> int:
     return int(down.shape[0]) if down is not None and down.ndim else 1
 
 
-def fill(layer: LoRALayer, adapter: str, parts: dict[str, Tensor], where: str, *, zero_padded: bool) -> None:
+def fill(layer: LoRALayer, adapter: str, parts: dict[str, Tensor], where: str, departures: Iterable[str]) -> None:
     """Copy the tensors of one layer into its adapter.
 
     Args:
-        zero_padded: a convolution's ``lora_A`` has zeros around its input, whatever the base pads with: as PEFT's has.
+        departures: where a convolution's ``lora_A`` departs from the base's geometry; see :meth:`LoRALayer.departures`.
 
     Raises:
-        CheckpointError: another set of tensors, other shapes, or NaN or Inf; begins with ``where``.
+        CheckpointError: another set of tensors, other shapes, or NaN or Inf, or departures that the layer cannot take; begins with
+            ``where``.
     """
     needed = set(layer.parts(adapter))
     if set(parts) != needed:
         raise CheckpointError(f"{where}: must have {', '.join(sorted(needed))}, got {', '.join(sorted(parts))}")
     if layer.family.startswith("conv"):
         _match_convolutions(layer, adapter, parts["lora_A"], parts["lora_B"])
-        if zero_padded:
-            layer.lora_A[adapter].padding_mode = "zeros"
+        try:
+            layer.depart(adapter, departures)
+        except AdapterError as error:
+            raise CheckpointError(f"{where}: {error}") from error
     for name, parameter in layer.parts(adapter).items():
         _copy(parameter, parts[name], f"{where}.{name}")
 
@@ -109,11 +111,14 @@ def _match_convolutions(layer: LoRALayer, adapter: str, down: Tensor, up: Tensor
             module.weight = nn.Parameter(module.weight.new_empty(like.shape))
 
 
-def fill_saved(model: nn.Module, adapter: str, rest: dict[str, Tensor], where: str) -> None:
+def fill_saved(model: nn.Module, adapter: str, rest: dict[str, Tensor], where: str) -> dict[str, Tensor]:
     """Copy the tensors that belong to no adapted layer into the modules that are trained whole.
 
+    Returns:
+        Those that belong to no such module either.
+
     Raises:
-        CheckpointError: one is missing, or has no place; begins with ``where``.
+        CheckpointError: one is missing, of another shape, or holds NaN or Inf; begins with ``where``.
     """
     left = dict(rest)
     for name, module in saved_modules(model).items():
@@ -124,26 +129,7 @@ def fill_saved(model: nn.Module, adapter: str, rest: dict[str, Tensor], where: s
             if given is None:
                 raise CheckpointError(f"{where}: lacks {printable(name)}.{part} of modules_to_save")
             _copy(tensor, given, f"{where}: {printable(name)}.{part}")
-    # PEFT may add tables of the base model (save_embedding_layers); unchanged ones tell nothing.
-    left = {name: tensor for name, tensor in left.items() if not _is_of_base(model, name, tensor)}
-    if left:
-        raise CheckpointError(
-            f"{where}: {len(left)} tensors have no place in this model, the first is {printable(min(left))}"
-        )
-
-
-def _is_of_base(model: nn.Module, name: str, tensor: Tensor) -> bool:
-    """Whether this is the base model's own weight; of a compressed layer, whose weight is another, by its shape."""
-    layer, _, part = name.rpartition(".")
-    try:
-        module = model.get_submodule(layer)
-    except AttributeError:
-        return False
-    module = module.unmerged_base if isinstance(module, LoRALayer) else module
-    if isinstance(module, CompressedLayer):
-        return part == "weight" and tuple(module.shape) == tuple(tensor.shape)
-    own = module._parameters.get(part)
-    return own is not None and own.shape == tensor.shape and torch.equal(own.detach().cpu(), tensor)
+    return left
 
 
 def _copy(target: Tensor, given: Tensor, where: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import time
@@ -14,9 +13,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lowrank.calibration.batches import Batch, evaluating, prepare_batches, sample_count
+from lowrank.calibration.batches import Batch, ForwardFn, evaluating, sample_count
 from lowrank.calibration.evaluation import Evaluator
+from lowrank.calibration.preparing import input_embedding, prepare_batches, told
+from lowrank.calibration.untouched import restore_modes, set_modes
 from lowrank.errors import CalibrationError, NumericsError
+from lowrank.targets.copying import copy_model
 from lowrank.training.data import derived_seed
 from lowrank.training.distillation import Distillation, is_logits
 from lowrank.training.forms import TrainableForm
@@ -95,6 +97,7 @@ def heal(
     vary: bool = False,
     max_grad_norm: float = 1.0,
     output_fn: Callable[[Any], Tensor] | None = None,
+    forward_fn: ForwardFn | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> HealResult:
@@ -123,6 +126,7 @@ def heal(
             step; else what it makes of a batch is kept, a third of the time of a step.
         max_grad_norm: gradients are clipped to it.
         output_fn: picks the tensor to match out of the model's output.
+        forward_fn: ``forward_fn(model, batch) -> output`` calls a model that takes objects.
         seed: of the split, the order and the variation; same input, seed and thread count give the same bytes.
         progress: a bar with the loss on standard error.
 
@@ -144,8 +148,9 @@ def heal(
     """
     check_seed(seed)
     options = HealOptions(steps, epochs, lr, what, hidden_weight, batch_size, vary, max_grad_norm)
-    batches = prepare_batches(original, calibration)
-    checks = None if validation is None else prepare_batches(original, validation, "validation")
+    called: dict[str, Any] = {"output_fn": output_fn, "forward_fn": forward_fn}
+    batches = told(prepare_batches(original, calibration, **called))
+    checks = None if validation is None else told(prepare_batches(original, validation, "validation", **called))
     train, held = _set_aside(batches, checks, seed)
     return heal_batches(compressed, original, train, held, options, output_fn=output_fn, seed=seed, progress=progress)
 
@@ -173,12 +178,12 @@ def heal_batches(
     before = judge.measure(compressed).value
     halves = {tensor.dtype for tensor in compressed.parameters() if tensor.is_floating_point()} == {torch.float16}
     teacher = original
-    healed = copy.deepcopy(compressed)
+    healed = copy_model(compressed)
     if halves:
         # Gradients and steps of training leave float16's range; what has only that dtype is trained in float32.
-        healed, teacher = healed.float(), copy.deepcopy(original).float()
+        healed, teacher = healed.float(), copy_model(original).float()
         train = [batch.widened() for batch in train]
-    modes = [(name, module.training) for name, module in healed.named_modules()]
+    modes = {name: module.training for name, module in healed.named_modules()}
     original_modes = [(module, module.training) for module in teacher.modules()]
     size = _bytes(compressed)
     form = TrainableForm(healed, options.what, teacher)
@@ -194,10 +199,8 @@ def heal_batches(
         losses = _train(form, loss, drawn, bar, options)
     finally:
         form.close()
-        for module, mode in original_modes:
-            module.training = mode
-        for name, mode in modes:
-            healed.get_submodule(name).training = mode
+        restore_modes(original_modes)
+        set_modes(healed, modes)
     if halves:
         healed = _halved(healed, compressed)
     after = judge.measure(healed).value
@@ -218,7 +221,7 @@ def heal_batches(
         losses=losses,
         run={"seconds": time.perf_counter() - started},
     )
-    return HealResult(healed if better else copy.deepcopy(compressed), report)
+    return HealResult(healed if better else copy_model(compressed), report)
 
 
 def _halved(healed: nn.Module, like: nn.Module) -> nn.Module:
@@ -314,8 +317,7 @@ def _metric_for(original: nn.Module, batch: Batch, output_fn: Callable[[Any], Te
 
 def _vocabulary(model: nn.Module) -> int:
     """Number of token ids of a model in transformers' manner; 0 where it does not say."""
-    find = getattr(model, "get_input_embeddings", None)
-    count = getattr(find(), "num_embeddings", 0) if callable(find) else 0
+    count = getattr(input_embedding(model), "num_embeddings", 0)
     return count if isinstance(count, int) else 0
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lowrank.calibration.batches import model_tensor
+from lowrank.calibration.outputs import model_tensor
 from lowrank.errors import CalibrationError, UsageError
 from lowrank.integrations.transformers import shifts_labels
 from lowrank.training.data import IGNORED, Example

@@ -24,8 +24,8 @@ from _shared.cases import MODELS, Case, digits
 from _shared.host import host
 
 import lowrank
-from lowrank.calibration.batches import prepare_batches
 from lowrank.calibration.evaluation import Evaluator
+from lowrank.calibration.preparing import prepare_batches
 
 HERE = Path(__file__).resolve().parent
 BUDGETS = (0.02, 0.05, 0.1, 0.2)

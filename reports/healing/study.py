@@ -34,9 +34,9 @@ from _shared import data, harness, resnet
 from _shared.host import host
 
 import lowrank
-from lowrank.calibration.batches import prepare_batches
 from lowrank.calibration.gradients import output_gradients
 from lowrank.calibration.inputs import collect_statistics
+from lowrank.calibration.preparing import prepare_batches
 from lowrank.layers import QuantizedLinear, QuantizedLowRankLayer, SVDCompressedConv2d, SVDCompressedLinear
 from lowrank.numerics.conv_factors import ConvFactors
 from lowrank.targets.model import replace_module

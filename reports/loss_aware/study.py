@@ -30,8 +30,8 @@ from _shared.cases import MODELS
 from _shared.host import host
 
 import lowrank
-from lowrank.calibration.batches import prepare_batches
 from lowrank.calibration.evaluation import Evaluator
+from lowrank.calibration.preparing import prepare_batches
 
 HERE = Path(__file__).resolve().parent
 # Model, budget, and what heal is given beside its defaults.

@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lowrank.calibration.batches import Batch, evaluating, model_tensor, prepare_batches, sample_count, split_batches
+from lowrank.calibration.batches import Batch, evaluating, sample_count, split_batches
+from lowrank.calibration.outputs import model_tensor
+from lowrank.calibration.preparing import prepare_batches
 from lowrank.errors import CalibrationError
 
 
@@ -55,9 +57,12 @@ def _failing() -> Iterator[Tensor]:
         ([torch.zeros(0, 3)], "is empty"),
         (_failing(), "batch 1 failed with OSError: disk gone"),
         (["text"], "must be a tensor, a tuple or a dict, got str"),
-        (torch.zeros(2, 3), "single Tensor"),
+        (torch.tensor(2.0), "a single number"),
+        (7, "must be an iterable of batches"),
+        ("texts.txt", "must be an iterable of batches"),
+        ({"x": [1, 2]}, "a dict must hold tensors or arrays of one length"),
         ([{"x": 3}], "holds no tensor"),
-        ([{1: torch.zeros(2, 3)}], "argument names"),
+        ([{1: torch.zeros(2, 3)}], "refused batch 0"),
         ([torch.zeros(2, 4)], "refused batch 0"),
     ],
 )

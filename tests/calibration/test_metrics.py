@@ -31,6 +31,7 @@ from lowrank.calibration.metrics import (
     sampled_metrics,
 )
 from lowrank.calibration.metrics.sums import count_kept, per_sample, position_mask
+from lowrank.calibration.metrics.variation import Centre
 from lowrank.compression.options import Options, check_budgets, metric_choices, metric_of
 from lowrank.errors import UsageError
 
@@ -101,6 +102,9 @@ def test_budgets_span_the_usual_range_and_a_relative_one_is_at_most_everything(m
 def test_terms_are_zero_for_the_same_output_and_blind_to_padding(metric: SampledMetric) -> None:
     batch, reference, other = tokens(), logits(0), logits(1)
     metric.check(reference, batch)
+    centre = Centre()
+    centre.add(reference, batch)
+    metric = metric.fitted(centre)
     assert metric.applies(reference, batch)
     lost, whole = metric.terms(reference, reference.clone(), batch)
     assert lost.shape == whole.shape == (3,) and lost.dtype == whole.dtype == torch.float64

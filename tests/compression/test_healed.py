@@ -14,8 +14,8 @@ from residual_model import Net, inputs
 from torch import Tensor, nn
 
 import lowrank
-from lowrank.calibration.batches import prepare_batches
 from lowrank.calibration.evaluation import Evaluator
+from lowrank.calibration.preparing import prepare_batches
 from lowrank.errors import CheckpointError, UsageError
 
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import lowrank
-from lowrank.calibration.batches import prepare_batches
 from lowrank.calibration.evaluation import Evaluator
+from lowrank.calibration.preparing import prepare_batches
 from lowrank.checkpoint import stored_tensors
 from lowrank.errors import CheckpointError, NumericsError, UsageError
 from lowrank.layers import LAYER_KINDS, CompressedLayer, QuantizedLSTM, QuantizedMultiheadAttention, compressed_layers

@@ -231,7 +231,7 @@ def test_options_read_as_on_the_dense_module() -> None:
         assert getattr(layer, name) == getattr(module, name)
     layer.flatten_parameters()
     with pytest.raises(AttributeError):
-        layer.weight_ih_l0  # noqa: B018
+        layer.weight_ih_l7  # noqa: B018
 
 
 def test_wrong_inputs_are_named() -> None:

@@ -168,7 +168,7 @@ def test_peft_fields_round_trip() -> None:
     document = json.loads(json.dumps(config.to_peft()))
     again = lowrank.LoRAConfig.from_peft(document)
     assert again.to_peft() == document
-    assert again.target_modules == ["a", "b"] and again.extra["task_type"] == "CAUSAL_LM"
+    assert again.target_modules == ["a", "b"] and again.task_type == "CAUSAL_LM"
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from lora_bases import randomise
-from lora_models import random_adapter, rows, two_linear
+from lora_models import Encoder, random_adapter, rows, two_linear
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -199,3 +199,50 @@ def test_a_rank_other_than_the_configuration_says_is_refused(tmp_path: Path) -> 
     path.write_text(json.dumps(json.loads(path.read_text()) | {"r": 4}))
     with pytest.raises(lowrank.CheckpointError, match=r"layer 0: .*rank 4.*rank 2"):
         lowrank.load_adapter(two_linear(), tmp_path / "a")
+
+
+def test_nesting_without_end_in_the_metadata_is_damage(saved: Path) -> None:
+    path = saved / "adapter_model.safetensors"
+    header = read_safetensors_header(path)
+    tensors = {name: read_tensor(header, name) for name in header.tensors}
+    for note in (
+        "[" * 100_000 + "]" * 100_000,
+        '{"a":' * 100_000,
+        "NaN",
+        '{"zero_padded": 3}',
+        '{"undilated": {}}',
+        "[]",
+    ):
+        path.unlink()
+        write_safetensors(path, tensors, {"format": "pt", "lowrank": note})
+        with pytest.raises(lowrank.CheckpointError, match=r"adapter_model\.safetensors: its metadata on lowrank is"):
+            lowrank.load_adapter(model(), saved)
+
+
+def without(tensors: dict[str, Tensor], layer: str) -> None:
+    for name in [name for name in tensors if f".{layer}." in name]:
+        del tensors[name]
+
+
+def test_layers_that_the_configuration_names_and_the_file_lacks_are_named(saved: Path, tmp_path: Path) -> None:
+    rewrite(saved, lambda tensors: without(tensors, "2"))
+    with pytest.warns(
+        UserWarning, match=r"holds nothing for 1 layers that target_modules names \(2\); no adapter is on them"
+    ):
+        loaded = lowrank.load_adapter(model(), saved)
+    assert list(lora_layers(loaded)) == ["0"]
+    # Saved again, the file names what it holds.
+    lowrank.save_adapter(loaded, tmp_path / "again")
+    lowrank.load_adapter(model(), tmp_path / "again")
+
+
+def test_what_a_pattern_of_layers_leaves_out_is_not_missed(tmp_path: Path) -> None:
+    config = lowrank.LoRAConfig(r=1, target_modules=["query"], layers_to_transform=[0, 2], exclude_modules=["2.query"])
+    with pytest.raises(lowrank.UsageError, match="no target module in layer 2"):
+        lowrank.add_lora(Encoder(), config)
+    config = config.replace(exclude_modules=None)
+    lowrank.save_adapter(lowrank.add_lora(Encoder(), config), tmp_path / "a")
+    lowrank.load_adapter(Encoder(), tmp_path / "a")  # warnings are errors here
+    rewrite(tmp_path / "a", lambda tensors: without(tensors, "layers.2.query"))
+    with pytest.warns(UserWarning, match=r"1 layers that target_modules names \(encoder\.layers\.2\.query\)"):
+        lowrank.load_adapter(Encoder(), tmp_path / "a")

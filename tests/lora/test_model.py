@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -151,3 +153,62 @@ def test_int8_attention_takes_adapters_on_its_projections() -> None:
 def test_an_adapter_cannot_be_named_as_an_attribute_of_every_module() -> None:
     with pytest.raises(lowrank.UsageError, match="adapter_name"):
         lowrank.add_lora(two_linear(), random_adapter("0"), "training")
+
+
+class Keeping(nn.Module):
+    """Keeps what it computed last: an activation, or something that holds one."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.a, self.b, self.how, self.last = nn.Linear(8, 8), nn.Linear(8, 8), how, None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = torch.relu(self.a(x))
+        kept: Any = {
+            "tensor": hidden, "list": [(hidden, {"also": hidden})], "partial": functools.partial(torch.add, hidden), "loss": hidden.sum(),
+            "child": None,
+        }[self.how]  # fmt: skip
+        self.last = kept
+        if self.how == "child":
+            self.a.last = hidden  # type: ignore[assignment]
+        out: torch.Tensor = self.b(hidden)
+        return out
+
+
+@pytest.mark.parametrize("how", ["tensor", "list", "partial", "loss", "child"])
+def test_a_model_that_has_run_takes_an_adapter(how: str, tmp_path: Path) -> None:
+    model, x = Keeping(how), torch.randn(2, 8)
+    expected = model(x)
+    kept = model.last
+    adapted = lowrank.add_lora(model, lowrank.LoRAConfig(r=2))
+    assert torch.equal(adapted(x), expected)
+    assert torch.equal(lowrank.add_lora(adapted, lowrank.LoRAConfig(r=2), "second")(x), expected)
+    lowrank.save_adapter(adapted, tmp_path / "a")
+    assert torch.equal(lowrank.load_adapter(model, tmp_path / "a")(x), expected)
+    assert model.last is kept
+
+
+def test_what_cannot_be_copied_is_said() -> None:
+    model = Keeping("loss")
+    model.last = (step for step in range(3))  # type: ignore[assignment]
+    with pytest.raises(lowrank.UsageError, match="model: cannot be copied"):
+        lowrank.add_lora(model, lowrank.LoRAConfig(r=2))
+
+
+class Experts(nn.Module):
+    """Experts stacked in parameters of three dimensions, beside linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Linear(8, 8), nn.LayerNorm(8)
+        self.experts = nn.Module()
+        self.experts.up = nn.Parameter(torch.zeros(4, 8, 8))
+        self.position = nn.Parameter(torch.zeros(1, 5, 8))
+
+
+def test_all_linear_says_that_it_passes_over_experts() -> None:
+    with pytest.warns(
+        UserWarning, match=r'"all-linear" passes over the experts of 1 modules \(the first is experts, parameters up\)'
+    ):
+        lowrank.add_lora(Experts(), lowrank.LoRAConfig(r=2))
+    lowrank.add_lora(Experts(), lowrank.LoRAConfig(r=2, target_modules=["first"]))  # they were not asked for

@@ -152,6 +152,20 @@ def test_the_same_seed_draws_the_same_adapters() -> None:
         assert torch.equal(parameter, expected[name]), name
 
 
+@pytest.mark.parametrize("start", [True, "gaussian", False], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_same_seed_draws_the_same_adapters_over_half_precision(dtype: torch.dtype, start: bool | str) -> None:
+    base = net(dtype)
+    arguments: dict[str, Any] = {"r": 3, "target_modules": TARGETS, "init_lora_weights": start}
+    torch.manual_seed(7)
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**arguments))
+    torch.manual_seed(7)
+    ours = lowrank.add_lora(base, lowrank.LoRAConfig(**arguments))
+    expected = {name.removeprefix("base_model.model."): p for name, p in theirs.named_parameters()}
+    for name, parameter in ours.named_parameters():
+        assert parameter.dtype is expected[name].dtype and torch.equal(parameter, expected[name]), name
+
+
 def test_training_follows_peft_step_by_step() -> None:
     base = net(torch.float32)
     arguments: dict[str, Any] = {"r": 4, "target_modules": TARGETS, "lora_alpha": 16}

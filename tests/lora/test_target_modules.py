@@ -35,7 +35,10 @@ def test_which_modules() -> None:
     assert named(exclude_modules=r"encoder.*") == {"score"}
     assert named(target_modules=["query", "key"], layers_to_transform=[1]) == {n for n in BLOCKS if ".1." in n}
     assert named(target_modules=["query"], layers_to_transform=2, layers_pattern="layers") == {"encoder.layers.2.query"}
-    assert named(target_modules=["query", "score"], modules_to_save=["score"]) == {n for n in BLOCKS if "query" in n}
+    with pytest.warns(UserWarning, match=r"target_modules: 'score' is trained whole \(modules_to_save\): no adapter"):
+        assert named(target_modules=["query", "score"], modules_to_save=["score"]) == {
+            n for n in BLOCKS if "query" in n
+        }
 
 
 @pytest.mark.parametrize(

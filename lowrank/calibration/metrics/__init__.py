@@ -15,6 +15,7 @@ from lowrank.calibration.metrics.registry import (
     sampled_metric,
     sampled_metrics,
 )
+from lowrank.calibration.metrics.variation import VARIATION, VariationMetric
 from lowrank.calibration.metrics.weight import WEIGHT, WeightMetric
 
 __all__ = [
@@ -33,6 +34,8 @@ __all__ = [
     # One file each
     "OUTPUT",
     "OutputMetric",
+    "VARIATION",
+    "VariationMetric",
     "WEIGHT",
     "WeightMetric",
     "KL",
@@ -43,5 +46,5 @@ __all__ = [
     "RelativeLoss",
 ]
 
-for _metric in (OUTPUT, WEIGHT, KL, PERPLEXITY):
+for _metric in (OUTPUT, WEIGHT, KL, PERPLEXITY, VARIATION):
     register_metric(_metric)

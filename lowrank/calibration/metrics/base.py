@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
 from lowrank.calibration.batches import Batch
 from lowrank.errors import UsageError
 from lowrank.io.numbers import percent
+
+if TYPE_CHECKING:
+    from lowrank.calibration.metrics.variation import Centre
 
 __all__ = ["NATS", "PERCENT", "ErrorMetric", "SampledMetric", "Unit"]
 
@@ -35,6 +38,7 @@ class Unit:
     suffix: str
 
 
+MOST_DIGITS = 9
 PERCENT = Unit(100.0, "error, %", " %")
 NATS = Unit(1.0, "nats a token", "")
 
@@ -86,9 +90,23 @@ class ErrorMetric(ABC):
         """Give the ratio of a value: what :meth:`value` undoes."""
         return value * value
 
-    def show(self, value: float) -> str:
-        """Write a value as text, with its unit."""
-        return percent(value)
+    def show(self, value: float, digits: int = 2) -> str:
+        """Write a value as text, with its unit and at least so many significant digits."""
+        return percent(value, digits)
+
+    def show_beside(self, value: float, limit: float) -> str:
+        """Write a value with the digits that tell it from a limit: a bound of 10.04 % is not within 10 %."""
+        for digits in range(2, MOST_DIGITS):
+            if value == limit or self.show(value, digits) != self.show(limit, digits):
+                return self.show(value, digits)
+        return self.show(value, MOST_DIGITS)
+
+    def show_limit(self, limit: float) -> str:
+        """Write a budget with all the digits that it has: one of 1.25 % is not 1.2 %."""
+        for digits in range(2, MOST_DIGITS):
+            if float(self.show(limit, digits).split()[0]) == float(self.show(limit, MOST_DIGITS).split()[0]):
+                return self.show(limit, digits)
+        return self.show(limit, MOST_DIGITS)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.label!r}>"
@@ -102,10 +120,14 @@ class SampledMetric(ErrorMetric):
     Attributes:
         figure: the key of its value in :func:`lowrank.compare_models`.
         needs_logits: it reads the last dimension as classes, so that outputs which do not call themselves logits are no use to it.
+        every_output: it is measured on every floating tensor of the output, each by itself; else on the main one.
+        centred: it needs the mean of the outputs: see :meth:`fitted`.
     """
 
     needs_data = True
     needs_logits: ClassVar[bool] = False
+    every_output: ClassVar[bool] = False
+    centred: ClassVar[bool] = False
 
     @property
     def figure(self) -> str:
@@ -126,6 +148,14 @@ class SampledMetric(ErrorMetric):
         Returns:
             numerators, denominators: (samples,) float64, on the CPU; of length 1 where ``batch.size`` is 1.
         """
+
+    def fitted(self, centre: Centre, what: str = "the output") -> SampledMetric:
+        """Give the metric for outputs whose mean this is; the metric itself where it needs none.
+
+        Raises:
+            UsageError: it needs one, and ``what`` has none, or does not vary about it.
+        """
+        return self
 
     def check(self, output: Tensor, batch: Batch) -> None:
         """Refuse an output, of the original, that this metric cannot read.

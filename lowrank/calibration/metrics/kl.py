@@ -51,8 +51,8 @@ class KLMetric(SampledMetric):
     def ratio(self, value: float) -> float:
         return value
 
-    def show(self, value: float) -> str:
-        return f"{value:.3g} nats a token"
+    def show(self, value: float, digits: int = 2) -> str:
+        return f"{value:.{digits + 1}g} nats a token"
 
 
 KL = KLMetric()

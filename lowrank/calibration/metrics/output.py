@@ -9,7 +9,7 @@ from lowrank.calibration.batches import Batch
 from lowrank.calibration.metrics.base import SampledMetric
 from lowrank.calibration.metrics.sums import per_sample, position_mask, widen
 
-__all__ = ["OUTPUT", "OutputMetric"]
+__all__ = ["OUTPUT", "OutputMetric", "squared_sums"]
 
 # Elements that are turned into float64 at a time.
 CHUNK_ELEMENTS = 2**22
@@ -29,6 +29,7 @@ class OutputMetric(SampledMetric):
     relative = True
     usual = (0.01, 0.5)
     gradients = "output"
+    every_output = True
 
     @property
     def figure(self) -> str:
@@ -36,15 +37,20 @@ class OutputMetric(SampledMetric):
 
     def terms(self, reference: Tensor, output: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         keep = position_mask(reference, batch)
-        lost, whole = _squares(output, keep, minus=reference), _squares(reference, keep)
+        lost, whole = squared_sums(output, keep, minus=reference), squared_sums(reference, keep)
         return per_sample(lost, batch), per_sample(whole, batch)
 
 
 OUTPUT = OutputMetric()
 
 
-def _squares(tensor: Tensor, keep: Tensor | None, *, minus: Tensor | None = None) -> Tensor:
-    """Σ (tensor − minus)² in float64 over all but dimension 0, in chunks: a vocabulary of logits in float64 is large."""
+def squared_sums(tensor: Tensor, keep: Tensor | None, *, minus: Tensor | None = None) -> Tensor:
+    """Sum (tensor − minus)² in float64 over all but dimension 0, in chunks: a vocabulary of logits in float64 is large.
+
+    Example:
+        >>> squared_sums(torch.tensor([[3.0, 4.0], [1.0, 0.0]]), None)
+        tensor([25.,  1.], dtype=torch.float64)
+    """
     if tensor.ndim == 0:
         return (tensor.to(torch.float64) - (0.0 if minus is None else minus.to(torch.float64))).square().reshape(1)
     rows = max(CHUNK_ELEMENTS * tensor.shape[0] // max(tensor.numel(), 1), 1)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lowrank.calibration.batches import Batch
+from lowrank.calibration.masks import IGNORED_LABEL
 from lowrank.calibration.metrics.base import SampledMetric
 from lowrank.calibration.metrics.kl import KL
 from lowrank.calibration.metrics.sums import per_sample
@@ -86,11 +87,17 @@ def _ids(batch: Batch) -> Tensor:
 
 
 def _tokens(batch: Batch) -> Tensor:
-    """(samples, positions − 1) float64: 1 for each next token that is not padding."""
-    ids, keep = _ids(batch), batch.mask
-    if keep is not None:
-        return keep[:, 1:].double()
-    return torch.ones(ids.shape[0], ids.shape[1] - 1, dtype=torch.float64, device=ids.device)
+    """(samples, positions − 1) float64: 1 for each next token that is no padding, follows none, and is not labelled −100.
+
+    Where the padding stands on the left, what the model says at its last position is no guess of a text's first token.
+    """
+    ids, keep, labels = _ids(batch), batch.mask, batch.arguments.get("labels")
+    counted = torch.ones(ids.shape[0], ids.shape[1] - 1, dtype=torch.float64, device=ids.device)
+    if keep is not None and keep.shape == ids.shape:
+        counted *= keep[:, 1:] & keep[:, :-1]
+    if isinstance(labels, Tensor) and labels.shape == ids.shape:
+        counted *= labels[:, 1:] != IGNORED_LABEL
+    return counted
 
 
 def _nll(logits: Tensor, ids: Tensor) -> Tensor:

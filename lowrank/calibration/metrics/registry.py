@@ -48,7 +48,7 @@ def sampled_metrics() -> dict[str, SampledMetric]:
 
     Example:
         >>> list(sampled_metrics())
-        ['output', 'kl', 'perplexity']
+        ['output', 'kl', 'perplexity', 'variation']
     """
     return {name: metric for name, metric in METRICS.items() if isinstance(metric, SampledMetric)}
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lowrank.calibration.batches import Batch
+from lowrank.calibration.masks import DECODER
 
 __all__ = ["count_kept", "per_sample", "position_mask", "widen"]
 
@@ -18,8 +19,7 @@ def position_mask(output: Tensor, batch: Batch) -> Tensor | None:
         >>> position_mask(torch.zeros(1, 2, 5), batch).tolist(), position_mask(torch.zeros(1, 5), batch)
         ([[True, False]], None)
     """
-    mask = batch.mask
-    return mask if mask is not None and output.ndim >= 3 and output.shape[:2] == mask.shape else None
+    return batch.kept(output.shape, side=DECODER) if output.ndim >= 3 else None
 
 
 def widen(mask: Tensor, like: Tensor) -> Tensor:

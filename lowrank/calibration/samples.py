@@ -1,0 +1,188 @@
+"""Which samples are the same: only distinct ones prove anything, and none may both choose and verify."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowrank.calibration.batches import MIN_VERIFICATION_SAMPLES, Batch, Batches, sample_count
+from lowrank.calibration.masks import MASK_NAMES
+from lowrank.calibration.outputs import tensors_in
+from lowrank.errors import CalibrationError
+
+__all__ = ["ENOUGH", "distinct", "leaves", "sample_digests", "without_shared"]
+
+ENOUGH = 4 * MIN_VERIFICATION_SAMPLES
+_PLAIN = (str, bytes, int, float, bool, complex, type(None))
+
+
+def leaves(value: Any) -> list[Tensor]:
+    """List the tensors in lists, tuples and dicts, but not those in objects, which a model takes as they are.
+
+    Example:
+        >>> len(leaves([torch.ones(2), {"x": (torch.ones(1), "text")}]))
+        2
+    """
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        return [tensor for item in value for tensor in leaves(item)]
+    return []
+
+
+def coarsest_dtype(batches: Sequence[Batch]) -> torch.dtype:
+    """Find the floating dtype of the fewest digits, in which copies that were rounded on their way are the same again.
+
+    Example:
+        >>> coarsest_dtype([Batch((torch.zeros(1),)), Batch((torch.zeros(1).half(),))])
+        torch.float16
+    """
+    found = {tensor.dtype for batch in batches for tensor in batch.tensors if tensor.is_floating_point()}
+    return max(found | {torch.float32}, key=lambda dtype: torch.finfo(dtype).eps)
+
+
+def sample_digests(batch: Batch, floating: torch.dtype = torch.float32) -> list[bytes]:
+    """Compute a digest of each sample: of what the model reads of it, less the padding, masks and labels.
+
+    Names, and the integer or floating dtype, are no part of it.
+
+    Args:
+        floating: floating numbers are compared in this dtype.
+
+    Example:
+        >>> a, b, c = sample_digests(Batch((torch.tensor([[1.0], [2.0], [1.0]]),), size=3))
+        >>> a == c, a == b
+        (True, False)
+    """
+    hashes = [hashlib.blake2b(digest_size=16) for _ in range(batch.size)]
+    named = (
+        zip(batch.names, batch.args, strict=False) if batch.names else ((str(n), a) for n, a in enumerate(batch.args))
+    )
+    arguments = {**dict(named), **batch.kwargs}
+    arguments |= {str(index): value for index, value in enumerate(batch.args) if index >= len(batch.names) > 0}
+    for key in sorted(arguments):
+        if key not in MASK_NAMES and key != "labels":
+            _digest(arguments[key], batch, hashes, floating)
+    return [each.digest() for each in hashes]
+
+
+def _digest(value: Any, batch: Batch, hashes: Sequence[Any], floating: torch.dtype) -> None:
+    if isinstance(value, Tensor):
+        kept = batch.kept(value.shape) if value.ndim >= 2 else None
+        if batch.size > 1 and value.ndim and value.shape[0] == batch.size:
+            for index, each in enumerate(hashes):
+                row = value[index] if kept is None or kept.shape[0] != batch.size else value[index][kept[index]]
+                each.update(_bytes(row, floating))
+            return
+        for each in hashes:
+            each.update(_bytes(value, floating))
+    elif isinstance(value, (list, tuple, dict)):
+        items = list(value.values()) if isinstance(value, dict) else list(value)
+        if batch.size > 1 and len(items) == batch.size and not any(leaves(item) for item in items):
+            for item, each in zip(items, hashes, strict=True):
+                each.update(_object_bytes(item, floating))
+            return
+        for item in items:
+            _digest(item, batch, hashes, floating)
+    elif value is not None:
+        for each in hashes:
+            each.update(_object_bytes(value, floating))
+
+
+def _bytes(tensor: Tensor, floating: torch.dtype) -> bytes:
+    plain = tensor.detach().cpu()
+    if plain.layout is not torch.strided:
+        plain = plain.to_dense()
+    if plain.is_complex():
+        plain = torch.view_as_real(plain.resolve_conj())
+    # Adding zero makes one of the two zeros.
+    plain = plain.to(floating).float() + 0.0 if plain.is_floating_point() else plain.to(torch.int64)
+    return str(tuple(plain.shape)).encode() + plain.contiguous().numpy().tobytes()
+
+
+def _object_bytes(value: Any, floating: torch.dtype) -> bytes:
+    """What tells an object from others: its tensors and its plain attributes; its identity where it shows neither."""
+    if isinstance(value, _PLAIN):
+        return repr(value).encode()
+    tensors = list(tensors_in(value))
+    plain = {name: item for name, item in getattr(value, "__dict__", {}).items() if isinstance(item, _PLAIN)}
+    if not tensors and not plain:
+        return str(id(value)).encode()
+    return repr(sorted(plain.items())).encode() + b"".join(_bytes(tensor, floating) for tensor in tensors)
+
+
+def distinct(batches: list[Batch], name: str, enough: int = ENOUGH) -> tuple[list[Batch], list[str]]:
+    """Give the batches without repeated samples, as long as ``enough`` others remain; and what to say of it.
+
+    Example:
+        >>> same = Batch((torch.ones(64, 2),), size=64)
+        >>> kept, said = distinct([same], "calibration")
+        >>> kept == [same], "the same sample" in said[0]
+        (True, True)
+    """
+    seen: set[bytes] = set()
+    kept: list[Batch] = []
+    floating = coarsest_dtype(batches)
+    for batch in batches:
+        fresh = []
+        for index, digest in enumerate(sample_digests(batch, floating)):
+            if digest not in seen:
+                seen.add(digest)
+                fresh.append(index)
+        if len(fresh) == batch.size:
+            kept.append(batch)
+        elif fresh:
+            kept.append(batch.select(torch.tensor(fresh)))
+    total, warnings = sample_count(batches), []
+    if all(
+        not bool(tensor.any()) for batch in batches for tensor in batch.tensors if tensor.is_floating_point()
+    ) and any(tensor.is_floating_point() for batch in batches for tensor in batch.tensors):
+        warnings.append(f"{name}: every input is zero throughout; nothing is learnt of other inputs")
+    if len(seen) == total:
+        return batches, warnings
+    if len(seen) >= enough:
+        return kept, [*warnings, f"{name}: of {total:,} samples {len(seen):,} are distinct; each counts once"]
+    few = "all samples are the same sample" if len(seen) == 1 else f"only {len(seen)} are distinct"
+    return batches, [
+        *warnings,
+        f"{name}: of {total:,} samples {few}: the error holds for those and proves nothing for others; "
+        f"at least {enough} distinct samples are needed",
+    ]
+
+
+def without_shared(checks: Batches, batches: Sequence[Batch]) -> Batches:
+    """Take out of validation batches the samples that are among the calibration samples too.
+
+    Raises:
+        CalibrationError: fewer than 4 remain.
+
+    Example:
+        >>> own, other = (Batches([Batch((torch.arange(k, k + 8.0)[:, None],), size=8)]) for k in (0, 4))
+        >>> sample_count(without_shared(other, own))
+        4
+    """
+    floating = coarsest_dtype([*batches, *checks])
+    known = {digest for batch in batches for digest in sample_digests(batch, floating)}
+    total, kept = sample_count(checks), []
+    for batch in checks:
+        fresh = [index for index, digest in enumerate(sample_digests(batch, floating)) if digest not in known]
+        if len(fresh) == batch.size:
+            kept.append(batch)
+        elif fresh:
+            kept.append(batch.select(torch.tensor(fresh)))
+    left = sample_count(kept)
+    if left == total:
+        return checks
+    if left < MIN_VERIFICATION_SAMPLES:
+        raise CalibrationError(
+            f"validation: {total - left:,} of {total:,} samples are calibration samples too, so that what chooses would also verify; leave "
+            "validation out (a quarter of the calibration samples is then set aside) or pass other samples"
+        )
+    note = f"validation: {total - left:,} of {total:,} samples are calibration samples too and are left out of the verification"
+    return Batches(kept, checks.notes, [*checks.warnings, note])
