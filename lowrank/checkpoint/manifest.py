@@ -55,6 +55,7 @@ class Manifest:
         digests: name of each stored tensor -> its digest; empty where an older version wrote the directory.
         guard: name of the zero-size tensor that makes other loaders fail, or ``None``.
         raw: the whole document.
+        extra_state: what ``get_extra_state`` of modules gave, where it is no tensor, by its name in the ``state_dict``.
     """
 
     layers: dict[str, dict[str, Any]]
@@ -63,6 +64,7 @@ class Manifest:
     guard: str | None
     raw: dict[str, Any]
     folded: tuple[str, ...] = ()
+    extra_state: Mapping[str, Any] = field(default_factory=dict)
     digests: Mapping[str, str] = field(default_factory=dict)
 
     def resolve(self, name: str) -> str:
@@ -202,7 +204,9 @@ def parse_manifest(document: Mapping[str, Any], origin: str) -> Manifest:
     folded = document.get("folded", [])
     if not isinstance(folded, list) or not all(isinstance(name, str) and name for name in folded):
         raise CheckpointError(f"{where}: folded must be a list of module names; got {_shown(folded)}")
-    return Manifest(layers, ties, buffers, guard, dict(document), tuple(folded), _digests(document, where))
+    extra_state = _mapping(document, "extra_state", object, where)
+    digests = _digests(document, where)
+    return Manifest(layers, ties, buffers, guard, dict(document), tuple(folded), extra_state, digests)
 
 
 def _digests(document: Mapping[str, Any], where: str) -> dict[str, str]:

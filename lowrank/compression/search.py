@@ -241,6 +241,8 @@ class Search:
             text += f"; raise the budget to {reached}, or leave layers out with ignore"
         else:
             text += "; no budget allows that: leave layers out with ignore, or choose with output_fn what is measured"
+        # By what was just measured: where nothing was predicted to fit, the scale was let go far below it.
+        self.scale = corrected(first.plan, first.verified, self.scale, self.total)
         return BudgetError(text + self._why(), plan=first.plan, error=upper)
 
     def _why(self) -> str:

@@ -96,20 +96,27 @@ class ErrorMetric(ABC):
 
     def show_beside(self, value: float, limit: float) -> str:
         """Write a value with the digits that tell it from a limit: a bound of 10.04 % is not within 10 %."""
+        if value == limit or not math.isfinite(value):
+            return self.show(value)
         for digits in range(2, MOST_DIGITS):
-            if value == limit or self.show(value, digits) != self.show(limit, digits):
+            if _number(self.show(value, digits)) != _number(self.show(limit, MOST_DIGITS)):
                 return self.show(value, digits)
         return self.show(value, MOST_DIGITS)
 
     def show_limit(self, limit: float) -> str:
         """Write a budget with all the digits that it has: one of 1.25 % is not 1.2 %."""
         for digits in range(2, MOST_DIGITS):
-            if float(self.show(limit, digits).split()[0]) == float(self.show(limit, MOST_DIGITS).split()[0]):
+            if _number(self.show(limit, digits)) == _number(self.show(limit, MOST_DIGITS)):
                 return self.show(limit, digits)
         return self.show(limit, MOST_DIGITS)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.label!r}>"
+
+
+def _number(text: str) -> float:
+    """The number in front of a unit."""
+    return float(text.split()[0])
 
 
 class SampledMetric(ErrorMetric):
