@@ -31,7 +31,6 @@ from lowrank.compression.search import Search, corrected
 from lowrank.compression.trial import Reading
 from lowrank.errors import BudgetError, UsageError, is_whole
 from lowrank.io import check_destination, lock_destination
-from lowrank.io.numbers import fraction
 from lowrank.io.version import versions
 from lowrank.layers.base import ACTIVATIONS
 from lowrank.reporting.points import FrontierPoint
@@ -155,7 +154,6 @@ def _checked(
             raise UsageError(
                 f"budgets: must be a list of 1 to {MOST_POINTS} errors such as [0.02, 0.05], got {budgets!r}"
             )
-        budgets = [fraction(budget) for budget in budgets]  # type: ignore[misc]
         for budget in budgets:
             check_budgets(budget, None, metric)
     # Probes look at truncation about where a plan would put it: in the middle of the budgets.

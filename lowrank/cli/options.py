@@ -10,7 +10,6 @@ import click
 import torch
 
 from lowrank.compression.formats import compressing_formats
-from lowrank.io.numbers import fraction
 from lowrank.layers.base import ACTIVATIONS
 
 __all__ = ["Fraction", "choice_options", "common_options", "data_options"]
@@ -30,8 +29,10 @@ class Fraction(click.ParamType):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         """Read the number, or raise a usage error."""
-        number = fraction(str(value))
-        if not isinstance(number, float):
+        text = str(value).strip()
+        try:
+            number = float(text[:-1]) / 100.0 if text.endswith("%") else float(text)
+        except ValueError:
             self.fail(f"{value!r} is not a number; 5 % is written 0.05 or 5%", param, ctx)
         if not math.isfinite(number) or number <= 0.0:
             self.fail(f"must be a positive number, got {value}", param, ctx)

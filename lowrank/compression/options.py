@@ -13,7 +13,6 @@ from lowrank.calibration.batches import ForwardFn
 from lowrank.calibration.metrics import METRICS, OUTPUT, WEIGHT, CallableMetric, ErrorMetric
 from lowrank.compression.formats import FORMATS, check_format, compressing_formats
 from lowrank.errors import UsageError, is_whole
-from lowrank.io.numbers import fraction
 from lowrank.layers.base import ACTIVATIONS
 from lowrank.targets import target_names
 from lowrank.training.options import HealOptions
@@ -90,7 +89,7 @@ def check_budgets(error_budget: float | None, size_budget: float | None, metric:
         if value is None:
             continue
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0.0:
-            raise UsageError(f'{name}: must be a positive number such as 0.05 or "5%", got {value!r}')
+            raise UsageError(f"{name}: must be a positive number, got {value!r}")
     if error_budget is not None and error_budget > 1.0 and metric_of(metric, calibrated=True).relative:
         raise UsageError(
             f"error_budget: must be at most 1 for a relative error, got {error_budget!r}; 5 % is written 0.05"
@@ -110,8 +109,8 @@ class Options:
             :meth:`checked` finds them by ``loss_aware`` and the metric.
     """
 
-    error_budget: Any = None
-    size_budget: Any = None
+    error_budget: float | None = None
+    size_budget: float | None = None
     metric: Metric = "auto"
     higher_is_better: bool = False
     formats: Sequence[str] | str = compressing_formats()
@@ -146,11 +145,8 @@ class Options:
             >>> Options(error_budget=0.1).checked(calibrated=True).metric
             'output'
         """
-        budgets: dict[str, Any] = {
-            "error_budget": fraction(self.error_budget), "size_budget": fraction(self.size_budget)
-        }  # fmt: skip
-        if not planned or any(value is not None for value in budgets.values()):
-            check_budgets(**budgets, metric=self.metric)
+        if not planned or self.error_budget is not None or self.size_budget is not None:
+            check_budgets(self.error_budget, self.size_budget, self.metric)
         measured = metric_of(self.metric, calibrated=calibrated)
         metric = measured.name if self.metric == AUTO else self.metric
         if measured.needs_data and not calibrated:
@@ -174,7 +170,7 @@ class Options:
             raise UsageError(f"fold_batchnorm: must be True or False, got {self.fold_batchnorm!r}")
         if not is_whole(self.seed, 0, MOST_SEED):
             raise UsageError(f"seed: must be an integer from 0, got {self.seed!r}")
-        resolved = {**budgets, "metric": metric, "formats": self._formats(), "directions": self._directions(measured)}
+        resolved = {"metric": metric, "formats": self._formats(), "directions": self._directions(measured)}
         return Options(**{**vars(self), **resolved})
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-__all__ = ["MISSING", "fraction", "percent"]
+__all__ = ["MISSING", "percent"]
 
 MISSING = "-"
 
@@ -25,19 +25,3 @@ def percent(fraction: float | None, digits: int = 2) -> str:
         return "0 %"
     decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
     return f"{value:.{min(decimals, 12)}f} %"
-
-
-def fraction(value: object) -> object:
-    """Read a budget that is written as text, as ``"5%"`` or ``"0.05"``; whatever else it is comes back as it was.
-
-    Example:
-        >>> fraction("5%"), fraction(" 0.3 "), fraction(0.05), fraction("five")
-        (0.05, 0.3, 0.05, 'five')
-    """
-    if not isinstance(value, str):
-        return value
-    text = value.strip()
-    try:
-        return float(text[:-1]) / 100.0 if text.endswith("%") else float(text)
-    except ValueError:
-        return value

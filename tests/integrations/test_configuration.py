@@ -9,14 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-transformers = pytest.importorskip("transformers", reason="the extra hf is not installed")
+pytest.importorskip("transformers", reason="the extra hf is not installed")
 
-from safetensors.torch import load_file, save_file  # noqa: E402
-from tiny_models import make_directory  # noqa: E402
+import transformers
+from safetensors.torch import load_file, save_file
+from tiny_models import make_directory
 
-from lowrank.errors import CheckpointError, StorageError  # noqa: E402
-from lowrank.integrations.transformers import load_pretrained, load_tokenizer  # noqa: E402
-from lowrank.io import tensors as io_tensors  # noqa: E402
+from lowrank.errors import CheckpointError, StorageError
+from lowrank.integrations.transformers import load_pretrained, load_tokenizer
+from lowrank.io import tensors as io_tensors
 
 SMALL: dict[str, Any] = {
     "vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24,
