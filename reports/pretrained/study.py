@@ -18,17 +18,17 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
-import subjects  # noqa: E402
-import torch  # noqa: E402
-from _shared import harness  # noqa: E402
-from _shared.host import host  # noqa: E402
-from subjects import SUBJECTS, Subject  # noqa: E402
-from torch import nn  # noqa: E402
+import subjects
+import torch
+from _shared import harness
+from _shared.host import host
+from subjects import SUBJECTS, Subject
+from torch import nn
 
-import lowrank  # noqa: E402
-from lowrank.analysis.stopwatch import interleaved  # noqa: E402
-from lowrank.calibration.batches import prepare_batches  # noqa: E402
-from lowrank.calibration.evaluation import Evaluator  # noqa: E402
+import lowrank
+from lowrank.analysis.stopwatch import interleaved
+from lowrank.calibration.batches import prepare_batches
+from lowrank.calibration.evaluation import Evaluator
 
 HERE = Path(__file__).resolve().parent
 BUDGETS = (0.02, 0.1)
