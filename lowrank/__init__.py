@@ -3,6 +3,12 @@
 Start at :func:`compress_model`; the rooms below it are described in the README under "Design".
 """
 
+# First, and light: from here on Ctrl-C ends the command in one line, while everything below takes its second to be read.
+from lowrank.cli.startup import watch as _watch
+
+_watch()
+
+# ruff: noqa: E402
 from lowrank.analysis.benchmark import BenchmarkReport, benchmark
 from lowrank.analysis.frontier import FrontierPoint, FrontierReport, measure_frontier
 from lowrank.analysis.model import AnalysisReport, analyze_model

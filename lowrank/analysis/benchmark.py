@@ -83,6 +83,11 @@ class BenchmarkReport(Report):
         rows: one per compressed layer, in the model's order.
         seconds: of one pass of the whole model over all batches.
         against_seconds: of the original; ``None`` without one.
+        rest: what the first batch takes beside the layers of the rows: the model's time less theirs, so that it holds what is between them
+            and what they leave to it, such as a layout in memory that the next operation is slow on. Layers are timed alone, so that a rest
+            that is small beside them can come out below 0.
+        against_rest: the same of the original, less its layers of the same names; ``None`` without one, or where one of them was not
+            timed.
         speedup: ``against_seconds / seconds`` within the rounds.
         inputs: what one pass read, in words.
         rounds: how many.
@@ -101,6 +106,8 @@ class BenchmarkReport(Report):
     inputs: str
     rounds: int
     host: Mapping[str, Any]
+    rest: float
+    against_rest: float | None
 
     @property
     def slower(self) -> tuple[str, ...]:
@@ -132,7 +139,8 @@ class BenchmarkReport(Report):
             for row in self.rows
         ]
         whole = ["whole model", "", "", "", _time(self.seconds), _time(self.against_seconds), _ratio(self.speedup)]
-        return [Table(COLUMNS, [*body, [*whole, "", ""]], named=False)]
+        rest = ["everything else", "", "", "", _plain_time(self.rest), _plain_time(self.against_rest), "-", "", ""]
+        return [Table(COLUMNS, [*body, rest, [*whole, "", ""]], named=False)]
 
     def _remarks(self, full: bool) -> list[str]:
         about = self.host
@@ -141,6 +149,10 @@ class BenchmarkReport(Report):
             f"{about['cpu']}, threads: {about['threads']}, {about['capability']}, integer route {about['route']}, "
             f"torch {about['torch']}.",
         ]
+        if self.against_rest is not None and self.rest > 2 * max(self.against_rest, 0.1 * self.seconds.median):
+            lines.append(
+                "Everything else, what is not in compressed layers, got SLOWER: what these hand on may lie otherwise in memory."
+            )
         compared = [row for row in self.rows if row.speedup is not None]
         if self.slower:
             lines.append(
@@ -205,6 +217,11 @@ def benchmark(
         rows = _layer_rows(model, against, batches[0], rounds, at_least, progress)
         passes = {name: _pass_over(each, batches) for name, each in models.items()}
         seconds = interleaved(passes, rounds, at_least)
+        # Layers are timed on the first batch alone.
+        one = {name: _pass_over(each, batches[:1]) for name, each in models.items()} if len(batches) > 1 else {}
+        first = interleaved(one, rounds, at_least) if one else seconds
+    called = [row for row in rows if row.seconds is not None]
+    matched = [row.dense_seconds.median for row in called if row.dense_seconds is not None]
     return BenchmarkReport(
         rows=tuple(rows),
         seconds=spread(seconds["model"]),
@@ -213,6 +230,10 @@ def benchmark(
         inputs=_described(batches),
         rounds=rounds,
         host=host_facts(),
+        rest=spread(first["model"]).median - sum(row.seconds.median for row in called if row.seconds is not None),
+        against_rest=spread(first["against"]).median - sum(matched)
+        if against is not None and len(matched) == len(called)
+        else None,
     )
 
 
@@ -337,6 +358,13 @@ def _time(value: Spread | None) -> str:
     scale, unit = (1e6, "us") if value.median < 1e-3 else (1e3, "ms") if value.median < 1.0 else (1.0, "s")
     low, middle, high = (f"{scale * each:.3g}" for each in (value.lower_quartile, value.median, value.upper_quartile))
     return f"{middle} ({low}-{high}) {unit}"
+
+
+def _plain_time(value: float | None) -> str:
+    if value is None:
+        return "-"
+    scale, unit = (1e6, "us") if abs(value) < 1e-3 else (1e3, "ms") if abs(value) < 1.0 else (1.0, "s")
+    return f"{scale * value:.3g} {unit}"
 
 
 def _ratio(value: Spread | None) -> str:

@@ -80,6 +80,11 @@ def _digest(value: Any, batch: Batch, hashes: Sequence[Any], floating: torch.dty
                 row = value[index] if kept is None or kept.shape[0] != batch.size else value[index][kept[index]]
                 each.update(_bytes(row, floating))
             return
+        if kept is not None and tuple(kept.shape) == tuple(value.shape[:2]):
+            value = value[kept]
+        elif value.ndim > 1 and value.shape[0] == 1:
+            # One sample is the same in a batch of its own.
+            value = value[0]
         for each in hashes:
             each.update(_bytes(value, floating))
     elif isinstance(value, (list, tuple, dict)):

@@ -6,10 +6,13 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from lowrank.checkpoint.manifest import open_checkpoint
+from lowrank.checkpoint.manifest import check_documents, open_checkpoint
+from lowrank.errors import CheckpointError
 from lowrank.io import printable, read_json
 
 __all__ = ["describe"]
+
+_NUMBERS = ("size_ratio", "bytes_before", "bytes_after", "error_budget", "error_measured", "error_upper")
 
 
 def describe(directory: str | Path) -> dict[str, Any]:
@@ -36,10 +39,11 @@ def describe(directory: str | Path) -> dict[str, Any]:
     """
     directory = Path(directory)
     manifest, source = open_checkpoint(directory)
+    check_documents(manifest, directory)
     configs = manifest.layers.values()
     ranks = [config["rank"] for config in configs if config.get("rank") is not None]
     report_path = directory / "report.json"
-    report = read_json(report_path) if report_path.exists() else {}
+    totals = _totals(report_path) if report_path.exists() else None
     versions = ("format_version", "lowrank_version", "torch_version")
     return {
         "directory": printable(directory),
@@ -53,5 +57,22 @@ def describe(directory: str | Path) -> dict[str, Any]:
         "formats": dict(sorted(Counter(printable(config.get("format")) for config in configs).items())),
         "kinds": dict(sorted(Counter(printable(config.get("kind")) for config in configs).items())),
         "ranks": [min(ranks), max(ranks)] if ranks else None,
-        "totals": report.get("totals"),
+        "totals": totals,
     }
+
+
+def _totals(path: Path) -> dict[str, Any] | None:
+    """The totals of a report, checked as far as they are printed."""
+    totals = read_json(path).get("totals")
+    if totals is None:
+        return None
+    where = f"{printable(path)}: totals"
+    if not isinstance(totals, dict):
+        raise CheckpointError(f"{where} must be an object; got {printable(repr(totals)[:60])}")
+    for key, value in totals.items():
+        numeric = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if key in _NUMBERS and value is not None and not numeric:
+            raise CheckpointError(f"{where}: {key} must be a number; got {printable(repr(value)[:60])}")
+        if key == "metric" and value is not None and not isinstance(value, str):
+            raise CheckpointError(f"{where}: metric must be text; got {printable(repr(value)[:60])}")
+    return totals

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -14,6 +15,8 @@ from lowrank.checkpoint.manifest import (
     MANIFEST_NAME,
     Manifest,
     build_layer,
+    check_documents,
+    check_tensor,
     enclosing,
     open_checkpoint,
     roles_of,
@@ -29,7 +32,7 @@ from lowrank.targets import kind_of
 from lowrank.targets.batchnorm import fold_skeleton
 from lowrank.targets.copying import become, copy_model
 
-__all__ = ["load_model"]
+__all__ = ["fill", "load_model"]
 
 _CONFIG_NAME = "config.json"
 
@@ -75,9 +78,10 @@ def load_model(
     fold_skeleton(skeleton, manifest.folded, source.entries, printable(directory))
     _check_fit(skeleton, manifest, source, printable(directory))
     _check_buffers(skeleton, manifest, printable(directory))
+    check_documents(manifest, directory)
     # Scales first: they are small, and a bad one should not cost the reading of everything else.
     tensors = _read_all(manifest, source, target, dtype)
-    return _fill(skeleton, manifest, tensors, target, dtype, str(directory / MANIFEST_NAME))
+    return fill(skeleton, manifest, tensors, target, dtype, str(directory / MANIFEST_NAME))
 
 
 def _skeleton(
@@ -157,6 +161,10 @@ def _check_fit(skeleton: nn.Module, manifest: Manifest, source: TensorSource, wh
     replaced = {id(modules[name]) for name in manifest.layers}
     inside = {name for name, module in modules.items() if id(module) in replaced}
     wanted = {name: tensor for name, tensor in skeleton.state_dict().items() if enclosing(name, inside) is None}
+    for name in manifest.extra_state:
+        if name not in wanted:
+            raise CheckpointError(f"{where}: the model takes no extra state {printable(name)!r}{_near(name, wanted)}")
+        del wanted[name]
     for name, tensor in wanted.items():
         entry = entries.get(manifest.resolve(name))
         if entry is None:
@@ -214,6 +222,7 @@ def _read_all(
             continue
         tensor = source.read(stored)
         label = f"{printable(source.path)}: tensor {printable(stored)!r}"
+        raw = tensor
         if stored in scales:
             if not bool((torch.isfinite(tensor) & (tensor > 0)).all()):
                 raise CheckpointError(f"{label}: every scale must be positive and finite; the file is damaged")
@@ -222,11 +231,13 @@ def _read_all(
         limit = limits.get(stored)
         if limit is not None and tensor.numel() and (int(tensor.min()) < -limit or int(tensor.max()) > limit):
             raise CheckpointError(f"{label}: codes must lie in [-{limit}, {limit}]; the file is damaged")
+        # After the checks that say what is wrong with a value, not only that something is.
+        check_tensor(manifest, stored, raw, printable(source.path))
         tensors[stored] = tensor.to(device)
     return tensors
 
 
-def _fill(
+def fill(
     skeleton: nn.Module,
     manifest: Manifest,
     tensors: Mapping[str, torch.Tensor],
@@ -234,7 +245,14 @@ def _fill(
     dtype: torch.dtype | None,
     origin: str,
 ) -> nn.Module:
-    """Put layers and tensors into a skeleton that is known to fit."""
+    """Put layers and tensors into a skeleton that is known to fit.
+
+    Args:
+        skeleton: changed in place.
+        tensors: by the names that they are stored under.
+        dtype: of floating tensors, where it is another than the stored one.
+        origin: of the manifest, for messages.
+    """
     modules = dict(skeleton.named_modules(remove_duplicate=False))
     layers: dict[int, nn.Module] = {}
     for name, config in manifest.layers.items():
@@ -246,7 +264,10 @@ def _fill(
         layers[id(modules[name])] = layer
     model = _replace(skeleton, layers)
     call_every_layer(model)
-    state = {name: tensors[manifest.resolve(name)] for name in model.state_dict()}
+    state: dict[str, Any] = {
+        name: tensors[manifest.resolve(name)] for name in model.state_dict() if name not in manifest.extra_state
+    }
+    state |= copy.deepcopy(dict(manifest.extra_state))
     model.load_state_dict(state, strict=True, assign=True)
     _tie(model, manifest)
     _move_unstored(model, manifest, device)

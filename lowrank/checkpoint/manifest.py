@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 
 from lowrank.errors import CheckpointError, LowRankError
 from lowrank.io import TensorEntry, TensorSource, open_tensors, printable, read_json, require_int
+from lowrank.io.digests import ALGORITHM, document_digest, tensor_digest
 from lowrank.io.version import PACKAGE
 from lowrank.layers import LAYER_KINDS, CompressedLayer, Role
 from lowrank.numerics.rounding import LEAST_BITS, MOST_BITS
@@ -20,11 +21,14 @@ __all__ = [
     "MANIFEST_NAME",
     "Manifest",
     "build_layer",
+    "check_documents",
+    "check_tensor",
     "enclosing",
     "manifest_limit_bytes",
     "open_checkpoint",
     "prefix_of",
     "roles_of",
+    "sealed",
 ]
 
 MANIFEST_NAME = "lowrank_config.json"
@@ -33,6 +37,8 @@ _QUANT_METHOD = PACKAGE
 # An entry takes about 300 bytes; the rest is room for long names and `extra`.
 _MANIFEST_BYTES = 1 << 20
 _MANIFEST_BYTES_PER_TENSOR = 8192
+# Fields of config.json that loading takes no notice of.
+_PASSED_OVER = ("quantization_config", "auto_map", "_name_or_path", "transformers_version")
 # What rebuilding a layer from a configuration that somebody else wrote can raise besides our own errors.
 _BUILD_ERRORS = (TypeError, ValueError, KeyError, AttributeError, OverflowError, RuntimeError)
 
@@ -46,8 +52,10 @@ class Manifest:
         ties: name of a tensor that is not stored -> name of the stored one that it is.
         buffers: name of a buffer that is not stored -> its dtype, as ``"float32"``.
         folded: names of the BatchNorms that were taken into the convolutions before them.
+        digests: name of each stored tensor -> its digest; empty where an older version wrote the directory.
         guard: name of the zero-size tensor that makes other loaders fail, or ``None``.
         raw: the whole document.
+        extra_state: what ``get_extra_state`` of modules gave, where it is no tensor, by its name in the ``state_dict``.
     """
 
     layers: dict[str, dict[str, Any]]
@@ -56,6 +64,8 @@ class Manifest:
     guard: str | None
     raw: dict[str, Any]
     folded: tuple[str, ...] = ()
+    extra_state: Mapping[str, Any] = field(default_factory=dict)
+    digests: Mapping[str, str] = field(default_factory=dict)
 
     def resolve(self, name: str) -> str:
         """Give the stored name behind a name: the owner where it is tied."""
@@ -110,6 +120,56 @@ def open_checkpoint(directory: Path) -> tuple[Manifest, TensorSource]:
     return manifest, source
 
 
+def sealed(
+    document: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """Add the digests to a manifest: of each tensor, of ``config.json`` without what points here, and of itself."""
+    digests: dict[str, Any] = {
+        "algorithm": ALGORITHM,
+        "tensors": {name: tensor_digest(tensor) for name, tensor in sorted(tensors.items())},
+    }
+    if config is not None:
+        digests["config"] = _config_digest(config)
+    whole = {**document, "digests": digests}
+    return {**whole, "digest": document_digest(whole)}
+
+
+def _config_digest(config: Mapping[str, Any]) -> str:
+    return document_digest({key: value for key, value in config.items() if key not in _PASSED_OVER})
+
+
+def check_tensor(manifest: Manifest, name: str, tensor: torch.Tensor, where: str) -> None:
+    """Compare a tensor that was read with the digest it was saved with.
+
+    Raises:
+        CheckpointError: it is another one.
+    """
+    expected = manifest.digests.get(name)
+    if expected is not None and tensor_digest(tensor) != expected:
+        raise CheckpointError(
+            f"{where}: tensor {printable(name)!r} is not the one that was saved ({ALGORITHM} differs); the file is damaged or "
+            "was changed: copy it anew"
+        )
+
+
+def check_documents(manifest: Manifest, directory: Path) -> None:
+    """Compare the manifest and ``config.json`` with the digests in the manifest; older directories have none.
+
+    Raises:
+        CheckpointError: one of them is not what was saved.
+    """
+    where, raw = printable(directory / MANIFEST_NAME), manifest.raw
+    if "digest" not in raw and "digests" not in raw:
+        return
+    changed = "is not what was saved ({} differs): it was edited or damaged; change the model and save it again"
+    own = {key: value for key, value in raw.items() if key != "digest"}
+    if raw.get("digest") != document_digest(own):
+        raise CheckpointError(f"{where}: {changed.format(ALGORITHM)}")
+    expected, path = raw.get("digests", {}).get("config"), directory / "config.json"
+    if expected is not None and path.exists() and _config_digest(read_json(path)) != expected:
+        raise CheckpointError(f"{printable(path)}: {changed.format(ALGORITHM)}")
+
+
 def _likely(directory: Path) -> str:
     """What a directory without a manifest holds instead, and what to do with it."""
     if (directory / "adapter_config.json").is_file():
@@ -144,7 +204,18 @@ def parse_manifest(document: Mapping[str, Any], origin: str) -> Manifest:
     folded = document.get("folded", [])
     if not isinstance(folded, list) or not all(isinstance(name, str) and name for name in folded):
         raise CheckpointError(f"{where}: folded must be a list of module names; got {_shown(folded)}")
-    return Manifest(layers, ties, buffers, guard, dict(document), tuple(folded))
+    extra_state = _mapping(document, "extra_state", object, where)
+    digests = _digests(document, where)
+    return Manifest(layers, ties, buffers, guard, dict(document), tuple(folded), extra_state, digests)
+
+
+def _digests(document: Mapping[str, Any], where: str) -> dict[str, str]:
+    found = document.get("digests")
+    if found is None:
+        return {}
+    if not isinstance(found, dict) or found.get("algorithm") != ALGORITHM:
+        raise CheckpointError(f"{where}: digests must be an object with algorithm {ALGORITHM!r}; got {_shown(found)}")
+    return _mapping(found, "tensors", str, f"{where}: digests")
 
 
 def _mapping(document: Mapping[str, Any], key: str, kind: type, where: str) -> dict[str, Any]:
@@ -179,6 +250,10 @@ def _check_against(manifest: Manifest, entries: Mapping[str, TensorEntry], where
     for name in entries:
         if name not in expected and manifest.layer_of(name) is not None:
             raise CheckpointError(f"{where}: tensor {printable(name)!r} is not one that its layer has")
+    if manifest.digests and manifest.digests.keys() != entries.keys():
+        name = min(manifest.digests.keys() ^ entries.keys())
+        fault = "is missing from the file" if name in manifest.digests else "was not there when the model was saved"
+        raise CheckpointError(f"{where}: tensor {printable(name)!r} {fault}")
 
 
 def _check_layer(

@@ -21,6 +21,7 @@ from lowrank.cli.benchmark import benchmark_command
 from lowrank.cli.frontier import frontier_command
 from lowrank.cli.models import model_batches, open_model
 from lowrank.cli.options import Fraction, choice_options, common_options, data_options
+from lowrank.cli.paths import INPUT, OUTPUT_DIRECTORY, OUTPUT_FILE, Command
 from lowrank.cli.shell import STANDARD_OUTPUT, check_file, emit, emit_report, note, run, write_file
 from lowrank.cli.text import comparison_text, info_text, plan_text
 from lowrank.cli.training import finetune_command, merge_command
@@ -38,7 +39,6 @@ __all__ = ["main"]
 # A plan of 10,000 layers takes 3 MB.
 _MAX_PLAN_BYTES = 64 << 20
 _SIDE_BYTES = 16 << 20
-_ANY_PATH = click.Path(path_type=Path)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -75,13 +75,13 @@ def app() -> None:
     """
 
 
-@app.command(short_help="How compressible is a model? Spectra and ranks, layer by layer.")
-@click.argument("source", type=_ANY_PATH)
-@click.option("--calibration", type=_ANY_PATH, help="Text or arrays: errors in the norm of real inputs.")
+@app.command(cls=Command, short_help="How compressible is a model? Spectra and ranks, layer by layer.")
+@click.argument("source", type=INPUT)
+@click.option("--calibration", type=INPUT, help="Text or arrays: errors in the norm of real inputs.")
 @click.option("--ignore", multiple=True, metavar="PATTERN", help="Leave out modules (glob over names; repeatable).")
-@click.option("--json", "json_file", type=_ANY_PATH, help="Write the rows as JSON to a file, - for standard output.")
-@click.option("--html", "html_file", type=_ANY_PATH, help="Write one self-contained page.")
-@click.option("--plot", "plot_file", type=_ANY_PATH, help="Write the spectra as a picture (extra: plot).")
+@click.option("--json", "json_file", type=OUTPUT_FILE, help="Write the rows as JSON to a file, - for standard output.")
+@click.option("--html", "html_file", type=OUTPUT_FILE, help="Write one self-contained page.")
+@click.option("--plot", "plot_file", type=OUTPUT_FILE, help="Write the spectra as a picture (extra: plot).")
 @data_options
 @common_options
 def analyze(
@@ -119,9 +119,9 @@ def analyze(
     emit_report(report, json_file, html_file)
 
 
-@app.command(short_help="Make a model as small as an error budget allows.")
-@click.argument("source", type=_ANY_PATH)
-@click.option("-o", "--output", type=_ANY_PATH, help="Directory to write; required unless --dry-run.")
+@app.command(cls=Command, short_help="Make a model as small as an error budget allows.")
+@click.argument("source", type=INPUT)
+@click.option("-o", "--output", type=OUTPUT_DIRECTORY, help="Directory to write; required unless --dry-run.")
 @click.option("--error-budget", type=Fraction(), help="Error allowed, in the metric's unit: 0.05 or 5%.")
 @click.option("--size-budget", type=Fraction(), help="Stored bytes after / before: 0.3 or 30%.")
 @click.option(
@@ -130,10 +130,8 @@ def analyze(
     default="auto",
     help="auto: output error with --calibration, else weight error.",
 )
-@click.option("--calibration", type=_ANY_PATH, help="A .txt, .npz or .safetensors file of typical inputs.")
-@click.option(
-    "--validation", type=_ANY_PATH, help="Inputs to verify on; else a quarter of the calibration is kept for it."
-)
+@click.option("--calibration", type=INPUT, help="A .txt, .npz or .safetensors file of typical inputs.")
+@click.option("--validation", type=INPUT, help="Inputs to verify on; else a quarter of the calibration is kept for it.")
 @choice_options
 @click.option(
     "--objective",
@@ -142,7 +140,7 @@ def analyze(
     show_default=True,
     help="latency: the fastest model within --error-budget, for calls of --batch-size samples.",
 )
-@click.option("--plan", "plan_file", type=_ANY_PATH, help="Apply a saved plan.json instead of searching.")
+@click.option("--plan", "plan_file", type=INPUT, help="Apply a saved plan.json instead of searching.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and the predicted sizes; write nothing.")
 @click.option("--overwrite", is_flag=True, help="Replace OUTPUT, in one step and only when all is done.")
 @click.option("--strict", is_flag=True, help="Fail where a decomposition needs a fallback.")
@@ -214,10 +212,10 @@ def compress(
     emit(result.report.to_json() if as_json else result.report.to_text())
 
 
-@app.command(short_help="Compare two models on data: error, KL, perplexity, agreement.")
-@click.argument("compressed", type=_ANY_PATH)
-@click.option("--against", "source", type=_ANY_PATH, required=True, help="The original model's directory.")
-@click.option("--data", "data_file", type=_ANY_PATH, required=True, help="A .txt, .npz or .safetensors file of inputs.")
+@app.command(cls=Command, short_help="Compare two models on data: error, KL, perplexity, agreement.")
+@click.argument("compressed", type=INPUT)
+@click.option("--against", "source", type=INPUT, required=True, help="The original model's directory.")
+@click.option("--data", "data_file", type=INPUT, required=True, help="A .txt, .npz or .safetensors file of inputs.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @data_options
 @common_options
@@ -246,8 +244,8 @@ def evaluate(
     emit(json.dumps(found, indent=2, sort_keys=True) if as_json else comparison_text(found))
 
 
-@app.command(short_help="What is in a compressed directory?")
-@click.argument("directory", type=_ANY_PATH)
+@app.command(cls=Command, short_help="What is in a compressed directory?")
+@click.argument("directory", type=INPUT)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @common_options
 def info(directory: Path, as_json: bool, quiet: bool) -> None:
@@ -266,8 +264,8 @@ app.add_command(finetune_command)
 app.add_command(merge_command)
 
 
-@app.command("demo", short_help="Compress a real sentence-embedding model within a 10 % budget.")
-@click.option("-o", "--output", type=_ANY_PATH, help="Directory to write; ./lowrank-demo by default.")
+@app.command("demo", cls=Command, short_help="Compress a real sentence-embedding model within a 10 % budget.")
+@click.option("-o", "--output", type=OUTPUT_DIRECTORY, help="Directory to write; ./lowrank-demo by default.")
 @click.option("--overwrite", is_flag=True, help="Replace OUTPUT where it is not empty.")
 @common_options
 def demo_command(output: Path | None, overwrite: bool, quiet: bool) -> None:

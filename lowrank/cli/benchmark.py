@@ -14,6 +14,7 @@ from lowrank.analysis.tuning import measure_timings
 from lowrank.cli import data as cli_data
 from lowrank.cli.models import model_batches, open_model
 from lowrank.cli.options import common_options
+from lowrank.cli.paths import INPUT, OUTPUT_FILE, Command, refuse_overlaps
 from lowrank.cli.shell import STANDARD_OUTPUT, check_file, emit, emit_report, note, write_file
 from lowrank.compression.timings import user_path
 from lowrank.errors import StorageError, UsageError
@@ -21,24 +22,23 @@ from lowrank.io import printable
 
 __all__ = ["benchmark_command"]
 
-_ANY_PATH = click.Path(path_type=Path)
 # More batches of a data file than this would only be measured again and again.
 _MAX_BATCHES = 4
 
 
-@click.command("benchmark", short_help="How fast is a compressed model? Layer by layer, next to the original.")
-@click.argument("compressed", type=_ANY_PATH, required=False)
-@click.option("--against", "source", type=_ANY_PATH, help="The original model's directory.")
-@click.option(
-    "--data", "data_file", type=_ANY_PATH, help="A .txt, .npz or .safetensors file; its first batches are run."
+@click.command(
+    "benchmark", cls=Command, short_help="How fast is a compressed model? Layer by layer, next to the original."
 )
+@click.argument("compressed", type=INPUT, required=False)
+@click.option("--against", "source", type=INPUT, help="The original model's directory.")
+@click.option("--data", "data_file", type=INPUT, help="A .txt, .npz or .safetensors file; its first batches are run.")
 @click.option(
     "--batch", "batch_size", type=click.IntRange(min=1), default=1, show_default=True, help="Samples of a batch."
 )
 @click.option("--tokens", type=click.IntRange(min=1), default=64, show_default=True, help="Tokens of a sample.")
 @click.option("--rounds", type=click.IntRange(min=1), default=ROUNDS, show_default=True, help="Interleaved rounds.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of generated inputs.")
-@click.option("--json", "json_file", type=_ANY_PATH, help="Write JSON to a file, - for standard output.")
+@click.option("--json", "json_file", type=OUTPUT_FILE, help="Write JSON to a file, - for standard output.")
 @click.option("--tune", is_flag=True, help='Measure this machine for objective="latency", and save that for this user.')
 @common_options
 def benchmark_command(
@@ -66,6 +66,9 @@ def benchmark_command(
     if compressed is None and not tune:
         raise UsageError("COMPRESSED: name the directory of a model, or give --tune to measure this machine")
     if tune:
+        inputs_of_run = (("COMPRESSED", compressed), ("--against", source), ("--data", data_file))
+        given = [(name, path) for name, path in inputs_of_run if path is not None]
+        refuse_overlaps(given, [("$LOWRANK_TIMINGS", user_path())])
         _tune(quiet)
     if compressed is None:
         return

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
+import lzma
+import math
 import os
+import struct
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
+from tokenize import TokenError as tokenize_error
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lowrank.errors import CalibrationError, CheckpointError, ResourceError
+from lowrank.errors import CalibrationError, CheckpointError, ResourceError, StorageError
 from lowrank.integrations.transformers import read_text_samples, token_limit, tokenize
 from lowrank.io import open_tensors, printable
+from lowrank.io.parsing import open_regular
+from lowrank.io.sniffing import describe_content
 
 __all__ = ["Data", "load_batches", "read_data"]
 
@@ -24,6 +32,13 @@ ARRAY_SUFFIXES = (".npz", ".safetensors")
 # An archive that unpacks to more than this, a thousand times its own size, is no data set.
 _SUSPICIOUS_RATIO = 1000
 _SUSPICIOUS_BYTES = 100_000_000
+# What the readers of zip archives and of arrays make of damaged ones: encrypted members and unknown methods are RuntimeError
+# and NotImplementedError, a broken stream zlib.error or lzma.LZMAError, a header that is no Python literal SyntaxError,
+# numbers in it OverflowError or MemoryError.
+_DAMAGE = (
+    zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, lzma.LZMAError, ValueError, EOFError, OSError, KeyError, TypeError,
+    IndexError, RuntimeError, SyntaxError, OverflowError, MemoryError, struct.error, tokenize_error,
+)  # fmt: skip
 
 
 def read_data(path: str | os.PathLike[str]) -> Data:
@@ -31,6 +46,7 @@ def read_data(path: str | os.PathLike[str]) -> Data:
 
     Raises:
         CalibrationError: another suffix, a damaged file, nothing in it, or arrays of different lengths.
+        StorageError: reading failed, or the file became shorter meanwhile.
         ResourceError: an archive that unpacks to a thousand times its size.
 
     Example:
@@ -45,7 +61,9 @@ def read_data(path: str | os.PathLike[str]) -> Data:
     if suffix == ".txt":
         return read_text_samples(path)
     if suffix not in ARRAY_SUFFIXES:
-        raise CalibrationError(f"{printable(path)}: data must be a .txt, .npz or .safetensors file")
+        found = describe_content(path) if path.exists() else "no such file"
+        shown = "" if found is None else f"; this is {found}" if path.exists() else f"; {found}"
+        raise CalibrationError(f"{printable(path)}: data must be a .txt, .npz or .safetensors file{shown}")
     try:
         arrays = _read_npz(path) if suffix == ".npz" else _read_safetensors(path)
     except CheckpointError as error:
@@ -134,24 +152,50 @@ def _signature(model: nn.Module) -> str:
 
 
 def _read_npz(path: Path) -> dict[str, Tensor]:
-    where = printable(path)
+    where, packed = printable(path), 0
     try:
-        if not path.is_file():
-            raise CalibrationError(f"{where}: no such file")
-        packed = path.stat().st_size
-        with zipfile.ZipFile(path) as archive:
-            unpacked = sum(member.file_size for member in archive.infolist())
-        if unpacked > max(_SUSPICIOUS_BYTES, _SUSPICIOUS_RATIO * packed):
-            raise ResourceError(f"{where}: {packed} bytes unpack to {unpacked}, which no honest data set does")
-        with np.load(path, allow_pickle=False) as arrays:
-            found = {name: arrays[name] for name in arrays.files}
-    except (zipfile.BadZipFile, zipfile.LargeZipFile, ValueError, EOFError, OSError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CalibrationError(f"{where}: not a readable .npz file ({printable(reason)})") from error
+        with open(open_regular(path), "rb") as file:
+            packed = os.fstat(file.fileno()).st_size
+            with zipfile.ZipFile(file) as archive:
+                members = archive.infolist()
+                unpacked = sum(member.file_size for member in members)
+                if unpacked > max(_SUSPICIOUS_BYTES, _SUSPICIOUS_RATIO * packed):
+                    raise ResourceError(f"{where}: {packed} bytes unpack to {unpacked}, which no honest data set does")
+                found = {member.filename.removesuffix(".npy"): _array(archive, member) for member in members}
+            if os.fstat(file.fileno()).st_size < packed:
+                raise StorageError(f"{where}: the file became shorter while it was read")
+    except _DAMAGE as error:
+        if path.is_file() and path.stat().st_size < packed:
+            raise StorageError(f"{where}: the file became shorter while it was read") from error
+        # A damaged archive asks for places before the beginning (EINVAL); everything else is the system's own failure.
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            raise StorageError(f"{where}: reading failed ({error.strerror})") from error
+        raise CalibrationError(f"{where}: not a readable .npz file ({printable(_first_line(error))})") from error
+    if len(found) != len(members):
+        raise CalibrationError(f"{where}: holds two arrays of one name")
     for name, array in found.items():
         if array.dtype.kind not in "fiub":
             raise CalibrationError(f"{where}: array {printable(name)} has dtype {array.dtype}; numbers are needed")
     return {name: torch.from_numpy(_native(array)) for name, array in found.items()}
+
+
+def _array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray[Any, Any]:
+    """One array, whose header is believed only as far as there are bytes for it."""
+    with archive.open(member) as stream:
+        version = np.lib.format.read_magic(stream)
+        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read_header(stream)
+        wanted = math.prod(shape) * dtype.itemsize
+        if min(shape, default=0) < 0 or wanted > member.file_size or max(shape, default=0) >= 1 << 48:
+            raise ValueError(f"an array of shape {shape} needs {wanted} bytes; there are {member.file_size}")
+        if dtype.hasobject:
+            raise ValueError("an array of Python objects, which only a pickle can hold, is not read")
+    with archive.open(member) as stream:
+        return np.lib.format.read_array(stream, allow_pickle=False)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [""])[0] or type(error).__name__
 
 
 def _native(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

@@ -85,9 +85,9 @@ def run_demo(output: Path | None = None, *, overwrite: bool = False, progress: b
         StorageError: writing failed.
     """
     start = time.perf_counter()
-    folder = check_destination(output if output is not None else _free_name(overwrite), overwrite)
-    say = note if progress else _say_nothing
     source = _model_directory()
+    folder = check_destination(output if output is not None else _free_name(overwrite), overwrite, [source])
+    say = note if progress else _say_nothing
     with lock_destination(folder):
         say("loading all-MiniLM-L6-v2")
         model, tokenizer = load_pretrained(source)

@@ -11,6 +11,7 @@ from lowrank.analysis.frontier import POINTS, STATE_NAME, measure_frontier
 from lowrank.cli import data as cli_data
 from lowrank.cli.models import model_batches, open_model
 from lowrank.cli.options import Fraction, choice_options, common_options, data_options
+from lowrank.cli.paths import INPUT, OUTPUT_DIRECTORY, OUTPUT_FILE, Command
 from lowrank.cli.shell import STANDARD_OUTPUT, check_file, emit_report, note
 from lowrank.compression.options import metric_choices, metric_of
 from lowrank.errors import UsageError
@@ -18,17 +19,18 @@ from lowrank.io import check_destination, printable
 
 __all__ = ["frontier_command"]
 
-_ANY_PATH = click.Path(path_type=Path)
 
-
-@click.command("frontier", short_help="Size against error: what several budgets give, each measured.")
-@click.argument("source", type=_ANY_PATH)
-@click.option("--calibration", type=_ANY_PATH, help="A .txt, .npz or .safetensors file of typical inputs.")
+@click.command("frontier", cls=Command, short_help="Size against error: what several budgets give, each measured.")
+@click.argument("source", type=INPUT)
+@click.option("--calibration", type=INPUT, help="A .txt, .npz or .safetensors file of typical inputs.")
 @click.option(
-    "--validation", type=_ANY_PATH, help="Inputs to measure on; else a quarter of the calibration is kept for it."
+    "--validation", type=INPUT, help="Inputs to measure on; else a quarter of the calibration is kept for it."
 )
 @click.option(
-    "-o", "--output", type=_ANY_PATH, help="Directory for the points and their plans; a run that was stopped goes on."
+    "-o",
+    "--output",
+    type=OUTPUT_DIRECTORY,
+    help="Directory for the points and their plans; a run that was stopped goes on.",
 )
 @click.option(
     "--points", type=click.IntRange(min=2), help=f"Budgets to spread over the usual range; {POINTS} by default."
@@ -43,8 +45,10 @@ _ANY_PATH = click.Path(path_type=Path)
 @choice_options
 @click.option("--overwrite", is_flag=True, help="Start anew in OUTPUT, whatever is there.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the sample split.")
-@click.option("--json", "json_file", type=_ANY_PATH, help="Write the points as JSON to a file, - for standard output.")
-@click.option("--html", "html_file", type=_ANY_PATH, help="Write one self-contained page.")
+@click.option(
+    "--json", "json_file", type=OUTPUT_FILE, help="Write the points as JSON to a file, - for standard output."
+)
+@click.option("--html", "html_file", type=OUTPUT_FILE, help="Write one self-contained page.")
 @data_options
 @common_options
 def frontier_command(

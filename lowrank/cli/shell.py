@@ -17,6 +17,7 @@ from typing import TextIO
 
 import click
 
+from lowrank.cli.startup import end_quietly
 from lowrank.errors import LowRankError, ResourceError, StorageError
 from lowrank.io import printable
 from lowrank.io.version import PACKAGE
@@ -249,7 +250,7 @@ def _signals() -> Iterator[None]:
     before = {}
     for number, handler in ((signal.SIGTERM, terminate), (signal.SIGINT, interrupt)):
         current = signal.getsignal(number)
-        if current in (signal.SIG_DFL, signal.default_int_handler):
+        if current in (signal.SIG_DFL, signal.default_int_handler, end_quietly):
             before[number] = signal.signal(number, handler)
     try:
         yield

@@ -19,6 +19,7 @@ from lowrank.cli import data as cli_data
 from lowrank.cli.labels import labelled, unlabelled
 from lowrank.cli.models import open_model
 from lowrank.cli.options import Fraction, common_options, data_options
+from lowrank.cli.paths import INPUT, OUTPUT_DIRECTORY, OUTPUT_FILE, Command
 from lowrank.cli.shell import check_file, emit, note, write_file
 from lowrank.errors import CheckpointError, UsageError
 from lowrank.integrations.matplotlib import FORMATS, draw_history
@@ -31,12 +32,12 @@ from lowrank.io import (
     write_safetensors,
     write_text,
 )
+from lowrank.io.ownership import MARKER_NAME, marker_text
 from lowrank.layers import CompressedLayer
 from lowrank.reporting.text import human_bytes
 
 __all__ = ["finetune_command", "merge_command"]
 
-_ANY_PATH = click.Path(path_type=Path)
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 DEFAULT_EPOCHS = 3
 
@@ -57,7 +58,9 @@ def _adapter_options(command: _Command) -> _Command:
 def _training_options(command: _Command) -> _Command:
     """How long and how fast."""
     for option in (
-        click.option("--plot", "plot_file", type=_ANY_PATH, help="Draw the losses (.png, .svg or .pdf; extra: plot)."),
+        click.option(
+            "--plot", "plot_file", type=OUTPUT_FILE, help="Draw the losses (.png, .svg or .pdf; extra: plot)."
+        ),
         click.option(
             "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the start, order and dropout."
         ),
@@ -80,13 +83,13 @@ def _training_options(command: _Command) -> _Command:
     return command
 
 
-@click.command("finetune", short_help="Train a LoRA adapter on a (compressed) model.")
-@click.argument("source", metavar="OUT", type=_ANY_PATH)
-@click.option("--data", "data_file", type=_ANY_PATH, required=True, help="Texts (.txt), or arrays with labels (.npz).")
-@click.option("-o", "--output", type=_ANY_PATH, required=True, help="Directory of the adapter to write.")
-@click.option("--validation", type=_ANY_PATH, help="Data to choose the best step by; without it the last one is kept.")
+@click.command("finetune", cls=Command, short_help="Train a LoRA adapter on a (compressed) model.")
+@click.argument("source", metavar="OUT", type=INPUT)
+@click.option("--data", "data_file", type=INPUT, required=True, help="Texts (.txt), or arrays with labels (.npz).")
+@click.option("-o", "--output", type=OUTPUT_DIRECTORY, required=True, help="Directory of the adapter to write.")
+@click.option("--validation", type=INPUT, help="Data to choose the best step by; without it the last one is kept.")
 @click.option(
-    "--heal-from", type=_ANY_PATH, metavar="ORIGINAL", help="Learn to do what ORIGINAL does instead; no labels needed."
+    "--heal-from", type=INPUT, metavar="ORIGINAL", help="Learn to do what ORIGINAL does instead; no labels needed."
 )
 @_adapter_options
 @_training_options
@@ -179,10 +182,10 @@ def finetune_command(
     _finished(output, quiet, result.to_json() if as_json else _outcome_text(result))
 
 
-@click.command("merge", short_help="Put an adapter into the weights of a (compressed) model.")
-@click.argument("source", metavar="OUT", type=_ANY_PATH)
-@click.argument("adapter", type=_ANY_PATH)
-@click.option("-o", "--output", type=_ANY_PATH, required=True, help="Directory of the merged model to write.")
+@click.command("merge", cls=Command, short_help="Put an adapter into the weights of a (compressed) model.")
+@click.argument("source", metavar="OUT", type=INPUT)
+@click.argument("adapter", type=INPUT)
+@click.option("-o", "--output", type=OUTPUT_DIRECTORY, required=True, help="Directory of the merged model to write.")
 @click.option("--rank", type=click.IntRange(min=1), help="Truncate factored layers to this rank afterwards.")
 @click.option("--max-error", type=Fraction(), help="Truncate factored layers as far as this error of each allows.")
 @click.option("--requantize", is_flag=True, help="Let dense int8 layers be rounded anew; others keep their codes.")
@@ -307,6 +310,7 @@ def _save_dense(model: nn.Module, output: Path, overwrite: bool, source: Path) -
         )
     with atomic_directory(output, overwrite) as partial:
         write_safetensors(partial / WEIGHTS_NAME, stored_tensors(model))
+        write_text(partial / MARKER_NAME, marker_text())
         write_text(partial / "config.json", json.dumps(config, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
         copy_side_files(source, partial)
 

@@ -21,7 +21,7 @@ from lowrank.compression.accounting import compression_report, layer_rows
 from lowrank.compression.choose import allocator_of, choose, measure_given
 from lowrank.compression.formats import FORMATS, compressing_formats
 from lowrank.compression.latency import speed_of
-from lowrank.compression.options import Metric, Options, budget_of
+from lowrank.compression.options import Metric, Options
 from lowrank.compression.plan import Plan
 from lowrank.compression.prepare import (
     Preparation,
@@ -32,6 +32,7 @@ from lowrank.compression.prepare import (
     weigh,
 )
 from lowrank.compression.reasons import reasons_for_dense
+from lowrank.compression.rehearsal import rehearse
 from lowrank.compression.report import CompressionReport
 from lowrank.compression.stages import Stages
 from lowrank.compression.timings import load_timings
@@ -163,8 +164,8 @@ def compress_model(
         (True, True)
     """
     options = Options(
-        error_budget=budget_of(error_budget, "error_budget"),
-        size_budget=budget_of(size_budget, "size_budget"),
+        error_budget=error_budget,
+        size_budget=size_budget,
         metric=metric,
         higher_is_better=higher_is_better,
         formats=formats,
@@ -187,7 +188,13 @@ def compress_model(
         options = planned(options, plan.metadata)
     original = _on_device(unwrapped(model), device)
     with borrowed(original) as modes:
-        result, copied, healed = _compressed(original, calibration, validation, options, plan, inplace=inplace)
+        result, copied, healed, batch = _compressed(original, calibration, validation, options, plan, inplace=inplace)
+        if inplace:
+            # The model shares its weights with the one that is in evaluation mode.
+            rehearse(result.model, copied.reference, batch, None)
+    if not inplace:
+        # By now the original has lost what runs left on it, as what somebody loads into never had it.
+        rehearse(result.model, copied.reference, batch, modes)
     if inplace:
         # Only now: until here whatever was done to the caller's model is taken back.
         result.model = copied.write_back(healed)
@@ -204,8 +211,8 @@ def _compressed(
     plan: Plan | None,
     *,
     inplace: bool,
-) -> tuple[CompressionResult, WorkingCopy, nn.Module | None]:
-    """The result, the copy that it was made in, and the healed model if it is one."""
+) -> tuple[CompressionResult, WorkingCopy, nn.Module | None, Batch | None]:
+    """The result, the copy that it was made in, the healed model if it is one, and a batch to run them on."""
     stages = Stages()
     with stages.stage("prepare"):
         prepared, verification = prepare(original, calibration, validation, options, probing=plan is None)
@@ -234,7 +241,9 @@ def _compressed(
                 plan=outcome.chosen.plan,
                 error=report.totals["error_upper"],
             )
-    return CompressionResult(finished, outcome.chosen.plan, report, _local_source(original)), prepared.copy, healed
+    batches = [] if prepared.split is None else [*verification, *prepared.split.search, *prepared.split.statistics]
+    result = CompressionResult(finished, outcome.chosen.plan, report, _local_source(original))
+    return result, prepared.copy, healed, next(iter(batches), None)
 
 
 def plan_model(
@@ -275,6 +284,7 @@ def prepare(
         probing: measure what each layer's formats cost; not needed for a plan that is given.
     """
     reset_fallback_counts()
+    checkpoint.require_storable(model)
     working, found, notes = fold_and_find(model, options)
     latency = probing and options.objective == "latency"
     # The "weight" metric needs no samples: its optimum is the plain SVD.

@@ -6,6 +6,7 @@ Plain dictionaries only, so that everything here is known before transformers is
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -67,6 +68,9 @@ def refuse_sizes(config: Mapping[str, Any], shapes: Sequence[Sequence[int]], whe
     largest = max((size for shape in shapes for size in shape), default=0)
     rotary = any(_ROTARY.search(key) for key in _keys(config))
     for key, value in _numbers(config):
+        if not math.isfinite(value):
+            # A bound that is none (Mamba's time_step_limit); a size it cannot be, and transformers refuses it as one.
+            continue
         if _COUNT.search(key) and not key.startswith("max_"):
             limit, what = max(len(shapes), _FEW_LAYERS), f"the file holds {len(shapes)} tensors"
         elif _FREE.search(key):

@@ -27,6 +27,7 @@ from lowrank.integrations.library import as_checkpoint_error, local_and_quiet, u
 from lowrank.integrations.text import read_text_samples, token_limit, tokenize
 from lowrank.integrations.weights import load_as, load_as_another_class, refuse_changed_kinds
 from lowrank.io import TensorSource, open_tensors, printable, read_json
+from lowrank.io.index import is_contained
 from lowrank.io.version import PACKAGE
 
 if TYPE_CHECKING:
@@ -151,11 +152,30 @@ def load_tokenizer(path: str | Path) -> Any | None:
     directory = Path(path)
     if not any((directory / name).is_file() for name in TOKENIZER_FILES):
         return None
+    _check_tokenizer_files(directory)
     failed = f"{printable(directory)}: transformers cannot load the tokenizer"
     with local_and_quiet(), utf8_name(directory) as readable, as_checkpoint_error(failed):
         from transformers import AutoTokenizer
 
         return AutoTokenizer.from_pretrained(readable, local_files_only=True, trust_remote_code=False)
+
+
+def _check_tokenizer_files(directory: Path) -> None:
+    """Refuse a tokenizer whose files lie, or are said to lie, elsewhere."""
+    for name in (*TOKENIZER_FILES, "merges.txt", "added_tokens.json", "special_tokens_map.json", "chat_template.jinja"):
+        if (directory / name).is_symlink() and not is_contained(directory / name, directory):
+            raise CheckpointError(
+                f"{printable(directory / name)}: a link that leads out of the directory; copy the file"
+            )
+    path = directory / "tokenizer_config.json"
+    if not path.is_file():
+        return
+    named = read_json(path).get("fast_tokenizer_files") or []
+    for name in named if isinstance(named, list) else [named]:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise CheckpointError(
+                f"{printable(path)}: fast_tokenizer_files must be plain names; got {printable(repr(name)[:60])}"
+            )
 
 
 def shifts_labels(model: nn.Module) -> bool:
@@ -263,7 +283,17 @@ def _read_config(directory: Path) -> dict[str, Any]:
         raise CheckpointError(f"{printable(directory)}: no such directory; models are read from local directories only")
     if not is_model_directory(directory):
         raise CheckpointError(f"{printable(directory)}: not a Hugging Face model directory (it holds no {CONFIG_NAME})")
-    return read_json(directory / CONFIG_NAME)
+    config: dict[str, Any] = _with_floats(read_json(directory / CONFIG_NAME))
+    return config
+
+
+def _with_floats(value: Any) -> Any:
+    """What transformers spells ``{"__float__": "Infinity"}``, since JSON has no word for it, as the number."""
+    if isinstance(value, dict):
+        if value.keys() == {"__float__"} and value["__float__"] in ("Infinity", "-Infinity", "NaN"):
+            return float(value["__float__"])
+        return {key: _with_floats(item) for key, item in value.items()}
+    return [_with_floats(item) for item in value] if isinstance(value, list) else value
 
 
 def _refuse_quantized(config: Mapping[str, Any], directory: Path) -> None:

@@ -20,12 +20,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lowrank.errors import StorageError, UsageError
+from lowrank.io.ownership import is_ours, overlaps
 from lowrank.io.parsing import printable
 
 __all__ = ["atomic_directory", "check_destination", "lock_destination", "write_text"]
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
+# Two lines a directory that is written; a lock file that holds more is not ours.
+_LARGEST_RECORD = 1 << 16
 _NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM)
 
 _held: dict[str, tuple[int, int]] = {}  # lock file -> (thread, depth)
@@ -42,7 +45,7 @@ def check_destination(
 
     Args:
         path: the directory to be; its parent must exist.
-        overwrite: allow a directory that is not empty.
+        overwrite: allow a directory that is not empty, if it is one that this package wrote.
         forbidden: inputs of the run; the output may not be one of them, lie inside one or hold one.
         needed_bytes: free space that writing will take.
 
@@ -50,8 +53,8 @@ def check_destination(
         The absolute path with links resolved.
 
     Raises:
-        UsageError: not empty without ``overwrite``, equal to or nested with an input, or a directory that must not be
-            replaced (the root, the home directory, the current one or one above it).
+        UsageError: not empty without ``overwrite``, holding what others wrote, equal to or nested with an input, or a
+            directory that must not be replaced (the root, the home directory, the current one or one above it).
         StorageError: the parent is missing or read-only, the target is a file, a mount point or read-only, or there is
             too little space.
 
@@ -65,8 +68,7 @@ def check_destination(
         raise UsageError(f"output {where!r}: not a legal directory name")
     real = Path(os.path.realpath(path))
     for source in forbidden:
-        other = Path(os.path.realpath(source))
-        if real == other or real.is_relative_to(other) or other.is_relative_to(real):
+        if overlaps(real, source):
             raise UsageError(
                 f"output {where} and input {printable(source)} are the same or lie in one another; write somewhere else"
             )
@@ -95,8 +97,15 @@ def _check_target(real: Path, where: str, overwrite: bool) -> None:
         raise StorageError(f"output {where}: a mount point cannot be replaced; name a directory inside it")
     if _read_only(real, mode):
         raise StorageError(f"output {where}: read-only (mode {stat.S_IMODE(mode):04o})")
-    if not overwrite and os.listdir(real):
+    if not os.listdir(real):
+        return
+    if not overwrite:
         raise UsageError(f"output {where} exists and is not empty; give another name, or overwrite=True (--overwrite)")
+    if not is_ours(real):
+        raise UsageError(
+            f"output {where}: holds files that lowrank did not write, and only what it wrote is replaced; give another name, "
+            "or empty the directory yourself"
+        )
 
 
 def _check_parent(parent: Path, where: str) -> None:
@@ -152,7 +161,7 @@ def lock_destination(path: str | os.PathLike[str]) -> Iterator[Path]:
                 descriptor = _acquire(lock)
                 if descriptor is None:
                     raise busy
-                _recover(real)
+                _recover(real, _recorded(descriptor))
             except OSError as error:
                 raise StorageError(f"output {printable(path)}: cannot be locked ({error.strerror})") from error
         yield real
@@ -191,17 +200,49 @@ def _acquire(lock: str) -> int | None:
         os.close(descriptor)
 
 
-def _recover(real: Path) -> None:
-    """Finish what a killed run began: put back an output that was moved aside, drop a half-written one."""
-    aside = _sibling(real, "aside")
-    if aside.exists():
+def _record(real: Path, directory: Path) -> None:
+    """Note in the lock file that a directory is this run's own, under whatever name a kill may leave it."""
+    status = os.stat(directory)
+    descriptor = os.open(_sibling(real, "lock"), os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        os.write(descriptor, f"{status.st_dev} {status.st_ino}\n".encode())
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _recorded(descriptor: int) -> set[str]:
+    """What a killed run had noted; its lock file outlives it."""
+    found = os.pread(descriptor, _LARGEST_RECORD, 0).decode("ascii", errors="replace")
+    return {line for line in found.split("\n") if line}
+
+
+def _recover(real: Path, recorded: set[str]) -> None:
+    """Finish what a killed run began: put back an output that was moved aside, drop a half-written one.
+
+    Only what such a run noted as its own: the names can be foreseen, and whoever may write beside the output can take them.
+    """
+
+    def is_own(path: Path) -> bool:
+        status = os.lstat(path)
+        return stat.S_ISDIR(status.st_mode) and f"{status.st_dev} {status.st_ino}" in recorded
+
+    aside, partial = _sibling(real, "aside"), _sibling(real, "partial")
+    if os.path.lexists(aside) and is_own(aside):
         if real.exists():
             shutil.rmtree(aside)
         else:
             os.rename(aside, real)
-    partial = _sibling(real, "partial")
-    if partial.exists():
-        shutil.rmtree(partial)
+    if os.path.lexists(partial):
+        if is_own(partial):
+            shutil.rmtree(partial)
+        elif partial.is_dir() and not partial.is_symlink() and not os.listdir(partial):
+            # Killed between making it and noting it.
+            os.rmdir(partial)
+        else:
+            raise StorageError(
+                f"{printable(partial)}: in the way, and not noted by any run as its own; move it away, or delete it"
+            )
 
 
 @contextlib.contextmanager
@@ -225,8 +266,11 @@ def atomic_directory(path: str | os.PathLike[str], overwrite: bool = False) -> I
     real = check_destination(path, overwrite)
     with lock_destination(real):
         partial = _sibling(real, "partial")
+        made = False
         try:
             os.mkdir(partial)
+            made = True
+            _record(real, partial)
             yield partial
             # A run that did not know of us may have filled it meanwhile.
             _check_target(real, printable(path), overwrite)
@@ -236,8 +280,9 @@ def atomic_directory(path: str | os.PathLike[str], overwrite: bool = False) -> I
         except OSError as error:
             raise StorageError(f"output {printable(path)}: writing failed ({error.strerror or error})") from error
         finally:
-            shutil.rmtree(partial, ignore_errors=True)
-            if partial.exists():
+            if made:
+                shutil.rmtree(partial, ignore_errors=True)
+            if made and partial.exists():
                 warnings.warn(f"{printable(partial)} could not be removed entirely; delete it by hand", stacklevel=3)
 
 
@@ -254,17 +299,17 @@ def _copy_modes(old: Path, new: Path) -> None:
 
 def _sync_tree(directory: Path) -> None:
     for path in [*directory.rglob("*"), directory]:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        _sync(path)
 
 
 def _commit(partial: Path, real: Path) -> None:
     if not real.exists() or not os.listdir(real):
         os.rename(partial, real)
-    elif not _exchange(partial, real):
+        _sync(real.parent)
+        return
+    # Noted before it moves: it will have the other's name, or one aside.
+    _record(real, real)
+    if not _exchange(partial, real):
         aside = _sibling(real, "aside")
         os.rename(real, aside)
         try:
@@ -273,7 +318,11 @@ def _commit(partial: Path, real: Path) -> None:
             os.rename(aside, real)
             raise
         shutil.rmtree(aside)
-    descriptor = os.open(real.parent, os.O_RDONLY | os.O_CLOEXEC)
+    _sync(real.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
     finally:

@@ -10,12 +10,14 @@ import torch
 
 from lowrank.errors import CheckpointError, StorageError
 from lowrank.io.parsing import printable, read_json
+from lowrank.io.sniffing import describe_content
 from lowrank.io.tensors import SafetensorsHeader, TensorEntry, read_safetensors_header, read_tensor
 
 __all__ = ["INDEX_NAME", "WEIGHTS_NAME", "TensorSource", "open_tensors", "read_index"]
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
+_OTHERS = (".gguf", ".h5", ".onnx", ".msgpack", ".ot")
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -79,17 +81,21 @@ def open_tensors(path: str | os.PathLike[str]) -> TensorSource:
     path = Path(path)
     if not path.is_dir():
         if path.suffix in _PICKLE_SUFFIXES and path.is_file():
-            raise CheckpointError(f"{printable(path)}: pickle files can run code and are not read; {_CONVERT}")
+            found = describe_content(path) or f"pickle files can run code and are not read; {_CONVERT}"
+            raise CheckpointError(f"{printable(path)}: {found}")
         return TensorSource(path, (read_safetensors_header(path),))
     if (path / WEIGHTS_NAME).exists():
         return TensorSource(path, (read_safetensors_header(path / WEIGHTS_NAME),))
     if (path / INDEX_NAME).exists():
         return read_index(path)
     try:
-        pickles = sorted(name for name in os.listdir(path) if name.endswith(_PICKLE_SUFFIXES))
+        pickles = sorted(name for name in os.listdir(path) if name.endswith((*_PICKLE_SUFFIXES, *_OTHERS)))
     except OSError as error:
         raise StorageError(f"{printable(path)}: cannot be listed ({error.strerror})") from error
-    hint = f"; {printable(pickles[0])} is a pickle, which can run code and is not read; {_CONVERT}" if pickles else ""
+    hint = ""
+    if pickles:
+        found = describe_content(path / pickles[0]) or f"a pickle, which can run code and is not read; {_CONVERT}"
+        hint = f"; {printable(pickles[0])} is {found}"
     raise CheckpointError(f"{printable(path)}: holds neither {WEIGHTS_NAME} nor {INDEX_NAME}{hint}")
 
 

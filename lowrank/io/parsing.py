@@ -17,6 +17,10 @@ __all__ = ["parse_json", "printable", "read_bounded", "read_json", "require_int"
 # Tokenizers write 10^30 (31 digits) for "no limit"; nothing honest is longer than this.
 _MAX_INTEGER_DIGITS = 100
 _PRINTED_CHARACTERS = 200
+# Every name takes two quotes and every value a comma, colon or bracket. A file of 200,000 tensors has 2 million of the one
+# and 2.8 million of the other; what is far beyond takes gigabytes, as numbers, as names or as empty lists.
+_MOST_QUOTES = 2_500_000
+_MOST_VALUES = 3_500_000
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -51,6 +55,7 @@ def parse_json(text: str | bytes, *, source: object) -> Any:
     Raises:
         CheckpointError: bad syntax or encoding, a byte-order mark, duplicate keys, ``NaN`` or ``Infinity`` (also as
             ``1e400``), a number of more than 100 digits, nesting beyond the recursion limit, half a surrogate pair.
+        ResourceError: millions of names or values, of whatever kind.
 
     >>> parse_json('{"rank": 8}', source="plan.json")
     {'rank': 8}
@@ -61,6 +66,9 @@ def parse_json(text: str | bytes, *, source: object) -> Any:
             text = text.decode("utf-8")
         except UnicodeDecodeError as error:
             raise CheckpointError(f"{where}: JSON must be UTF-8; byte {error.start} is not") from error
+    # Counted before anything is made of them; those inside of strings count too, which no honest file has as many of.
+    if text.count('"') > _MOST_QUOTES or sum(map(text.count, ",:[{")) > _MOST_VALUES:
+        raise ResourceError(f"{where}: JSON of more than {_MOST_VALUES} values, the most that is read; split the file")
     if text.startswith("\ufeff"):
         raise CheckpointError(f"{where}: JSON must not begin with a byte-order mark; save the file as plain UTF-8")
 

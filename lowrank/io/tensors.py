@@ -21,6 +21,7 @@ import torch
 
 from lowrank.errors import CheckpointError, ResourceError, StorageError
 from lowrank.io.parsing import open_regular, parse_json, printable, require_int
+from lowrank.io.sniffing import describe_content
 
 __all__ = ["SafetensorsHeader", "TensorEntry", "read_safetensors_header", "read_tensor", "write_safetensors"]
 
@@ -125,7 +126,7 @@ def read_safetensors_header(path: str | os.PathLike[str]) -> SafetensorsHeader:
         with open(open_regular(path), "rb") as file:
             file_bytes = os.fstat(file.fileno()).st_size
             prefix = file.read(8)
-            _check_prefix(prefix, where)
+            _check_prefix(prefix, path, where)
             length = int.from_bytes(prefix, "little")
             if length > _FORMAT_HEADER_BYTES or length > file_bytes - 8:
                 raise CheckpointError(
@@ -153,11 +154,12 @@ def read_safetensors_header(path: str | os.PathLike[str]) -> SafetensorsHeader:
     return SafetensorsHeader(Path(path), tensors, metadata, 8 + length, file_bytes)
 
 
-def _check_prefix(prefix: bytes, where: str) -> None:
+def _check_prefix(prefix: bytes, path: str | os.PathLike[str], where: str) -> None:
     if not prefix:
         raise CheckpointError(f"{where}: the file is empty")
-    if prefix == b"version ":
-        raise CheckpointError(f"{where}: a Git LFS pointer, not the tensors; run `git lfs pull` where it came from")
+    other = describe_content(path)
+    if other is not None:
+        raise CheckpointError(f"{where}: {other}")
     if len(prefix) < 8:
         raise CheckpointError(f"{where}: {len(prefix)} bytes; a safetensors file has at least 8")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -13,7 +14,7 @@ from lowrank.errors import UsageError
 from lowrank.layers.checks import ACTIVATIONS, FLOAT_ACTIVATIONS, INTEGER_ACTIVATIONS, dtype_from_name
 from lowrank.layers.roles import CODES, FLOAT, SCALE, Role
 from lowrank.layers.spec import LayerSpec
-from lowrank.layers.weight_view import WeightView
+from lowrank.layers.weight_view import WeightView, no_other_weight
 from lowrank.numerics.conv_factors import largest_rank
 
 __all__ = [
@@ -81,10 +82,10 @@ class CompressedLayer(nn.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the layer; for ``torch.fx.symbolic_trace`` it is a leaf, as torch's own layers are."""
-        for value in args or kwargs.values():
+        for value in (*args, *kwargs.values()) if kwargs else args:
             if isinstance(value, Proxy):
-                tracer: Any = value.tracer
-                return tracer.create_proxy("call_module", tracer.path_of_module(self), args, dict(kwargs))
+                # By way of the tracer's own method: those of feature extractors note there which module they are in.
+                return value.tracer.call_module(self, partial(_leaf, self, value.tracer), args, kwargs)  # type: ignore[attr-defined]
         return super().__call__(*args, **kwargs)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -210,18 +211,12 @@ class CompressedLayer(nn.Module):
 
     @weight.setter
     def weight(self, value: object) -> None:
-        raise self._no_other_weight()
-
-    def _no_other_weight(self) -> UsageError:
-        return UsageError(
-            f"weight: {self.kind} holds codes or factors and takes no other weight by assignment; with_weight(...) makes a layer like it "
-            "for another weight, and tables are resized or tied before the model is compressed"
-        )
+        raise no_other_weight(self.kind)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Register a parameter; one called ``weight`` is refused, as :attr:`weight` says."""
         if name == "weight":
-            raise self._no_other_weight()
+            raise no_other_weight(self.kind)
         super().register_parameter(name, param)
 
     def dense_weight(self) -> Tensor:
@@ -387,6 +382,10 @@ class CompressedLayer(nn.Module):
         state.pop("_derived", None)
         state.pop("weight_decodings", None)
         return state
+
+
+def _leaf(layer: CompressedLayer, tracer: Any, *args: Any, **kwargs: Any) -> Any:
+    return tracer.create_proxy("call_module", tracer.path_of_module(layer), args, kwargs)
 
 
 def graph_is_made() -> bool:

@@ -22,7 +22,8 @@ class _Derived(NamedTuple):
 
     tensors: tuple[Tensor, ...]
     aliases: tuple[Tensor, ...]
-    versions: list[tuple[int, int]]
+    addresses: list[int]
+    versions: list[int]
     made: Any
 
 
@@ -58,18 +59,22 @@ class IntegerLayer(Codes):
         memory, and into tensors made in inference mode. Replace the tensor instead, or write into the tensor itself.
         """
         tensors = self.codes_and_scale()
-        versions = [(tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
+        # By map: this stands before every product, and a tiny layer takes few microseconds.
+        addresses = [*map(Tensor.data_ptr, tensors)]
+        versions = [0 if tensor.is_inference() else tensor._version for tensor in tensors]
         kept: _Derived | None = self.__dict__.get("_derived")
         if (
             kept is not None
+            and kept.addresses == addresses
             and kept.versions == versions
+            # An alias moves with what is shared in place, and then holds the old address no longer.
+            and [*map(Tensor.data_ptr, kept.aliases)] == addresses
             and all(map(is_, kept.tensors, tensors))
-            # An alias moves with what is shared in place; then the address compared above is no longer held.
-            and all(alias.data_ptr() == version[0] for alias, version in zip(kept.aliases, versions, strict=True))
         ):
             return kept.made
         made = self.derive()
-        self.__dict__["_derived"] = _Derived(tensors, tuple(tensor.detach() for tensor in tensors), versions, made)
+        aliases = tuple(tensor.detach() for tensor in tensors)
+        self.__dict__["_derived"] = _Derived(tensors, aliases, addresses, versions, made)
         return made
 
     def config(self) -> dict[str, Any]:

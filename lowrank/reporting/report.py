@@ -17,6 +17,7 @@ from lowrank.io import parse_json
 from lowrank.reporting import html
 from lowrank.reporting.text import (
     Column,
+    markdown_line,
     markdown_name,
     markdown_table,
     one_line,
@@ -62,7 +63,7 @@ class Table:
         if self.named:
             rows = [[markdown_name(row[0]), *cells[1:]] for row, cells in zip(self.rows, rows, strict=True)]
         if self.total is not None:
-            rows.append([f"**{text}**" if text else "" for text in self.total])
+            rows.append([f"**{_markdown_cell(text)}**" if text else "" for text in self.total])
         table = markdown_table(self.columns, rows)
         return f"## {self.title}\n\n{table}" if self.title else table
 
@@ -161,10 +162,12 @@ class Report(ABC):
     def to_markdown(self) -> str:
         """Render as Markdown: the same as :meth:`to_text` with full names and every row."""
         lines = self.summary()
-        blocks = ["\n".join([f"# {self.heading}", "", *(f"{line}  " for line in lines)])] if lines else []
+        blocks = (
+            ["\n".join([f"# {self.heading}", "", *(f"{markdown_line(line)}  " for line in lines)])] if lines else []
+        )
         blocks += [table.to_markdown() for table in self._tables(full=True)]
-        blocks += self._remarks(full=True)
-        blocks.append("\n".join(f"- {_markdown_line(one_line(note))}" for note in self.notes))
+        blocks += [markdown_line(text) for text in self._remarks(full=True)]
+        blocks.append("\n".join(f"- {markdown_line(one_line(note))}" for note in self.notes))
         return "\n\n".join(block for block in blocks if block) + "\n"
 
     def to_json(self) -> str:
@@ -227,11 +230,6 @@ class Report(ABC):
         return min(max(columns, NARROWEST), self.most_width)
 
 
-def _markdown_line(text: str) -> str:
-    """Escape what would start markup."""
-    return text.replace("<", "&lt;")
-
-
 def _markdown_cell(text: str) -> str:
     """Escape what would start markup or end the cell."""
-    return _markdown_line(text.replace("|", "\\|"))
+    return markdown_line(text).replace("|", "\\|")

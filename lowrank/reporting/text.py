@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ __all__ = [
     "count_text",
     "counted",
     "human_bytes",
+    "markdown_line",
     "markdown_name",
     "markdown_table",
     "one_line",
@@ -227,13 +230,30 @@ def terminal_table(
 
 
 def markdown_name(name: str) -> str:
-    """Write a name as a code span that can neither end its table cell nor start markup.
+    """Write a name as code that can neither end its table cell nor start markup, in viewers that render HTML either.
 
     Example:
-        >>> markdown_name("a.b"), markdown_name("a|b`c")
-        ('`a.b`', "`a\\\\|b'c`")
+        >>> markdown_name("a.b"), markdown_name("a|b`c"), markdown_name("<img>")
+        ('`a.b`', '<code>a&#124;b&#96;c</code>', '<code>&lt;img&gt;</code>')
     """
-    return "`" + name.replace("`", "'").replace("|", "\\|") + "`" if name else shown_name(name)
+    if not name:
+        return shown_name(name)
+    shown = one_line(name)
+    if not any(character in shown for character in "<>&|`"):
+        return f"`{shown}`"
+    # Nothing can be escaped inside of a code span, and not every viewer takes what is in one for text.
+    return f"<code>{escape(shown, quote=False).replace('|', '&#124;').replace('`', '&#96;')}</code>"
+
+
+def markdown_line(text: str) -> str:
+    """Escape what would start a tag, an entity or a link in a line of Markdown.
+
+    Example:
+        >>> markdown_line("<b> [a](b) &lt; 5 % & more")
+        '&lt;b> [a]\\\\(b) &amp;lt; 5 % & more'
+    """
+    text = re.sub(r"&(?=#?\w+;)", "&amp;", text)
+    return text.replace("<", "&lt;").replace("](", "]\\(")
 
 
 def markdown_table(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> str:

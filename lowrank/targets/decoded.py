@@ -13,12 +13,14 @@ from lowrank.targets.composite import Composite
 __all__ = ["Decoded", "DecodedConv", "DecodedEmbedding"]
 
 # Gains and offsets, whatever their shape: nothing is multiplied with them as a matrix.
-_NORMS = (
+_NO_MATRICES = (
     nn.LayerNorm,
     nn.GroupNorm,
     nn.RMSNorm,
     nn.LocalResponseNorm,
     nn.modules.batchnorm._NormBase,
+    # Belongs to the module that is parametrized by it.
+    nn.utils.parametrize.ParametrizationList,
 )
 
 
@@ -42,7 +44,7 @@ class Decoded(Composite):
         """Tell whether a module owns a matrix, and nothing that is not its own."""
         if self.of and not isinstance(module, self.of):
             return False
-        if isinstance(module, (CompressedLayer, *_NORMS)) or type(module).forward is nn.Module.forward:
+        if isinstance(module, (CompressedLayer, *_NO_MATRICES)) or type(module).forward is nn.Module.forward:
             return False
         alone = not any(True for child in module.children() for _ in child.state_dict(keep_vars=True))
         return alone and bool(matrices_of(module))

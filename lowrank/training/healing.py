@@ -17,6 +17,7 @@ from lowrank.calibration.batches import Batch, ForwardFn, evaluating, sample_cou
 from lowrank.calibration.evaluation import Evaluator
 from lowrank.calibration.preparing import input_embedding, prepare_batches, told
 from lowrank.calibration.untouched import restore_modes, set_modes
+from lowrank.checkpoint import stored_tensors
 from lowrank.errors import CalibrationError, NumericsError
 from lowrank.targets.copying import copy_model
 from lowrank.training.data import derived_seed
@@ -228,7 +229,7 @@ def _halved(healed: nn.Module, like: nn.Module) -> nn.Module:
     """Back to the dtypes that each tensor had."""
     healed.half()
     wanted = like.state_dict()
-    for name, tensor in healed.state_dict().items():
+    for name, tensor in stored_tensors(healed).items():
         if tensor.dtype is not wanted[name].dtype:
             raise AssertionError(f"healing changed {name} from {wanted[name].dtype} to {tensor.dtype}")
     return healed
@@ -322,5 +323,5 @@ def _vocabulary(model: nn.Module) -> int:
 
 
 def _bytes(model: nn.Module) -> int:
-    unique = {tensor.data_ptr(): tensor.nbytes for tensor in model.state_dict().values() if tensor.numel()}
+    unique = {tensor.data_ptr(): tensor.nbytes for tensor in stored_tensors(model).values() if tensor.numel()}
     return sum(unique.values())

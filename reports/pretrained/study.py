@@ -111,7 +111,7 @@ def run_case(name: str, subject: Subject, budget: float) -> dict[str, Any]:
     row["parameters"] = sum(parameter.numel() for parameter in subject.model.parameters())
     try:
         return row | compress(subject, budget)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001
         return row | {"crashed": f"{type(error).__name__}: {error}"}
 
 
@@ -119,7 +119,7 @@ def run_analysis(name: str, subject: Subject) -> dict[str, Any]:
     """The analysis' row."""
     try:
         return {"net": name, "version": lowrank.__version__} | analyse(subject)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001
         return {"net": name, "version": lowrank.__version__, "crashed": f"{type(error).__name__}: {error}"}
 
 

@@ -13,6 +13,7 @@ from tiny_models import make_directory, make_text
 from torch import Tensor, nn
 
 import lowrank
+import lowrank.analysis.benchmark as timing
 from lowrank.analysis.stopwatch import Spread
 from lowrank.cli import app as cli
 from lowrank.errors import UsageError
@@ -84,6 +85,30 @@ def test_a_layer_that_got_slower_is_marked_everywhere() -> None:
         assert "SLOWER" in line
         assert "The whole model got SLOWER." in text
         assert "not reached" in next(line for line in text.splitlines() if "unused" in line)
+
+
+@pytest.mark.parametrize("batches", [1, 2])
+def test_what_is_between_the_layers_has_a_row(batches: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def told(runs: dict[str, object], rounds: int, at_least: float) -> dict[str, list[float]]:
+        """Seconds that do not depend on the machine: of a layer, then of all batches, then of the first alone."""
+        if "own" in runs:
+            return {"own": [0.5], "original": [1.0]}
+        whole = next(wholes)
+        return {"model": [whole], "against": [whole - 3.0]}
+
+    monkeypatch.setattr(timing, "interleaved", told)
+    dense, small = pair()
+    inputs = [IDS + k for k in range(batches)]
+    wholes = iter([10.0] if batches == 1 else [30.0, 10.0])
+    report = lowrank.benchmark(small, dense, inputs=inputs, rounds=1)
+    # Three layers are reached; of the first batch, as the layers are, not of the whole pass.
+    assert (report.rest, report.against_rest) == (8.5, 4.0)
+    assert report.seconds.median == (10.0 if batches == 1 else 30.0)
+    line = next(line for line in report.to_text().splitlines() if line.startswith("everything else"))
+    assert "8.5 s" in line and "4 s" in line
+    assert "Everything else, what is not in compressed layers, got SLOWER" in report.to_text()
+    wholes = iter([10.0] * 2)
+    assert lowrank.benchmark(small, inputs=inputs, rounds=1).against_rest is None
 
 
 def test_json_holds_the_numbers_of_the_report() -> None:

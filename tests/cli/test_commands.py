@@ -2,8 +2,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import shutil
 from pathlib import Path
 
+import click
 import numpy as np
 import pytest
 import torch
@@ -18,6 +21,7 @@ from lowrank.cli import app as cli
 from lowrank.cli import models as cli_models
 from lowrank.cli import shell as cli_shell
 from lowrank.cli.app import app, main
+from lowrank.cli.paths import Command, InputPath, OutputPath
 from lowrank.errors import LowRankError
 
 COMMANDS = ("analyze", "benchmark", "compress", "demo", "evaluate", "finetune", "frontier", "info", "merge")
@@ -262,11 +266,15 @@ def test_output_and_input_may_not_lie_in_one_another(
 
 def test_overwrite_replaces_everything_that_was_there(room: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    out.mkdir()
+    (out / "deep").mkdir(parents=True)
     (out / "old.txt").write_text("old")
+    (out / "deep" / "thesis.txt").write_text("three years")
     arguments = ["compress", str(room / "model"), "-o", str(out), "--error-budget", "0.2", "-q"]
-    assert main(arguments) == 2
-    assert snapshot(out) == {"old.txt": b"old"}
+    before = snapshot(out)
+    for more in ([], ["--overwrite"]):
+        assert main([*arguments, *more]) == 2
+        assert snapshot(out) == before
+    (out / "lowrank_config.json").write_text("{}")
     assert main([*arguments, "--overwrite"]) == 0
     assert not (out / "old.txt").exists()
     assert (out / "model.safetensors").exists()
@@ -427,7 +435,7 @@ def test_analyze_prints_json_and_takes_calibration(room: Path, capfd: pytest.Cap
 
 
 @pytest.mark.parametrize(
-    ("option", "code"), [("--json=absent/a.json", 5), ("--html=model", 5), ("--plot=a.gif", 2), ("--ignore=zzz*", 2)]
+    ("option", "code"), [("--json=absent/a.json", 5), ("--html=model", 2), ("--plot=a.gif", 2), ("--ignore=zzz*", 2)]
 )
 def test_analyze_checks_its_files_first(
     room: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], option: str, code: int
@@ -508,3 +516,43 @@ def test_exit_codes(
 
     monkeypatch.setattr(cli, "describe", broken)
     assert failure(["info", str(compressed)], capfd)[0] == code
+
+
+def test_no_output_of_any_command_is_an_input_of_it(
+    room: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli_models, "load_pretrained", never)
+    model = tmp_path / "model"
+    shutil.copytree(room / "model", model)
+    weights = model / "model.safetensors"
+    (tmp_path / "texts.txt").write_text("one\n")
+    os.link(weights, tmp_path / "hard")
+    (tmp_path / "link").symlink_to(model)
+    (tmp_path / "plan.json").write_text("{}")
+    before = snapshot(tmp_path)
+    text = ["--calibration", str(tmp_path / "texts.txt")]
+    for arguments in (
+        ["analyze", str(model), "--json", str(weights)],
+        ["analyze", str(model), "--html", str(tmp_path / "hard")],
+        ["analyze", str(model), "--plot", str(tmp_path / "link" / "new.png")],
+        ["analyze", str(model), "--json", str(tmp_path / "a.json"), "--html", str(tmp_path / "a.json")],
+        ["analyze", str(weights), "--json", str(weights)],
+        ["analyze", str(model), *text, "--html", str(tmp_path / "texts.txt")],
+        ["frontier", str(model), "--html", str(model / "config.json")],
+        ["frontier", str(model), "-o", str(tmp_path / "f"), "--json", str(tmp_path / "f" / "frontier.json")],
+        ["benchmark", str(model), "--json", str(weights)],
+        ["finetune", str(model), "--data", str(tmp_path / "texts.txt"), "-o", str(model / "a")],
+        ["merge", str(model), str(tmp_path), "-o", str(tmp_path / "m")],
+        ["compress", str(model), "-o", str(tmp_path / "plan.json"), "--plan", str(tmp_path / "plan.json")],
+    ):
+        code, line = failure(arguments, capfd)
+        assert code == 2 and "lie in one another" in line, (arguments, line)
+        assert snapshot(tmp_path) == before
+
+
+def test_every_path_of_every_command_says_whether_it_is_read_or_written() -> None:
+    for command in app.commands.values():
+        assert isinstance(command, Command), command.name
+        for parameter in command.params:
+            if isinstance(parameter.type, click.Path):
+                assert isinstance(parameter.type, InputPath | OutputPath), (command.name, parameter.name)

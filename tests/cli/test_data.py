@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import contextlib
+import io
 import zipfile
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.cli.data import load_batches, read_data
-from lowrank.errors import CalibrationError, CheckpointError, ResourceError
+from lowrank.errors import CalibrationError, CheckpointError, LowRankError, ResourceError
 
 
 class TwoInputs(nn.Module):
@@ -88,3 +90,54 @@ def test_damaged_safetensors_name_the_file(tmp_path: Path) -> None:
     (tmp_path / "x.safetensors").write_bytes(b"\xff" * 64)
     with pytest.raises((CalibrationError, CheckpointError), match=r"x\.safetensors"):
         read_data(tmp_path / "x.safetensors")
+
+
+def archive(
+    header: str = "{'descr': '<f4', 'fortran_order': False, 'shape': (64, 8), }", payload: bytes = bytes(2048)
+) -> bytearray:
+    text = (header + " " * (-(len(header) + 11) % 64) + "\n").encode()
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as packed:
+        packed.writestr("x.npy", b"\x93NUMPY\x01\0" + len(text).to_bytes(2, "little") + text + payload)
+    return bytearray(file.getvalue())
+
+
+def set_field(local: int, central: int, value: int) -> bytearray:
+    content = archive()
+    content[local] = content[content.find(b"PK\x01\x02") + central] = value
+    return content
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        set_field(6, 8, 1),  # encrypted
+        set_field(8, 10, 7),  # an unknown method
+        set_field(8, 10, 14),  # said to be LZMA
+        archive()[:35] + b"\xff" * 25 + archive()[60:],
+        archive("{'descr': '<f4', 'fortran_order': False, 'shape': (100000000000000,), }", b""),
+        archive("{'descr': '<f4', 'fortran_order': False, 'shape': (0, 99999999999999999999), }", b""),
+        archive("{'descr': '<f4', 'fortran_order': False, 'shape': (-1, 8), }"),
+        archive("{'descr': '|O', 'fortran_order': False, 'shape': (2,), }"),
+        archive("{'descr': '<f4', 'fortran_order': False, 'shape': "),
+        archive("[" * 150 + "]" * 150),
+        archive("{'descr': [('a', '<f4')] , 'fortran_order': False, 'shape': (2,), }"),
+        archive()[:-30],
+        b"PK\x05\x06" + bytes(18),
+    ],
+    ids=range(13),
+)
+def test_damaged_archives_are_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.npz").write_bytes(content)
+    with pytest.raises(CalibrationError, match=r"a\.npz") as caught:
+        read_data(tmp_path / "a.npz")
+    assert caught.value.exit_code == 3
+
+
+def test_every_byte_of_an_archive_may_be_damaged(tmp_path: Path) -> None:
+    whole = archive()
+    for place in range(len(whole)):
+        for value in (0, 255, whole[place] ^ 1):
+            (tmp_path / "a.npz").write_bytes(whole[:place] + bytes([value]) + whole[place + 1 :])
+            with contextlib.suppress(LowRankError):
+                read_data(tmp_path / "a.npz")

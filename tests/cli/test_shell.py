@@ -159,3 +159,31 @@ def test_a_process_in_a_c_locale_without_a_terminal_or_standard_output(tmp_path:
         command, env={**os.environ, "PYTHONPATH": root}, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, timeout=120
     )
     assert (closed.returncode, closed.stderr) == (0, b"")
+
+
+@pytest.mark.parametrize("entry", ["module", "script"])
+def test_an_interrupt_while_torch_is_imported_is_one_line(tmp_path: Path, entry: str) -> None:
+    # A stand-in for torch that says when it is imported, and waits.
+    (tmp_path / "torch.py").write_text("import sys, time\nprint('importing', flush=True)\ntime.sleep(60)\n")
+    script = tmp_path / "lowrank"
+    script.write_text("import sys\nfrom lowrank.cli import main\nsys.exit(main())\n")
+    root = str(Path(lowrank.__file__).parent.parent)
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), root])}
+    how = ["-m", "lowrank"] if entry == "module" else [str(script)]
+    usual = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        process = subprocess.Popen(
+            [sys.executable, *how, "info", "x"],
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            cwd="/",
+            text=True,
+        )
+    finally:
+        signal.signal(signal.SIGINT, usual)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "importing\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=30)[1] == "lowrank: error: interrupted\n"
+    assert process.returncode == 130

@@ -18,6 +18,7 @@ import pytest
 
 from lowrank.errors import LowRankError, StorageError, UsageError
 from lowrank.io import atomic_directory, check_destination, destination, lock_destination, write_text
+from lowrank.io.ownership import MARKER_NAME, is_ours, marker_text, overlaps
 
 
 def snapshot(root: Path) -> dict[str, tuple[bytes | None, int]]:
@@ -43,6 +44,7 @@ def refused(code: int, path: Path, words: str, **options: object) -> None:
 
 def fill(path: Path, text: str, overwrite: bool = False) -> None:
     with atomic_directory(path, overwrite) as partial:
+        write_text(partial / MARKER_NAME, marker_text())
         write_text(partial / "a.txt", text)
         (partial / "folder").mkdir()
         write_text(partial / "folder" / "b.txt", text)
@@ -67,6 +69,9 @@ def test_a_full_directory_needs_overwrite(tmp_path: Path) -> None:
     (tmp_path / "out" / "x").write_text("x")
     with unchanged(tmp_path):
         refused(2, tmp_path / "out", "--overwrite")
+        refused(2, tmp_path / "out", "lowrank did not write", overwrite=True)
+    (tmp_path / "out" / MARKER_NAME).write_text(marker_text())
+    with unchanged(tmp_path):
         check_destination(tmp_path / "out", overwrite=True)
 
 
@@ -122,7 +127,8 @@ def test_overwriting_replaces_everything(tmp_path: Path, exchange: bool) -> None
         if not exchange:
             stack.enter_context(mock.patch.object(destination, "_exchange", return_value=False))
         fill(tmp_path / "out", "two", overwrite=True)
-    assert sorted(snapshot(tmp_path)) == ["out", "out/a.txt", "out/folder", "out/folder/b.txt"]
+    names = ["out", "out/a.txt", "out/folder", "out/folder/b.txt", f"out/{MARKER_NAME}"]
+    assert sorted(snapshot(tmp_path)) == names
     assert (tmp_path / "out" / "a.txt").read_text() == "two"
 
 
@@ -201,11 +207,12 @@ def test_modes_follow_the_umask_and_then_the_old_files(tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:
         fill(tmp_path / "out", "one")
-        assert modes() == {"out": 0o750, "out/a.txt": 0o640, "out/folder": 0o750, "out/folder/b.txt": 0o640}
+        marker = {f"out/{MARKER_NAME}": 0o640}
+        assert modes() == marker | {"out": 0o750, "out/a.txt": 0o640, "out/folder": 0o750, "out/folder/b.txt": 0o640}
         (tmp_path / "out").chmod(0o711)
         (tmp_path / "out" / "a.txt").chmod(0o604)
         fill(tmp_path / "out", "two", overwrite=True)
-        assert modes() == {"out": 0o711, "out/a.txt": 0o604, "out/folder": 0o750, "out/folder/b.txt": 0o640}
+        assert modes() == marker | {"out": 0o711, "out/a.txt": 0o604, "out/folder": 0o750, "out/folder/b.txt": 0o640}
     finally:
         os.umask(before)
 
@@ -263,7 +270,7 @@ if not exchange:
 
 def fill(text):
     with atomic_directory(out, True) as partial:
-        for name in ("a", "b"):
+        for name in ("a", "lowrank_config.json"):
             write_text(partial / name, text)
 
 killed = 0
@@ -286,7 +293,7 @@ for number in range(400):
     _, status = os.waitpid(child, 0)
     if os.path.exists(out):
         texts = {Path(out, name).read_text() for name in os.listdir(out)}
-        assert sorted(os.listdir(out)) == ["a", "b"] and len(texts) == 1, (number, os.listdir(out), texts)
+        assert sorted(os.listdir(out)) == ["a", "lowrank_config.json"] and len(texts) == 1, (number, os.listdir(out), texts)
     else:
         assert number < 30 or not exchange, number
     if os.WIFEXITED(status):
@@ -312,8 +319,70 @@ def test_killed_at_any_call_the_output_is_old_or_new(tmp_path: Path, how: str) -
 
 def test_an_output_moved_aside_by_a_killed_run_comes_back(tmp_path: Path) -> None:
     fill(tmp_path / "out", "one")
+    destination._sibling(tmp_path / "out", "lock").touch()
+    destination._record(tmp_path / "out", tmp_path / "out")
     os.rename(tmp_path / "out", destination._sibling(tmp_path / "out", "aside"))
     with lock_destination(tmp_path / "out"):
         assert (tmp_path / "out" / "a.txt").read_text() == "one"
     shutil.rmtree(tmp_path / "out")
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+@pytest.mark.parametrize("role", ["aside", "partial"])
+def test_what_no_run_noted_as_its_own_is_neither_moved_nor_deleted(tmp_path: Path, role: str, exchange: bool) -> None:
+    strange = destination._sibling(tmp_path / "out", role)
+    strange.mkdir()
+    (strange / "model.safetensors").write_text("from a stranger")
+
+    def failing() -> None:
+        with contextlib.ExitStack() as stack:
+            if not exchange:
+                stack.enter_context(mock.patch.object(destination, "_exchange", return_value=False))
+            with atomic_directory(tmp_path / "out"):
+                raise ValueError("the run fails")
+
+    with unchanged(tmp_path), pytest.raises(ValueError if role == "aside" else StorageError, match=r"fails|in the way"):
+        failing()
+    (tmp_path / "link").symlink_to(strange)
+    os.rename(strange, tmp_path / "elsewhere")
+    os.symlink(tmp_path / "elsewhere", strange)
+    with unchanged(tmp_path), pytest.raises(ValueError if role == "aside" else StorageError, match=r"fails|in the way"):
+        failing()
+
+
+# whose a directory is
+
+
+@pytest.mark.parametrize(
+    ("names", "ours"),
+    [
+        (["lowrank_config.json", "notes.txt"], True),
+        ([MARKER_NAME], True),
+        (["frontier.json", "frontier.md"], True),
+        (["frontier.json", "thesis.txt"], False),
+        (["state.json", "history.json"], True),
+        (["state.json", "thesis.txt"], False),
+        (["config.json", "model.safetensors"], False),
+        (["adapter_config.json", "adapter_model.safetensors"], False),
+        (["report.json"], False),
+    ],
+)
+def test_which_directories_are_ours(tmp_path: Path, names: list[str], ours: bool) -> None:
+    for name in names:
+        (tmp_path / name).write_text("{}")
+    assert is_ours(tmp_path) == ours
+
+
+def test_a_file_by_another_name_is_the_same_file(tmp_path: Path) -> None:
+    model, store = tmp_path / "model", tmp_path / "store"
+    for folder in (model, store):
+        folder.mkdir()
+    (store / "blob").write_text("weights")
+    (model / "model.safetensors").symlink_to(store / "blob")
+    (model / "config.json").write_text("{}")
+    os.link(model / "config.json", tmp_path / "hard")
+    for output in (store / "blob", tmp_path / "hard", model / "new.json", store, tmp_path):
+        assert overlaps(output, model), output
+    for output in (store / "other", tmp_path / "new.json", tmp_path / "model2"):
+        assert not overlaps(output, model), output

@@ -35,7 +35,7 @@ def reports() -> list[Report]:
         CompressionReport(rows, sum_rows(rows), notes=[HOSTILE]),
         AnalysisReport(analysis.rows, analysis.totals, [HOSTILE]),
         FrontierReport([FrontierPoint(0.5, 0.1, True, label="p")], [Plan(())], {"metric": "output"}, [HOSTILE]),
-        BenchmarkReport((), seconds, None, None, "1 batch a pass", 3, host),
+        BenchmarkReport((), seconds, None, None, "1 batch a pass", 3, host, 0.0, None),
     ]
 
 

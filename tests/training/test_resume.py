@@ -70,10 +70,11 @@ def test_what_is_there_is_not_overwritten_unasked(tmp_path: Path) -> None:
     kept = tmp_path / "run"
     kept.mkdir()
     (kept / "mine.txt").write_text("mine")
-    for options in ({}, {"resume": True}):
-        with pytest.raises(UsageError, match=r"not empty|no training state"):
+    for options in ({}, {"resume": True}, {"overwrite": True}):
+        with pytest.raises(UsageError, match=r"not empty|did not write"):
             finetune(Net(), batches(), steps=1, output_dir=kept, progress=False, **options)
     assert (kept / "mine.txt").read_text() == "mine"
+    (kept / "mine.txt").rename(kept / "state.json")
     finetune(Net(), batches(), steps=1, output_dir=kept, overwrite=True, progress=False)
     assert not (kept / "mine.txt").exists()
 
