@@ -13,6 +13,7 @@ from lowrank.errors import UsageError
 from lowrank.layers.checks import ACTIVATIONS, FLOAT_ACTIVATIONS, INTEGER_ACTIVATIONS, dtype_from_name
 from lowrank.layers.roles import CODES, FLOAT, SCALE, Role
 from lowrank.layers.spec import LayerSpec
+from lowrank.layers.tracing import recorded
 from lowrank.layers.weight_view import WeightView
 from lowrank.numerics.conv_factors import largest_rank
 
@@ -83,13 +84,7 @@ class CompressedLayer(nn.Module):
         """Run the layer; for ``torch.fx.symbolic_trace`` it is a leaf, as torch's own layers are."""
         for value in (*args, *kwargs.values()) if kwargs else args:
             if isinstance(value, Proxy):
-                tracer: Any = value.tracer
-
-                def leaf(*args: Any, **kwargs: Any) -> Any:
-                    return tracer.create_proxy("call_module", tracer.path_of_module(self), args, kwargs)
-
-                # By way of the tracer's own method: those of feature extractors note there which module they are in.
-                return tracer.call_module(self, leaf, args, kwargs)
+                return recorded(self, value, args, kwargs)
         return super().__call__(*args, **kwargs)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
