@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -14,6 +13,7 @@ from lowrank.errors import UsageError
 from lowrank.layers.checks import ACTIVATIONS, FLOAT_ACTIVATIONS, INTEGER_ACTIVATIONS, dtype_from_name
 from lowrank.layers.roles import CODES, FLOAT, SCALE, Role
 from lowrank.layers.spec import LayerSpec
+from lowrank.layers.tracing import recorded
 from lowrank.layers.weight_view import WeightView, no_other_weight
 from lowrank.numerics.conv_factors import largest_rank
 
@@ -84,8 +84,7 @@ class CompressedLayer(nn.Module):
         """Run the layer; for ``torch.fx.symbolic_trace`` it is a leaf, as torch's own layers are."""
         for value in (*args, *kwargs.values()) if kwargs else args:
             if isinstance(value, Proxy):
-                # By way of the tracer's own method: those of feature extractors note there which module they are in.
-                return value.tracer.call_module(self, partial(_leaf, self, value.tracer), args, kwargs)  # type: ignore[attr-defined]
+                return recorded(self, value, args, kwargs)
         return super().__call__(*args, **kwargs)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -382,10 +381,6 @@ class CompressedLayer(nn.Module):
         state.pop("_derived", None)
         state.pop("weight_decodings", None)
         return state
-
-
-def _leaf(layer: CompressedLayer, tracer: Any, *args: Any, **kwargs: Any) -> Any:
-    return tracer.create_proxy("call_module", tracer.path_of_module(layer), args, kwargs)
 
 
 def graph_is_made() -> bool:
