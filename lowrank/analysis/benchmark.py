@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lowrank.analysis.stopwatch import Spread, host_facts, interleaved, spread
-from lowrank.calibration.batches import Batch, evaluating
+from lowrank.calibration.batches import Batch, ForwardFn, evaluating
 from lowrank.calibration.preparing import prepare_batches
 from lowrank.compression.formats import DENSE
 from lowrank.errors import UsageError, is_whole
@@ -164,6 +164,7 @@ def benchmark(
     inputs: Iterable[Any],
     rounds: int = ROUNDS,
     at_least: float = SECONDS,
+    forward_fn: ForwardFn | None = None,
     progress: bool = False,
 ) -> BenchmarkReport:
     """Time a compressed model and each of its compressed layers, next to the original's.
@@ -177,6 +178,7 @@ def benchmark(
         inputs: batches as ``calibration`` of :func:`lowrank.compress_model` takes them; one pass runs them all.
         rounds: 1 or more; medians and quartiles are over them.
         at_least: seconds for which each contender is repeated in a round.
+        forward_fn: ``forward_fn(model, batch) -> output`` calls a model that takes objects.
         progress: a bar on standard error.
 
     Raises:
@@ -194,7 +196,8 @@ def benchmark(
     """
     if not is_whole(rounds, 1):
         raise UsageError(f"rounds: must be an integer from 1, got {rounds!r}")
-    batches = prepare_batches(model, inputs, "inputs")
+    # A batch that comes twice is to be timed twice.
+    batches = prepare_batches(model, inputs, "inputs", forward_fn=forward_fn, repeats=True)
     models = {"model": model} if against is None else {"model": model, "against": against}
     with contextlib.ExitStack() as stack:
         for each in models.values():
@@ -320,7 +323,7 @@ def _quotient(above: Sequence[float], below: Sequence[float]) -> Spread:
 def _described(batches: Sequence[Batch]) -> str:
     shapes: dict[str, int] = {}
     for batch in batches:
-        tensors = [value for value in (*batch.args, *batch.kwargs.values()) if isinstance(value, Tensor)]
+        tensors = batch.tensors
         shape = "x".join(map(str, tensors[0].shape)) if tensors else "no tensor"
         shapes[shape] = shapes.get(shape, 0) + 1
     listed = ", ".join(f"{count} of {shape}" for shape, count in list(shapes.items())[:4])

@@ -43,6 +43,8 @@ __all__ = ["AnalysisReport", "AnalysisRow", "analyze_model"]
 
 PLOT_STEPS = 32
 BUDGETS = (0.02, 0.05, 0.1)
+# What the survey says where it has no better reason.
+NO_TARGET = "not a target"
 
 
 def analyze_model(
@@ -309,7 +311,10 @@ def _with_outlook(row: AnalysisRow, owner: str, outlook: Outlook) -> AnalysisRow
 def _unplanned(owner: str, outlook: Outlook) -> str:
     if outlook.from_file:
         return "not known from a file: load the model"
-    return f"cannot be replaced: {one_line(outlook.left.get(owner, 'no layer of a kind that is known'))}"
+    # What keeps a weight in a part of a layer, such as a parametrization, is said of the layer around it.
+    around = [owner[:end] for end in prefix_ends(owner)]
+    reasons = [reason for name in reversed(around) if (reason := outlook.left.get(name, NO_TARGET)) != NO_TARGET]
+    return f"cannot be replaced: {one_line(reasons[0]) if reasons else 'no layer of a kind that is known'}"
 
 
 def _kind_of(shape: Sequence[int]) -> str:
@@ -348,7 +353,7 @@ def _totals(
 
 
 def _notes(rows: Sequence[AnalysisRow], statistics: dict[str, InputStatistics]) -> list[str]:
-    thin = [row for row in rows if row.tokens is not None and row.tokens < math.prod(row.shape[1:])]
+    thin = [row for row in rows if row.name in statistics and statistics[row.name].is_thin(row.shape[0])]
     if not thin:
         return []
     fewest = min(row.tokens or 0 for row in thin)

@@ -32,6 +32,7 @@ class Batch:
         size: number of samples; 1 where dimension 0 does not count samples.
         names: of the model's parameters that ``args`` fill, as far as they are known.
         forward_fn: calls the model with the only one of ``args``, in the user's own way.
+        writes: the model has a decoder, which reads the labels where it is given nothing else.
     """
 
     args: tuple[Any, ...]
@@ -39,16 +40,19 @@ class Batch:
     size: int = 1
     names: tuple[str, ...] = ()
     forward_fn: ForwardFn | None = None
+    writes: bool = False
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """What is known by name of the call."""
+        """What is known by name of the call; with a ``forward_fn`` the batch itself, where that is a dict."""
+        if self.forward_fn is not None and self.args and isinstance(self.args[0], Mapping):
+            return dict(self.args[0])
         return {**dict(zip(self.names, self.args, strict=False)), **self.kwargs}
 
     @property
     def masks(self) -> tuple[Mask, ...]:
         """Which positions are padding, for each sequence that has a mask."""
-        return masks_in(self.arguments)
+        return masks_in(self.arguments, writes=self.writes)
 
     @property
     def mask(self) -> Tensor | None:
@@ -64,7 +68,7 @@ class Batch:
     @property
     def token_ids(self) -> Tensor | None:
         """(samples, positions) integer ids, where the model reads such."""
-        candidate = self.kwargs.get("input_ids", self.args[0] if self.args else None)
+        candidate = self.arguments.get("input_ids", self.args[0] if self.args else None)
         if isinstance(candidate, Tensor) and candidate.ndim == 2 and not candidate.is_floating_point():
             return candidate
         return None

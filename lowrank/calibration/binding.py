@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -88,11 +88,9 @@ def items_of(data: Any, name: str) -> Iterable[Any]:
         [32, 8]
     """
     if isinstance(data, (Tensor, np.ndarray)):
-        tensor = torch.as_tensor(data)
-        if not tensor.ndim:
+        if not data.ndim:
             raise CalibrationError(f"{name}: is a single number; samples stand along dimension 0 of a tensor")
-        rows: tuple[Tensor, ...] = tensor.split(ROWS_A_BATCH)
-        return rows
+        return [data[start : start + ROWS_A_BATCH] for start in range(0, len(data), ROWS_A_BATCH)]
     if isinstance(data, Mapping):
         arrays = {key: value for key, value in data.items() if isinstance(value, (Tensor, np.ndarray))}
         lengths = {len(value) for value in arrays.values() if value.ndim}
@@ -102,7 +100,7 @@ def items_of(data: Any, name: str) -> Iterable[Any]:
                 f"{', '.join(f'{key!r}: {type(value).__name__}' for key, value in list(data.items())[:3])}; "
                 "a list of dicts is a list of batches"
             )
-        return _rows({key: torch.as_tensor(value) for key, value in arrays.items()}, lengths.pop())
+        return _rows(arrays, lengths.pop())
     if isinstance(data, (str, bytes)) or not hasattr(data, "__iter__"):
         raise CalibrationError(
             f"{name}: must be an iterable of batches, one tensor or one array, got a {type(data).__name__}"
@@ -111,7 +109,7 @@ def items_of(data: Any, name: str) -> Iterable[Any]:
     return found
 
 
-def _rows(arrays: Mapping[str, Tensor], length: int) -> Iterator[dict[str, Tensor]]:
+def _rows(arrays: Mapping[str, Any], length: int) -> Iterator[dict[str, Any]]:
     for start in range(0, length, ROWS_A_BATCH):
         yield {key: value[start : start + ROWS_A_BATCH] for key, value in arrays.items()}
 
@@ -149,12 +147,44 @@ def calls_of(form: Form, item: Any, dtype: torch.dtype, name: str, *, from_loade
         keep = min(max(form.required, 1), len(item))
     elif len(item) > form.most:
         keep = max(form.required, 1)
+    mask = _mask_beside_ids(form, item) if from_loader and keep == 1 else None
+    if mask is not None:
+        return [Call((item[0],), {mask: item[1]}, form.names)]
     calls = [Call(tuple(item[:keep]), names=form.names, left_out=_left_out(len(item), keep))]
+    if len(item) > 1 and isinstance(item[0], (Mapping, list, tuple)):
+        # Inputs that are a dict or a tuple themselves, and labels.
+        nested = calls_of(form, item[0], dtype, name, from_loader=False)
+        nested = [replace(call, left_out=call.left_out or _left_out(len(item), 1)) for call in nested]
+        calls = [*nested, *calls] if keep == 1 else [*calls, *nested]
     if keep < len(item) <= form.most:
         calls.append(Call(tuple(item), names=form.names))
+    if isinstance(item, list) and not from_loader and keep < len(item) and _alike(item):
+        # Images of several sizes, say. A model that does not take lists says so.
+        return [whole, *calls]
     if isinstance(item, list) or hasattr(item, "_fields"):
         calls.append(whole)
     return calls
+
+
+def _alike(values: Sequence[Any]) -> bool:
+    """Whether all are tensors of one dtype and number of dimensions, which inputs and labels seldom are."""
+    return (
+        all(isinstance(value, Tensor) for value in values) and len({(value.dtype, value.ndim) for value in values}) == 1
+    )
+
+
+def _mask_beside_ids(form: Form, item: Sequence[Any]) -> str | None:
+    """The mask's name where a loader gives token ids and beside them what can only be their mask: ones on one side, zeros on the other."""
+    if len(item) < 2 or len(form.names) < 2 or form.names[1] != "attention_mask":
+        return None
+    ids, mask = item[0], item[1]
+    if not isinstance(ids, Tensor) or not isinstance(mask, Tensor) or ids.is_floating_point() or ids.ndim != 2:
+        return None
+    if mask.shape != ids.shape or not mask.numel() or not bool(((mask == 0) | (mask == 1)).all()):
+        return None
+    steps = mask.to(torch.int8).diff(dim=1)
+    sided = bool((steps <= 0).all()) or bool((steps >= 0).all())
+    return form.names[1] if sided and bool(mask.any(dim=1).all()) else None
 
 
 def _left_out(count: int, keep: int) -> str:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lowrank.calibration.batches import Batch, evaluating
-from lowrank.calibration.measurement import Comparison, Measurement
+from lowrank.calibration.batches import Batch, ForwardFn, evaluating
+from lowrank.calibration.measurement import Comparison, Measurement, named
 from lowrank.calibration.metrics import SampledMetric, sampled_metric, sampled_metrics
 from lowrank.calibration.metrics.sums import count_kept, per_sample, position_mask
 from lowrank.calibration.metrics.variation import Centre
 from lowrank.calibration.outputs import OutputFn, measured_tensors, model_tensor
+from lowrank.calibration.preparing import prepare_batches, told
 from lowrank.errors import CalibrationError, NumericsError
 
 __all__ = ["Comparison", "Evaluator", "Measurement", "compare_models"]
@@ -60,15 +62,14 @@ class Evaluator:
             outputs = self._outputs(original, batch)
             for path, tensor in outputs.items():
                 if not bool(torch.isfinite(tensor).all()):
-                    what = "output" if path == "output" else f"output {path}"
                     raise NumericsError(
-                        f"model: its own {what} on batch {index} holds NaN or Inf; repair the model or take the batch out"
+                        f"model: {named(path)} of the original on batch {index} holds NaN or Inf; repair the model or take the batch out"
                     )
                 self.metric.check(tensor, batch)
                 size += tensor.nbytes
             self._add_to_centres(outputs, batch)
             self._cache.append(outputs if size <= CACHE_BYTES else None)
-        self._metrics = {path: self.metric.fitted(centre) for path, centre in self._centres.items()}
+        self._metrics = {path: self.metric.fitted(centre, named(path)) for path, centre in self._centres.items()}
 
     def _add_to_centres(self, outputs: Mapping[str, Tensor], batch: Batch) -> None:
         if self._centres and self._centres.keys() != outputs.keys():
@@ -96,9 +97,7 @@ class Evaluator:
             outputs = self._outputs(model, batch)
             references = self._outputs(self.original, batch) if cached is None else cached
             for path, metric in self._metrics.items():
-                if path not in outputs:
-                    raise CalibrationError(f"the compressed model lacks output {path} of the original")
-                lost, whole = _terms(metric, references[path], outputs[path], batch)
+                lost, whole = _terms(metric, references[path], _same_output(outputs, path), batch, path)
                 numerators[path].append(lost)
                 denominators[path].append(whole)
             top1 = _add(top1, _same_top1(references, outputs, batch))
@@ -120,7 +119,7 @@ class Evaluator:
 def _same_top1(references: Mapping[str, Tensor], outputs: Mapping[str, Tensor], batch: Batch) -> tuple[int, int] | None:
     """Samples whose likeliest class is unchanged, and samples, where the output is one vector of scores a sample."""
     path = "logits" if "logits" in references else next(iter(references)) if len(references) == 1 else None
-    if path is None or batch.size < 2:
+    if path is None:
         return None
     reference = references[path]
     if reference.ndim != 2 or reference.shape[0] != batch.size or reference.shape[1] < 2:
@@ -134,11 +133,21 @@ def _add(total: tuple[int, int] | None, more: tuple[int, int] | None) -> tuple[i
     return total[0] + more[0], total[1] + more[1]
 
 
-def _terms(metric: SampledMetric, reference: Tensor, output: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+def _same_output(outputs: Mapping[str, Tensor], path: str) -> Tensor:
+    if path not in outputs:
+        raise CalibrationError(f"the compressed model lacks {named(path)} of the original; it has {', '.join(outputs)}")
+    return outputs[path].detach()
+
+
+def _terms(
+    metric: SampledMetric, reference: Tensor, output: Tensor, batch: Batch, path: str = "output"
+) -> tuple[Tensor, Tensor]:
     """Per sample what was lost and what it is relative to, (samples,) float64."""
     if output.shape != reference.shape:
         raise CalibrationError(
-            f"the compressed model's output has shape {tuple(output.shape)}, the original's {tuple(reference.shape)}"
+            f"{named(path)} of the compressed model has shape {tuple(output.shape)}, the original's {tuple(reference.shape)}: where the "
+            "model itself chooses how much it hands out (detections above a threshold), pass output_fn=lambda output: <tensor> for "
+            "what comes before that choice"
         )
     return metric.terms(reference, output, batch)
 
@@ -179,12 +188,20 @@ class _Sums:
 def compare_models(
     original: nn.Module,
     compressed: nn.Module,
-    batches: Sequence[Batch],
+    batches: Sequence[Batch] | Iterable[Any],
     *,
     output_fn: OutputFn | None = None,
+    forward_fn: ForwardFn | None = None,
     progress: bool = False,
 ) -> dict[str, dict[str, float]]:
     """Measure every registered metric that applies to the outputs, and the top-1 agreement of logits, with 95 % intervals over samples.
+
+    Args:
+        original, compressed: the models.
+        batches: as ``calibration`` of :func:`lowrank.compress_model`; copies of a sample count once.
+        output_fn: picks the tensor to measure out of the models' output.
+        forward_fn: ``forward_fn(model, batch) -> output`` calls models that take objects.
+        progress: a bar on standard error.
 
     Returns:
         ``{"output_error": {"value", "low", "high"}, "samples": {"value"}, …}``; "kl" in nats per token, "perplexity_increase" relative.
@@ -194,6 +211,8 @@ def compare_models(
         >>> compare_models(model, model, [Batch((torch.ones(4, 3),), size=4)])["output_error"]["value"]
         0.0
     """
+    if not (isinstance(batches, list) and batches and all(isinstance(batch, Batch) for batch in batches)):
+        batches = told(prepare_batches(original, batches, "data", output_fn=output_fn, forward_fn=forward_fn))
     metrics = (*sampled_metrics().values(), _Top1Agreement())
     sums = {metric.name: _Sums() for metric in metrics}
     centres: dict[str, Centre] = {}
@@ -220,7 +239,10 @@ def compare_models(
             own = sums[metric.name]
             if metric.every_output:
                 for path, tensor in references.items():
-                    own.add(path, *_terms(metric.fitted(centres[path]), tensor, outputs[path].detach(), batch))
+                    if metric.centred and centres[path].trouble is not None:
+                        continue
+                    fitted = metric.fitted(centres[path], named(path))
+                    own.add(path, *_terms(fitted, tensor, _same_output(outputs, path), batch, path))
             else:
                 own.add("output", *_terms(metric, reference, output, batch))
             for side, tensor in (("original", reference), ("compressed", output)):
@@ -236,6 +258,7 @@ def compare_models(
         # Of several outputs the worst.
         measured = max(parts.values(), key=lambda part: part.value)
         low, high = measured.interval()
+        high = max(part.interval()[1] for part in parts.values())
         found[metric.figure] = {"value": measured.value, "low": low, "high": high}
         for side, total in own.levels.items():
             count = float(measured.denominators.sum())

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from lowrank.calibration.batches import Batch, ForwardFn, evaluating, sample_count
 from lowrank.calibration.observers import AnyObserver, observer_of
-from lowrank.calibration.preparing import prepare_batches
+from lowrank.calibration.preparing import prepare_batches, told
 from lowrank.calibration.untouched import untouched
 from lowrank.errors import NumericsError
 from lowrank.numerics.moments import InputStatistics, TokenCounts
@@ -115,6 +115,7 @@ def collect_statistics(
 
     Raises:
         NumericsError: NaN or Inf flows into a layer; names the first.
+        CalibrationError: data that cannot be used.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(3, 2))
@@ -124,7 +125,7 @@ def collect_statistics(
     if isinstance(batches, list) and batches and all(isinstance(batch, Batch) for batch in batches):
         listed = batches
     else:
-        listed = prepare_batches(model, batches, forward_fn=forward_fn)
+        listed = told(prepare_batches(model, batches, forward_fn=forward_fn))
     found = {name: observer_of(module) for name, module in targets.items()} if observers is None else observers
 
     def collected(share: bool) -> dict[str, InputStatistics | TokenCounts]:

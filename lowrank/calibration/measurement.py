@@ -12,11 +12,23 @@ from scipy import stats
 from torch import Tensor
 
 from lowrank.calibration.metrics import SampledMetric
+from lowrank.calibration.metrics.variation import CONSTANT
+from lowrank.io.numbers import percent
 
-__all__ = ["Comparison", "Measurement"]
+__all__ = ["Comparison", "Measurement", "named"]
 
 # Of the squared size of an output: where less than this varies over the samples, the rest hides what is lost.
 MOSTLY_CONSTANT = 0.5
+
+
+def named(path: str) -> str:
+    """Name an output for the reader.
+
+    Example:
+        >>> named("output"), named("1.score")
+        ('the output', 'output 1.score')
+    """
+    return "the output" if path == "output" else f"output {path}"
 
 
 @dataclass(frozen=True)
@@ -43,6 +55,9 @@ class Measurement:
         """The point estimate."""
         whole = float(self.denominators.sum())
         lost = float(self.numerators.sum())
+        if not math.isfinite(lost):
+            # Of several outputs the largest is asked for, and NaN is larger than nothing.
+            return math.inf
         if whole <= 0.0:
             return 0.0 if lost <= 0.0 else math.inf
         return self._unit(lost / whole)
@@ -68,6 +83,8 @@ class Measurement:
     def ratio(self) -> float:
         """Σ numerators / Σ denominators, at least 0: the scale on which the errors of layers add up."""
         lost, whole = float(self.numerators.sum()), float(self.denominators.sum())
+        if not math.isfinite(lost):
+            return math.inf
         if whole <= 0.0:
             return 0.0 if lost <= 0.0 else math.inf
         return max(lost / whole, 0.0)
@@ -125,8 +142,10 @@ class Measurement:
 class Comparison:
     """The errors of a model in each of its outputs; what is said of the whole is said of the worst.
 
-    A budget holds if it holds for every output. Each is tested at 95 %, and all must pass: an intersection-union test, whose
-    confidence is that of one test (Berger 1982).
+    A budget holds if it holds for every output. Each is tested at 95 %, and all must pass: an intersection-union test (Berger 1982).
+    Were the budget broken in any one output, that output's own test alone would let it through in at most 5 % of cases, and the
+    others can only stop more: so no correction for their number is needed, and the largest of the bounds is a 95 % bound on the
+    largest error.
 
     Attributes:
         parts: by the path of the output.
@@ -142,7 +161,7 @@ class Comparison:
     """
 
     parts: Mapping[str, Measurement]
-    varying: Mapping[str, float] = field(default_factory=dict)
+    varying: Mapping[str, float | None] = field(default_factory=dict)
     same_top1: tuple[int, int] | None = None
 
     @property
@@ -210,12 +229,25 @@ class Comparison:
         told = []
         for path in self.parts:
             item = self._of(path)
-            if item["varying"] is None or item["varying"] >= MOSTLY_CONSTANT or item["error_of_variation"] is None:
+            if not float(self.parts[path].denominators.sum()) > 0.0:
+                told.append(
+                    f"{named(path)} is zero on all verification samples, so that its error says nothing of other inputs"
+                )
                 continue
-            what = "the output" if path == "output" else f"output {path}"
+            if (
+                self.parts[path].metric.name != "output"
+                or item["varying"] is None
+                or item["varying"] >= MOSTLY_CONSTANT
+            ):
+                continue
+            if item["error_of_variation"] is None:
+                told.append(
+                    f"{named(path)} is constant over the samples: its error says nothing of what may vary on other inputs"
+                )
+                continue
             told.append(
-                f"{what} is mostly constant over the samples: {item['varying']:.2g} of its squared size varies, and the error is "
-                f'{item["error_of_variation"]:.3g} of what varies; metric="variation" promises that instead'
+                f"{named(path)} is mostly constant over the samples: {percent(item['varying'])} of its squared size varies, and the "
+                f'error is {percent(item["error_of_variation"])} of what varies; metric="variation" promises that instead'
             )
         return told
 
@@ -223,7 +255,7 @@ class Comparison:
         part, varying = self.parts[path], self.varying.get(path)
         against = None
         if varying is not None and part.metric.name == "output" and math.isfinite(part.value):
-            against = part.value / math.sqrt(varying) if varying > 0.0 else None
+            against = part.value / math.sqrt(varying) if varying > CONSTANT else None
         upper = part.upper()
         return {
             "error": _finite(part.value),

@@ -21,9 +21,6 @@ _BY_PRODUCTS = frozenset(
         "past_key_values",
         "past_key_value",
         "cache_params",
-        "mems",
-        "state",
-        "states",
         "rope_deltas",
         "attentions",
         "cross_attentions",
@@ -40,6 +37,8 @@ _BY_PRODUCTS = frozenset(
         "decoder_router_logits",
     )
 )
+# The same in a class of transformers; anywhere else a state may well be the result (a simulator's next one).
+_CACHES_OF_TRANSFORMERS = frozenset(("mems", "state", "states", "cache"))
 # Whole outputs of inner models (CLIP's ``text_model_output``) repeat what the outer one computes with.
 _INNER_OUTPUT = "_model_output"
 # Deeper than any real output; an object that holds itself ends here.
@@ -70,7 +69,8 @@ def model_tensors(output: Any) -> dict[str, Tensor]:
 
     Tuples, lists, dicts, dataclasses and plain objects are looked into. What transformers hands out beside its results (caches,
     attentions, hidden states, losses, whole outputs of inner models) does not count, nor does a single number beside larger tensors
-    (a loss).
+    (a loss); where nothing else is there, they do count. A tensor handed out under several names counts once. Complex and integer
+    tensors do not count.
 
     Raises:
         CalibrationError: there is none.
@@ -80,13 +80,10 @@ def model_tensors(output: Any) -> dict[str, Tensor]:
         ['0', '1.score']
         >>> list(model_tensors((torch.tensor(0.3), torch.ones(2, 4))))
         ['1']
+        >>> list(model_tensors({"hidden_states": torch.ones(2, 4)}))
+        ['hidden_states']
     """
-    if isinstance(output, Tensor):
-        found = {"output": output} if output.is_floating_point() else {}
-    else:
-        found = {path: tensor for path, tensor in _walk(output, "", 0) if tensor.is_floating_point()}
-        if any(tensor.ndim for tensor in found.values()):
-            found = {path: tensor for path, tensor in found.items() if tensor.ndim}
+    found = _floating(_walk(output, "", 0)) or _floating(_walk(output, "", 0, by_products=True))
     if not found:
         raise CalibrationError(
             f"the model's output of type {type(output).__name__} holds no floating tensor to measure; "
@@ -125,16 +122,43 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
         yield tensor
 
 
+def _floating(walked: Iterator[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Those that an error can be measured on, each once; without single numbers beside larger ones."""
+    found: dict[str, Tensor] = {}
+    for path, tensor in walked:
+        if tensor.is_floating_point() and not any(tensor is other for other in found.values()):
+            found[path] = tensor
+    if any(tensor.ndim for tensor in found.values()):
+        found = {path: tensor for path, tensor in found.items() if tensor.ndim}
+    return found
+
+
 def _walk(value: Any, path: str, depth: int, *, by_products: bool = False) -> Iterator[tuple[str, Tensor]]:
     if isinstance(value, Tensor):
         yield path or "output", value
         return
     if depth > _DEEPEST:
         return
+    if not by_products and _is_cache(value):
+        return
     for name, item in _children(value):
-        inner = by_products or not (name in _BY_PRODUCTS or name.endswith(_INNER_OUTPUT))
-        if inner:
+        if by_products or not _is_by_product(name, value):
             yield from _walk(item, f"{path}.{name}" if path else name, depth + 1, by_products=by_products)
+
+
+def _of_transformers(value: Any) -> bool:
+    return type(value).__module__.partition(".")[0] == "transformers"
+
+
+def _is_cache(value: Any) -> bool:
+    """Whether a value holds keys and values for the next call, also where a tuple holds it without a name."""
+    return _of_transformers(value) and type(value).__name__.endswith("Cache")
+
+
+def _is_by_product(name: str, holder: Any) -> bool:
+    if name in _BY_PRODUCTS or name.endswith(_INNER_OUTPUT):
+        return True
+    return name in _CACHES_OF_TRANSFORMERS and _of_transformers(holder)
 
 
 def _children(value: Any) -> Iterator[tuple[str, Any]]:

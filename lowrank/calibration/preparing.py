@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lowrank.calibration.batches import (
+    MIN_VERIFICATION_SAMPLES,
     Batch,
     Batches,
     ForwardFn,
@@ -19,8 +24,14 @@ from lowrank.calibration.outputs import OutputFn, measured_tensors
 from lowrank.calibration.samples import ENOUGH, distinct, leaves
 from lowrank.errors import CalibrationError, UsageError
 
-__all__ = ["input_embedding", "prepare_batches"]
+__all__ = ["input_embedding", "prepare_batches", "told"]
 
+log = logging.getLogger("lowrank")
+
+# Units of rounding a layer that another batch size may make; seen up to 10, and what mixes samples changes outputs by thousands.
+UNITS = 64.0
+# Tensors of a batch that are looked at for samples.
+MOST_INPUTS = 8
 # What a model may raise that is called in a way it does not take.
 _REFUSALS = (
     TypeError,
@@ -41,6 +52,7 @@ def prepare_batches(
     *,
     output_fn: OutputFn | None = None,
     forward_fn: ForwardFn | None = None,
+    repeats: bool = False,
 ) -> Batches:
     """Read the data once and say how the model is called with each batch.
 
@@ -55,6 +67,7 @@ def prepare_batches(
     Args:
         output_fn: picks the tensor to measure out of the model's output.
         forward_fn: ``forward_fn(model, batch)`` calls the model, where it takes what no rule above covers.
+        repeats: keep repeated samples, where nothing is to be learnt of them.
 
     Raises:
         CalibrationError: no batch, a batch that the model refuses, an iterator that failed, token ids outside the vocabulary.
@@ -64,6 +77,47 @@ def prepare_batches(
         >>> [batch.size for batch in batches]
         [4, 5]
     """
+    if isinstance(data, Batches):
+        return data
+    if not isinstance(data, (Tensor, np.ndarray)) or data.ndim < 2 or not len(data):
+        return _prepared(model, data, name, output_fn, forward_fn, repeats)
+    # Samples along dimension 0, also of a model that takes one at a time.
+    ways = (data, list(data))
+    refusals: list[CalibrationError] = []
+    found: list[Batches] = []
+    for way in ways:
+        try:
+            found.append(_prepared(model, way, name, output_fn, forward_fn, repeats))
+        except CalibrationError as error:
+            refusals.append(error)
+            continue
+        if way is data and all(batch.size > 1 for batch in found[0][:-1]) and found[0][0].size > 1:
+            return found[0]
+    if not found:
+        raise refusals[0]
+    return found[-1]
+
+
+def told(batches: Batches) -> Batches:
+    """Say on the logger "lowrank" what the reader should know of the batches, where no report will.
+
+    Example:
+        >>> told(Batches([Batch(())])) == [Batch(())]
+        True
+    """
+    for text in (*batches.warnings, *batches.notes):
+        log.warning("%s", text)
+    return batches
+
+
+def _prepared(
+    model: nn.Module,
+    data: Iterable[Any],
+    name: str,
+    output_fn: OutputFn | None,
+    forward_fn: ForwardFn | None,
+    repeats: bool,
+) -> Batches:
     items = _read(data, name)
     if not items:
         raise CalibrationError(f"{name}: is empty; at least {ENOUGH} samples are needed")
@@ -81,13 +135,16 @@ def prepare_batches(
                 if "labels" not in left_out
                 else f"{name}: {left_out}, is not passed"
             )
-    listed = [batch.to(device) for batch in listed if batch.size]
+    writes = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+    listed = [dataclasses.replace(batch.to(device), writes=writes) for batch in listed if batch.size]
     if not listed:
         raise CalibrationError(f"{name}: is empty; at least {ENOUGH} samples are needed")
     _check_ids(model, listed, name)
     listed, told = _whole_where_needed(model, listed, name, output_fn)
     notes += told
-    kept, warnings = distinct(listed, name)
+    if repeats:
+        return Batches(listed, notes)
+    kept, warnings = distinct(listed, name, MIN_VERIFICATION_SAMPLES if name == "validation" else ENOUGH)
     return Batches(kept, notes, warnings)
 
 
@@ -143,7 +200,7 @@ def _holds_nothing(value: Any) -> bool:
         value = list(value.values())
     if isinstance(value, (list, tuple)):
         return all(map(_holds_nothing, value))
-    return value is None or isinstance(value, (str, bytes, int, float))
+    return value is None or isinstance(value, (bytes, int, float))
 
 
 def _described(item: Any) -> str:
@@ -178,21 +235,24 @@ def _whole_where_needed(
     model: nn.Module, batches: list[Batch], name: str, output_fn: OutputFn | None
 ) -> tuple[list[Batch], list[str]]:
     """Make a batch one sample where dimension 0 does not count samples, and say so; one batch stands for all."""
-    first = next((batch for batch in batches if batch.size > 1), batches[0])
+    place = next((index for index, batch in enumerate(batches) if batch.size > 1), 0)
     whole = [batch.whole() for batch in batches]
-    reference = _outputs(model, first, name, output_fn)
-    if first.size < 2:
-        return whole, []
-    indices = torch.arange(first.size - 1, -1, -2)
-    reason = ""
-    try:
-        part = _outputs(model, first.select(indices), name, output_fn)
-    except CalibrationError as error:
-        reason = f"it refuses a part of a batch ({str(error.__cause__ or error).splitlines()[0][:80]})"
-    else:
-        reason = _difference(reference, part, indices, first.size)
+    reference = _outputs(model, batches[place], name, output_fn)
+    # Tables and states may stand before what holds the samples.
+    counted = [batches, *(other for other in map(_recounted, [batches] * MOST_INPUTS, range(1, MOST_INPUTS)) if other)]
+    reason, seen = "", set()
+    for candidate in counted:
+        first = candidate[place]
+        if first.size < 2 or first.size in seen:
+            continue
+        seen.add(first.size)
+        refusal = _refusal(model, first, reference, name, output_fn)
+        if not refusal:
+            return candidate, []
+        reason = reason or refusal
     if not reason:
-        return batches, []
+        return whole, []
+    first = batches[place]
     again = _outputs(model, first, name, output_fn)
     if any(not torch.equal(again[path], tensor) for path, tensor in reference.items() if path in again):
         # Nothing can be told of a model that draws random numbers; its shapes must do.
@@ -202,19 +262,54 @@ def _whole_where_needed(
     return whole, [f"{name}: each batch is taken as one sample, since dimension 0 does not count samples: {reason}"]
 
 
-def _difference(reference: dict[str, Tensor], part: dict[str, Tensor], indices: Tensor, size: int) -> str:
+def _recounted(batches: Sequence[Batch], index: int) -> list[Batch]:
+    """The batches with as many samples as their ``index``-th tensor holds; none where one of them has no such tensor."""
+    found = []
+    for batch in batches:
+        tensors = leaves([*batch.args, *batch.kwargs.values()])
+        if index >= len(tensors) or not tensors[index].ndim or not len(tensors[index]):
+            return []
+        found.append(dataclasses.replace(batch, size=len(tensors[index])))
+    return found
+
+
+def _refusal(
+    model: nn.Module, batch: Batch, reference: dict[str, Tensor], name: str, output_fn: OutputFn | None
+) -> str:
+    """Why dimension 0 of a batch does not count samples that the model treats one by one; "" where it does."""
+    # In their order, for models that want the longest sequence first; and without the first, on which a state would be built.
+    indices = torch.arange(1, batch.size, 2)
+    if not any(tensor.ndim and len(tensor) == batch.size for tensor in reference.values()) and reference:
+        shapes = ", ".join(f"{_called(path)} has shape {tuple(tensor.shape)}" for path, tensor in reference.items())
+        return f"{shapes} for {batch.size} indices"
+    try:
+        part = _outputs(model, batch.select(indices), name, output_fn)
+    except CalibrationError as error:
+        return f"it refuses a part of a batch ({str(error.__cause__ or error).splitlines()[0][:80]})"
+    depth = sum(1 for module in model.modules() if next(module.parameters(recurse=False), None) is not None)
+    return _difference(reference, part, indices, batch.size, depth)
+
+
+def _difference(reference: dict[str, Tensor], part: dict[str, Tensor], indices: Tensor, size: int, depth: int) -> str:
     """Why f(x[i]) is not f(x)[i], to rounding; "" where it is."""
     for path, tensor in reference.items():
         other = part.get(path)
+        if other is not None and tensor.ndim == other.ndim > 1 and tensor.shape[1:] != other.shape[1:]:
+            # Sequences that the model unpads come out as long as the longest of them.
+            cut = (slice(None), *(slice(length) for length in other.shape[1:]))
+            tensor = tensor[cut]
         if other is None or not tensor.ndim or len(tensor) != size or other.shape != (len(indices), *tensor.shape[1:]):
             if other is not None and other.shape == tensor.shape and torch.equal(other, tensor):
                 continue
             shape = None if other is None else tuple(other.shape)
-            return f"{_called(path)} has shape {tuple(tensor.shape)} for {size} indices and {shape} for {len(indices)}"
+            told = f"{_called(path)} has shape {tuple(tensor.shape)} for {size} indices and {shape} for {len(indices)}"
+            return f"{told}; output_fn picks the output that counts" if len(reference) > 1 else told
         wanted, got = tensor[indices.to(tensor.device)].double(), other.double()
         scale = float(wanted.norm())
-        # Half the digits: other batch sizes sum in another order, through however many layers.
-        if not float((wanted - got).norm()) <= torch.finfo(tensor.dtype).eps ** 0.5 * max(scale, 1e-30):
+        # Other batch sizes sum in another order, which adds up over layers like a random walk; at most half the digits.
+        eps = torch.finfo(tensor.dtype).eps
+        allowed = min(UNITS * eps * math.sqrt(max(depth, 1)), eps**0.5)
+        if not float((wanted - got).norm()) <= allowed * max(scale, 1e-30):
             return f"{_called(path)} at an index changes when other indices are left out"
     return ""
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lowrank.calibration.batches import MIN_VERIFICATION_SAMPLES, Batch, Batches, sample_count
+from lowrank.calibration.masks import MASK_NAMES
 from lowrank.calibration.outputs import tensors_in
 from lowrank.errors import CalibrationError
 
@@ -35,8 +36,24 @@ def leaves(value: Any) -> list[Tensor]:
     return []
 
 
-def sample_digests(batch: Batch) -> list[bytes]:
-    """Compute a digest of each sample: of what the model reads of it, less the padding.
+def coarsest_dtype(batches: Sequence[Batch]) -> torch.dtype:
+    """Find the floating dtype of the fewest digits, in which copies that were rounded on their way are the same again.
+
+    Example:
+        >>> coarsest_dtype([Batch((torch.zeros(1),)), Batch((torch.zeros(1).half(),))])
+        torch.float16
+    """
+    found = {tensor.dtype for batch in batches for tensor in batch.tensors if tensor.is_floating_point()}
+    return max(found | {torch.float32}, key=lambda dtype: torch.finfo(dtype).eps)
+
+
+def sample_digests(batch: Batch, floating: torch.dtype = torch.float32) -> list[bytes]:
+    """Compute a digest of each sample: of what the model reads of it, less the padding, masks and labels.
+
+    Names, and the integer or floating dtype, are no part of it.
+
+    Args:
+        floating: floating numbers are compared in this dtype.
 
     Example:
         >>> a, b, c = sample_digests(Batch((torch.tensor([[1.0], [2.0], [1.0]]),), size=3))
@@ -44,40 +61,57 @@ def sample_digests(batch: Batch) -> list[bytes]:
         (True, False)
     """
     hashes = [hashlib.blake2b(digest_size=16) for _ in range(batch.size)]
-    for value in (*batch.args, *(batch.kwargs[key] for key in sorted(batch.kwargs))):
-        _digest(value, batch, hashes)
+    named = (
+        zip(batch.names, batch.args, strict=False) if batch.names else ((str(n), a) for n, a in enumerate(batch.args))
+    )
+    arguments = {**dict(named), **batch.kwargs}
+    arguments |= {str(index): value for index, value in enumerate(batch.args) if index >= len(batch.names) > 0}
+    for key in sorted(arguments):
+        if key not in MASK_NAMES and key != "labels":
+            _digest(arguments[key], batch, hashes, floating)
     return [each.digest() for each in hashes]
 
 
-def _digest(value: Any, batch: Batch, hashes: Sequence[Any]) -> None:
+def _digest(value: Any, batch: Batch, hashes: Sequence[Any], floating: torch.dtype) -> None:
     if isinstance(value, Tensor):
         kept = batch.kept(value.shape) if value.ndim >= 2 else None
         if batch.size > 1 and value.ndim and value.shape[0] == batch.size:
             for index, each in enumerate(hashes):
                 row = value[index] if kept is None or kept.shape[0] != batch.size else value[index][kept[index]]
-                each.update(_bytes(row))
+                each.update(_bytes(row, floating))
             return
+        if kept is not None and tuple(kept.shape) == tuple(value.shape[:2]):
+            value = value[kept]
+        elif value.ndim > 1 and value.shape[0] == 1:
+            # One sample is the same in a batch of its own.
+            value = value[0]
         for each in hashes:
-            each.update(_bytes(value))
+            each.update(_bytes(value, floating))
     elif isinstance(value, (list, tuple, dict)):
         items = list(value.values()) if isinstance(value, dict) else list(value)
         if batch.size > 1 and len(items) == batch.size and not any(leaves(item) for item in items):
             for item, each in zip(items, hashes, strict=True):
-                each.update(_object_bytes(item))
+                each.update(_object_bytes(item, floating))
             return
         for item in items:
-            _digest(item, batch, hashes)
+            _digest(item, batch, hashes, floating)
     elif value is not None:
         for each in hashes:
-            each.update(_object_bytes(value))
+            each.update(_object_bytes(value, floating))
 
 
-def _bytes(tensor: Tensor) -> bytes:
-    plain = tensor.detach().cpu().contiguous()
-    return str(tuple(plain.shape)).encode() + plain.reshape(-1).view(torch.uint8).numpy().tobytes()
+def _bytes(tensor: Tensor, floating: torch.dtype) -> bytes:
+    plain = tensor.detach().cpu()
+    if plain.layout is not torch.strided:
+        plain = plain.to_dense()
+    if plain.is_complex():
+        plain = torch.view_as_real(plain.resolve_conj())
+    # Adding zero makes one of the two zeros.
+    plain = plain.to(floating).float() + 0.0 if plain.is_floating_point() else plain.to(torch.int64)
+    return str(tuple(plain.shape)).encode() + plain.contiguous().numpy().tobytes()
 
 
-def _object_bytes(value: Any) -> bytes:
+def _object_bytes(value: Any, floating: torch.dtype) -> bytes:
     """What tells an object from others: its tensors and its plain attributes; its identity where it shows neither."""
     if isinstance(value, _PLAIN):
         return repr(value).encode()
@@ -85,11 +119,11 @@ def _object_bytes(value: Any) -> bytes:
     plain = {name: item for name, item in getattr(value, "__dict__", {}).items() if isinstance(item, _PLAIN)}
     if not tensors and not plain:
         return str(id(value)).encode()
-    return repr(sorted(plain.items())).encode() + b"".join(map(_bytes, tensors))
+    return repr(sorted(plain.items())).encode() + b"".join(_bytes(tensor, floating) for tensor in tensors)
 
 
-def distinct(batches: list[Batch], name: str) -> tuple[list[Batch], list[str]]:
-    """Give the batches without repeated samples, as long as enough others remain; and what to say of it.
+def distinct(batches: list[Batch], name: str, enough: int = ENOUGH) -> tuple[list[Batch], list[str]]:
+    """Give the batches without repeated samples, as long as ``enough`` others remain; and what to say of it.
 
     Example:
         >>> same = Batch((torch.ones(64, 2),), size=64)
@@ -99,9 +133,10 @@ def distinct(batches: list[Batch], name: str) -> tuple[list[Batch], list[str]]:
     """
     seen: set[bytes] = set()
     kept: list[Batch] = []
+    floating = coarsest_dtype(batches)
     for batch in batches:
         fresh = []
-        for index, digest in enumerate(sample_digests(batch)):
+        for index, digest in enumerate(sample_digests(batch, floating)):
             if digest not in seen:
                 seen.add(digest)
                 fresh.append(index)
@@ -116,13 +151,13 @@ def distinct(batches: list[Batch], name: str) -> tuple[list[Batch], list[str]]:
         warnings.append(f"{name}: every input is zero throughout; nothing is learnt of other inputs")
     if len(seen) == total:
         return batches, warnings
-    if len(seen) >= ENOUGH:
+    if len(seen) >= enough:
         return kept, [*warnings, f"{name}: of {total:,} samples {len(seen):,} are distinct; each counts once"]
     few = "all samples are the same sample" if len(seen) == 1 else f"only {len(seen)} are distinct"
     return batches, [
         *warnings,
         f"{name}: of {total:,} samples {few}: the error holds for those and proves nothing for others; "
-        f"at least {ENOUGH} distinct samples are needed",
+        f"at least {enough} distinct samples are needed",
     ]
 
 
@@ -137,10 +172,11 @@ def without_shared(checks: Batches, batches: Sequence[Batch]) -> Batches:
         >>> sample_count(without_shared(other, own))
         4
     """
-    known = {digest for batch in batches for digest in sample_digests(batch)}
+    floating = coarsest_dtype([*batches, *checks])
+    known = {digest for batch in batches for digest in sample_digests(batch, floating)}
     total, kept = sample_count(checks), []
     for batch in checks:
-        fresh = [index for index, digest in enumerate(sample_digests(batch)) if digest not in known]
+        fresh = [index for index, digest in enumerate(sample_digests(batch, floating)) if digest not in known]
         if len(fresh) == batch.size:
             kept.append(batch)
         elif fresh:

@@ -55,6 +55,9 @@ def restore_modes(modes: list[tuple[nn.Module, bool]]) -> None:
     for module, mode in modes:
         if module.training != mode:
             module.train(mode)
+    for module, mode in modes:
+        # One that was set by hand, to what its train() does not do.
+        module.training = mode
 
 
 @contextlib.contextmanager

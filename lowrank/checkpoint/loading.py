@@ -22,14 +22,15 @@ from lowrank.checkpoint.manifest import (
 from lowrank.errors import CheckpointError, UsageError
 from lowrank.integrations.methods import guard_methods
 from lowrank.io import TensorSource, printable
-from lowrank.layers import CompressedLayer, call_every_layer
+from lowrank.layers import LAYER_KINDS, CompressedLayer, DecodedLayer, call_every_layer
 from lowrank.layers.roles import CODES, SCALE
 from lowrank.numerics.convolutions import ConvGeometry
 from lowrank.numerics.rounding import largest_code
 from lowrank.targets import kind_of
 from lowrank.targets.batchnorm import fold_skeleton
+from lowrank.targets.copying import become, copy_model
 
-__all__ = ["load_model"]
+__all__ = ["fill", "load_model"]
 
 _CONFIG_NAME = "config.json"
 
@@ -77,7 +78,7 @@ def load_model(
     _check_buffers(skeleton, manifest, printable(directory))
     # Scales first: they are small, and a bad one should not cost the reading of everything else.
     tensors = _read_all(manifest, source, target, dtype)
-    return _fill(skeleton, manifest, tensors, target, dtype, str(directory / MANIFEST_NAME))
+    return fill(skeleton, manifest, tensors, target, dtype, str(directory / MANIFEST_NAME))
 
 
 def _skeleton(
@@ -119,11 +120,9 @@ def _copy_without_weights(model: nn.Module) -> nn.Module:
         elif isinstance(value, torch.Tensor):
             memo[id(value)] = torch.empty_like(value, device="meta")
     try:
-        return copy.deepcopy(model, memo)
-    except (TypeError, RuntimeError, AttributeError) as error:
-        raise UsageError(
-            f"model: this {type(model).__name__} cannot be copied ({printable(error)}); pass a function that makes it"
-        ) from error
+        return copy_model(model, memo)
+    except UsageError as error:
+        raise UsageError(f"{error}; or pass a function that makes the model") from error
 
 
 def _check_fit(skeleton: nn.Module, manifest: Manifest, source: TensorSource, where: str) -> None:
@@ -140,7 +139,8 @@ def _check_fit(skeleton: nn.Module, manifest: Manifest, source: TensorSource, wh
             raise CheckpointError(
                 f"{where}: layer {printable(name)!r} is {list(found)} in the model, but {config['shape']} in the file"
             )
-        geometry = ConvGeometry.of(module).to_json() if isinstance(module, (nn.Conv1d, nn.Conv2d)) else {}
+        compared = isinstance(module, (nn.Conv1d, nn.Conv2d)) and LAYER_KINDS[config["kind"]] is not DecodedLayer
+        geometry = ConvGeometry.of(module).to_json() if compared else {}
         for option, value in geometry.items():
             stored = (config.get("geometry") or {}).get(option)
             if stored != value:
@@ -158,6 +158,10 @@ def _check_fit(skeleton: nn.Module, manifest: Manifest, source: TensorSource, wh
     replaced = {id(modules[name]) for name in manifest.layers}
     inside = {name for name, module in modules.items() if id(module) in replaced}
     wanted = {name: tensor for name, tensor in skeleton.state_dict().items() if enclosing(name, inside) is None}
+    for name in manifest.extra_state:
+        if name not in wanted:
+            raise CheckpointError(f"{where}: the model takes no extra state {printable(name)!r}{_near(name, wanted)}")
+        del wanted[name]
     for name, tensor in wanted.items():
         entry = entries.get(manifest.resolve(name))
         if entry is None:
@@ -227,7 +231,7 @@ def _read_all(
     return tensors
 
 
-def _fill(
+def fill(
     skeleton: nn.Module,
     manifest: Manifest,
     tensors: Mapping[str, torch.Tensor],
@@ -235,16 +239,29 @@ def _fill(
     dtype: torch.dtype | None,
     origin: str,
 ) -> nn.Module:
-    """Put layers and tensors into a skeleton that is known to fit."""
+    """Put layers and tensors into a skeleton that is known to fit.
+
+    Args:
+        skeleton: changed in place.
+        tensors: by the names that they are stored under.
+        dtype: of floating tensors, where it is another than the stored one.
+        origin: of the manifest, for messages.
+    """
     modules = dict(skeleton.named_modules(remove_duplicate=False))
     layers: dict[int, nn.Module] = {}
     for name, config in manifest.layers.items():
         if dtype is not None:
             config = {**config, "dtype": str(dtype).removeprefix("torch.")}
-        layers[id(modules[name])] = build_layer(name, config, printable(origin), torch.device("meta"))
+        layer = build_layer(name, config, printable(origin), torch.device("meta"))
+        if isinstance(layer, DecodedLayer):
+            layer.adopt(modules[name], printable(name))
+        layers[id(modules[name])] = layer
     model = _replace(skeleton, layers)
     call_every_layer(model)
-    state = {name: tensors[manifest.resolve(name)] for name in model.state_dict()}
+    state: dict[str, Any] = {
+        name: tensors[manifest.resolve(name)] for name in model.state_dict() if name not in manifest.extra_state
+    }
+    state |= copy.deepcopy(dict(manifest.extra_state))
     model.load_state_dict(state, strict=True, assign=True)
     _tie(model, manifest)
     _move_unstored(model, manifest, device)
@@ -252,11 +269,11 @@ def _fill(
 
 
 def _replace(model: nn.Module, layers: Mapping[int, nn.Module]) -> nn.Module:
-    """Put layers in the place of the modules with these ids, under all their names."""
-    for parent in list(model.modules()):
-        for child_name, child in parent._modules.items():
-            parent._modules[child_name] = layers.get(id(child), child)
-    return layers.get(id(model), model)
+    """Put layers in the place of the modules with these ids, whatever way leads there."""
+    for module in list(model.modules()):
+        if id(module) in layers:
+            become(module, layers[id(module)])
+    return model
 
 
 def _tie(model: nn.Module, manifest: Manifest) -> None:

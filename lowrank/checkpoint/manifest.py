@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,7 @@ class Manifest:
         folded: names of the BatchNorms that were taken into the convolutions before them.
         guard: name of the zero-size tensor that makes other loaders fail, or ``None``.
         raw: the whole document.
+        extra_state: what ``get_extra_state`` of modules gave, where it is no tensor, by its name in the ``state_dict``.
     """
 
     layers: dict[str, dict[str, Any]]
@@ -56,6 +57,7 @@ class Manifest:
     guard: str | None
     raw: dict[str, Any]
     folded: tuple[str, ...] = ()
+    extra_state: Mapping[str, Any] = field(default_factory=dict)
 
     def resolve(self, name: str) -> str:
         """Give the stored name behind a name: the owner where it is tied."""
@@ -144,7 +146,8 @@ def parse_manifest(document: Mapping[str, Any], origin: str) -> Manifest:
     folded = document.get("folded", [])
     if not isinstance(folded, list) or not all(isinstance(name, str) and name for name in folded):
         raise CheckpointError(f"{where}: folded must be a list of module names; got {_shown(folded)}")
-    return Manifest(layers, ties, buffers, guard, dict(document), tuple(folded))
+    extra_state = _mapping(document, "extra_state", object, where)
+    return Manifest(layers, ties, buffers, guard, dict(document), tuple(folded), extra_state)
 
 
 def _mapping(document: Mapping[str, Any], key: str, kind: type, where: str) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from lowrank.checkpoint.manifest import FORMAT_VERSION, MANIFEST_NAME, manifest_limit_bytes, prefix_of
 from lowrank.errors import CheckpointError, UsageError
@@ -29,9 +30,10 @@ from lowrank.layers import CompressedLayer, compressed_layers
 from lowrank.targets.batchnorm import FoldedBatchNorm
 from lowrank.targets.model import refuse_adapters
 
-__all__ = ["says_tied_wrongly", "save_compressed", "stored_tensors"]
+__all__ = ["described", "is_extra_state", "require_storable", "says_tied_wrongly", "save_compressed", "stored_tensors"]
 
 _SHARD_BYTES = 5_000_000_000
+_EXTRA_STATE_REMEDY = "let it give numbers, text, lists and dicts of them, or a tensor"
 # Headers and reports beside the tensors; measured 2 MB for a model of 10,000 layers.
 _SIDE_BYTES = 16 << 20
 
@@ -62,6 +64,8 @@ def _owners(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     ties: dict[str, str] = {}
     first: dict[tuple[Any, ...], str] = {}
     for name, tensor in model.state_dict().items():
+        if is_extra_state(name, tensor):
+            continue
         _require_storable(name, tensor)
         key = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.is_conj())
         if tensor.numel() and key in first:
@@ -72,13 +76,65 @@ def _owners(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     return tensors, ties
 
 
+def is_extra_state(name: str, value: Any) -> bool:
+    """Tell whether an entry of a ``state_dict`` is what ``get_extra_state`` of a module gives, and no tensor.
+
+    >>> is_extra_state("head._extra_state", {"steps": 3}), is_extra_state("head.weight", torch.ones(1))
+    (True, False)
+    """
+    return name.rpartition(".")[2] == "_extra_state" and not isinstance(value, torch.Tensor)
+
+
+def require_storable(model: nn.Module) -> None:
+    """Refuse a model with an entry in its ``state_dict`` that no file of tensors can hold, before any work is done on it.
+
+    Raises:
+        CheckpointError: names the entry, what it is and what to do.
+
+    >>> require_storable(nn.Linear(2, 2))
+    """
+    for name, value in model.state_dict(keep_vars=True).items():
+        if not is_extra_state(name, value) and not isinstance(value, (UninitializedParameter, UninitializedBuffer)):
+            _require_storable(name, value)
+    _extra_states(model)
+
+
+def _extra_states(model: nn.Module) -> dict[str, Any]:
+    """What ``get_extra_state`` gives that is no tensor, by name; it has to be plain JSON."""
+    found = {name: value for name, value in model.state_dict().items() if is_extra_state(name, value)}
+    for name, value in found.items():
+        label = f"module {printable(name.rpartition('.')[0]) or 'model'}: what its get_extra_state gives ({type(value).__name__})"
+        try:
+            same = _same_json(json.loads(json.dumps(value, allow_nan=False)), value)
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"{label} is not plain JSON ({error}); {_EXTRA_STATE_REMEDY}") from error
+        if not same:
+            raise CheckpointError(
+                f"{label} comes back otherwise from JSON (a tuple, a key that is no text); {_EXTRA_STATE_REMEDY}"
+            )
+    return found
+
+
+def _same_json(read: Any, value: Any) -> bool:
+    if type(read) is not type(value):
+        return False
+    if isinstance(value, dict):
+        return read.keys() == value.keys() and all(_same_json(read[key], value[key]) for key in value)
+    if isinstance(value, list):
+        return len(read) == len(value) and all(_same_json(one, other) for one, other in zip(read, value, strict=True))
+    return bool(read == value)
+
+
 def _require_storable(name: str, tensor: Any) -> None:
     label = f"tensor {printable(name)!r}"
     if not isinstance(tensor, torch.Tensor):
         raise CheckpointError(f"{label}: the state_dict holds a {type(tensor).__name__}; only tensors can be saved")
     if type(tensor) not in (torch.Tensor, nn.Parameter) or tensor.is_quantized or tensor.layout != torch.strided:
         kind = f"{type(tensor).__name__} of layout {tensor.layout}"
-        raise CheckpointError(f"{label}: a {kind} cannot be saved; make it dense")
+        raise CheckpointError(
+            f"{label}: a {kind} cannot be saved; make it a plain dense tensor (`nn.Parameter(x.as_subclass(torch.Tensor))`, "
+            "`.dequantize()`), or load the model unquantised"
+        )
     if tensor.is_meta:
         raise CheckpointError(f"{label}: on the meta device, so it has no values; load the weights first")
     if dtype_name(tensor.dtype) is None:
@@ -163,6 +219,20 @@ def save_compressed(
     return real
 
 
+def described(model: nn.Module) -> tuple[str, dict[str, torch.Tensor]]:
+    """Give what a file of a model would hold: the manifest as text, and the tensors by name.
+
+    Raises:
+        CheckpointError: as :func:`stored_tensors`.
+
+    >>> text, tensors = described(nn.Linear(2, 2))
+    >>> list(tensors)
+    ['weight', 'bias']
+    """
+    tensors, ties = _owners(model)
+    return _to_json(_manifest(model, compressed_layers(model), ties, None, None), MANIFEST_NAME), tensors
+
+
 def _check_report(report: Any, total: int) -> None:
     stated = None if report is None else report.totals.get("bytes_after")
     if stated is not None and stated != total:
@@ -196,6 +266,9 @@ def _manifest(
     ]
     if folded:
         document["folded"] = folded
+    states = _extra_states(model)
+    if states:
+        document["extra_state"] = states
     if extra:
         document["extra"] = dict(extra)
     return document

@@ -13,7 +13,7 @@ import click
 
 from lowrank.analysis.model import analyze_model
 from lowrank.calibration.evaluation import compare_models
-from lowrank.calibration.preparing import prepare_batches
+from lowrank.calibration.preparing import prepare_batches, told
 from lowrank.checkpoint import describe
 from lowrank.cli import data as cli_data
 from lowrank.cli import demo
@@ -240,7 +240,9 @@ def evaluate(
     original = open_model(source, device, quiet)
     smaller = open_model(compressed, device, quiet)
     batches = model_batches(data, data_file, original, source, max_tokens, batch_size)
-    found = compare_models(original, smaller, prepare_batches(original, batches or [], "--data"), progress=not quiet)
+    found = compare_models(
+        original, smaller, told(prepare_batches(original, batches or [], "--data")), progress=not quiet
+    )
     emit(json.dumps(found, indent=2, sort_keys=True) if as_json else comparison_text(found))
 
 

@@ -9,6 +9,7 @@ from tabulate import tabulate
 from torch import nn
 
 from lowrank.calibration.metrics import sampled_metrics
+from lowrank.checkpoint import stored_tensors
 from lowrank.compression.plan import Plan
 from lowrank.io import printable
 from lowrank.reporting.text import human_bytes, percent
@@ -23,7 +24,7 @@ def plan_text(plan: Plan, model: nn.Module) -> str:
         >>> print(plan_text(Plan(()), nn.Linear(4, 4)).splitlines()[-1])
         Nothing was measured and nothing written (--dry-run).
     """
-    stored = {tensor.data_ptr(): tensor.nbytes for tensor in model.state_dict().values()}
+    stored = {tensor.data_ptr(): tensor.nbytes for tensor in stored_tensors(model).values()}
     rows = [
         (
             printable(entry.name),

@@ -22,6 +22,7 @@ from lowrank.io.version import versions
 from lowrank.layers import CompressedLayer
 from lowrank.numerics.linalg import fallback_counts
 from lowrank.reporting.points import FrontierPoint
+from lowrank.reporting.text import counted
 from lowrank.targets.survey import Survey
 
 __all__ = ["TargetBytes", "compression_report", "frontier_point", "layer_rows"]
@@ -180,8 +181,8 @@ def compression_report(
         healed = chosen.healed.report
         totals["heal"] = {key: value for key, value in healed.to_dict().items() if key != "losses"}
         told.append(
-            f"healed: {healed.steps} steps on {healed.samples:,} samples took the {healed.metric} error on the search part from "
-            f"{healed.error_before:.4g} to {healed.error_after:.4g}"
+            f"healed: {counted(healed.steps, 'step')} on {counted(healed.samples, 'sample')} took the "
+            f"{healed.metric} error on the search part from {healed.error_before:.4g} to {healed.error_after:.4g}"
         )
     counts = fallback_counts()
     if counts:

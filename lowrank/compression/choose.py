@@ -23,6 +23,7 @@ from lowrank.compression.search import Search
 from lowrank.compression.trial import ComputedError, ErrorMeasure, Healer, Outcome, SampledError, Trial
 from lowrank.compression.working_copy import weight_error_of
 from lowrank.errors import BudgetError, UsageError
+from lowrank.reporting.text import beside
 from lowrank.training.healing import HealResult, heal_batches
 from lowrank.training.options import HealOptions
 
@@ -194,8 +195,8 @@ def measure_given(prepared: Preparation, plan: Plan, verification: Sequence[Batc
     plan = replace(plan, entries=sized)
     if options.error_budget is not None and not reading.upper <= options.error_budget:
         raise BudgetError(
-            f"error budget {options.error_budget:g}: the given plan reaches {reading.value:.4g}, at most {reading.upper:.4g} "
-            "with 95 % confidence",
+            f"error budget {options.error_budget:g}: the given plan reaches {beside(reading.value, options.error_budget)}, "
+            f"at most {beside(reading.upper, options.error_budget)} with 95 % confidence",
             plan=plan,
             error=reading.upper,
         )

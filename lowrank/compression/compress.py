@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -33,6 +32,7 @@ from lowrank.compression.prepare import (
     weigh,
 )
 from lowrank.compression.reasons import reasons_for_dense
+from lowrank.compression.rehearsal import rehearse
 from lowrank.compression.report import CompressionReport
 from lowrank.compression.stages import Stages
 from lowrank.compression.timings import load_timings
@@ -41,6 +41,7 @@ from lowrank.errors import BudgetError, NumericsError, UsageError
 from lowrank.integrations.methods import guard_methods
 from lowrank.numerics.linalg import fallback_counts, reset_fallback_counts
 from lowrank.targets import target_names
+from lowrank.targets.copying import copy_model
 from lowrank.targets.model import unwrapped
 
 __all__ = ["CompressionResult", "compress_model", "plan_model", "prepare"]
@@ -187,7 +188,9 @@ def compress_model(
         options = planned(options, plan.metadata)
     original = _on_device(unwrapped(model), device)
     with borrowed(original) as modes:
-        result, copied, healed = _compressed(original, calibration, validation, options, plan, inplace=inplace)
+        result, copied, healed, batch = _compressed(original, calibration, validation, options, plan, inplace=inplace)
+        # Where layers are replaced in place the model shares its weights with the one that is still in evaluation mode.
+        rehearse(result.model, copied.reference, batch, None if inplace else modes)
     if inplace:
         # Only now: until here whatever was done to the caller's model is taken back.
         result.model = copied.write_back(healed)
@@ -204,8 +207,8 @@ def _compressed(
     plan: Plan | None,
     *,
     inplace: bool,
-) -> tuple[CompressionResult, WorkingCopy, nn.Module | None]:
-    """The result, the copy that it was made in, and the healed model if it is one."""
+) -> tuple[CompressionResult, WorkingCopy, nn.Module | None, Batch | None]:
+    """The result, the copy that it was made in, the healed model if it is one, and a batch to run them on."""
     stages = Stages()
     with stages.stage("prepare"):
         prepared, verification = prepare(original, calibration, validation, options, probing=plan is None)
@@ -234,7 +237,9 @@ def _compressed(
                 plan=outcome.chosen.plan,
                 error=report.totals["error_upper"],
             )
-    return CompressionResult(finished, outcome.chosen.plan, report, _local_source(original)), prepared.copy, healed
+    batches = [] if prepared.split is None else [*verification, *prepared.split.search, *prepared.split.statistics]
+    result = CompressionResult(finished, outcome.chosen.plan, report, _local_source(original))
+    return result, prepared.copy, healed, next(iter(batches), None)
 
 
 def plan_model(
@@ -275,6 +280,7 @@ def prepare(
         probing: measure what each layer's formats cost; not needed for a plan that is given.
     """
     reset_fallback_counts()
+    checkpoint.require_storable(model)
     working, found, notes = fold_and_find(model, options)
     latency = probing and options.objective == "latency"
     # The "weight" metric needs no samples: its optimum is the plain SVD.
@@ -332,4 +338,4 @@ def _on_device(model: nn.Module, device: torch.device | str | None) -> nn.Module
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"device: {device!r} is not available here ({str(error).splitlines()[0]})") from error
     current = next((tensor.device for tensor in model.parameters()), wanted)
-    return model if current == wanted else copy.deepcopy(model).to(wanted)
+    return model if current == wanted else copy_model(model).to(wanted)

@@ -15,6 +15,7 @@ from lowrank.numerics.conv_factors import ConvCurve, ConvFactors
 from lowrank.numerics.factors import Factors, RankCurve
 from lowrank.numerics.gradient_weighting import GradientWeighting
 from lowrank.numerics.moments import InputStatistics, TokenCounts
+from lowrank.numerics.sampled_moments import Moment
 from lowrank.targets import LayerKind
 from lowrank.targets.kind import Factoring
 from lowrank.targets.survey import Target
@@ -137,8 +138,9 @@ class LayerData:
 
     @property
     def schemes(self) -> tuple[str | None, ...]:
-        """The ways to cut the weight in two."""
-        return self.kind.schemes(self.target.shape)
+        """The ways to cut the weight in two; the first alone where rows of the inputs stand for their moment, which others need whole."""
+        schemes = self.kind.schemes(self.target.shape)
+        return schemes[:1] if self.inputs is not None and self.inputs.sampled else schemes
 
     def max_rank(self, scheme: str | None) -> int:
         """Give the largest rank that means anything."""
@@ -168,8 +170,8 @@ class LayerData:
         return matrix if self.weighting is None else self.weighting.of(matrix)
 
     @cached_property
-    def moments(self) -> Tensor | None:
-        """Σ of what flows in, (in, in) or (blocks, in, in) as the kind has it; ``None`` where nothing is known."""
+    def moments(self) -> Moment | None:
+        """Σ of what flows in, (in, in) or (blocks, in, in) as the kind has it, or the rows it is made of; ``None`` where unknown."""
         if self.inputs is None:
             return None
         return self.kind.moments(self.inputs, blocks=self.blocks, centred=self.centred, device=self.weight.device)

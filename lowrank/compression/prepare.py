@@ -29,6 +29,7 @@ from lowrank.numerics.linalg import check_finite
 from lowrank.numerics.moments import InputStatistics, TokenCounts
 from lowrank.targets import kind_of, layer_kinds
 from lowrank.targets.batchnorm import fold_sharing
+from lowrank.targets.copying import sharing_copy
 from lowrank.targets.model import refuse_adapters
 from lowrank.targets.survey import Member, Skipped, Survey, Target, survey
 
@@ -222,10 +223,12 @@ def _gradients(
     wide = [member.name for member in members if _outputs(member.module) > MAX_GRADIENT_OUTPUTS]
     modules, observers = _observed(member for member in members if member.name not in wide)
     try:
+        # In a copy, since modules that keep an activation would keep its graph.
+        scratch = sharing_copy(model)
         gradients = output_gradients(
-            model,
+            scratch,
             split.statistics,
-            modules,
+            {name: scratch.get_submodule(name) for name in modules},
             directions=options.directions,
             output_fn=options.output_fn,
             observers=observers,
@@ -335,10 +338,10 @@ def _notes(layers: Sequence[LayerData], costs: Mapping[str, Measured] | None, sp
         drawn = [inputs for _, inputs in observed if inputs.offered > inputs.count]
         if drawn:
             notes.append(
-                f"statistics of {len(drawn)} convolutions from patches drawn at random: at most "
+                f"statistics of {len(drawn)} layers from patches or tokens drawn at random: at most "
                 f"{max(inputs.count for inputs in drawn):,} of {max(inputs.offered for inputs in drawn):,} in one layer"
             )
-        few = [data.name for data, inputs in observed if inputs.count < data.columns]
+        few = [data.name for data, inputs in observed if inputs.is_thin(data.rows)]
         if few:
             notes.append(f"fewer tokens than input channels in {_named(few)}: their statistics are thin")
     if costs is None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lowrank.compression.candidates import LayerChoices
+from lowrank.compression.candidates import Candidate, LayerChoices
 from lowrank.compression.formats import is_dense
 from lowrank.compression.options import Options
 from lowrank.compression.plan import Plan
 
 __all__ = ["reasons_for_dense"]
+
+# An error beyond which its size tells nothing more: an output of size 0 that became something has an infinite one.
+RUIN = 10.0
 
 
 def reasons_for_dense(
@@ -36,11 +39,20 @@ def _reason(layer: LayerChoices, scale: float, options: Options) -> str:
     if not offered:
         return "no format makes it smaller"
     mildest = min(offered, key=lambda each: (each.error, each.bytes))
-    metric = options.error_metric
+    metric, name = options.error_metric, mildest.spec.format
     cost = options.value(mildest.error * scale)
-    if options.error_budget is None:
-        return f"{mildest.spec.format} would cost an error of {metric.show(cost)}; the size budget is met without it"
+    ruin = not cost < RUIN
+    shown = f"more than {metric.show(RUIN)}" if ruin else metric.show(cost)
     budget = options.error_budget
+    if budget is None:
+        return f"{name} would cost an error of {shown}; the size budget is met without it"
+    limit = metric.show_limit(budget)
     if cost > budget:
-        return f"{mildest.spec.format} costs {metric.show_beside(cost, budget)}, the budget is {metric.show(budget)}"
-    return f"{mildest.spec.format} alone costs {metric.show(cost)} of the budget of {metric.show(budget)}, which saves more in other layers"
+        return f"{name} costs {shown if ruin else metric.show_beside(cost, budget)}, the budget is {limit}"
+    if options.objective != "size" and not any(each.price < dense.price for each in offered for dense in _dense(layer)):
+        return "no format makes it faster"
+    return f"{name} alone costs {shown} of the budget of {limit}, which saves more in other layers"
+
+
+def _dense(layer: LayerChoices) -> list[Candidate]:
+    return [each for each in layer.candidates if is_dense(each.spec.format)]

@@ -172,7 +172,8 @@ class CompressionReport(Report):
             bound = show(upper) if budget is None or metric == "error" else known.show_beside(upper, budget)
             phrases.append(f"at most {bound} with 95 % confidence")
         if totals.get("error_budget") is not None:
-            phrases.append(f"budget {show(totals['error_budget'])}")
+            shown = show if metric == "error" else known.show_limit
+            phrases.append(f"budget {shown(totals['error_budget'])}")
         return phrases
 
     def files(self) -> dict[str, str]:

@@ -10,7 +10,7 @@ from typing import Any
 from lowrank.compression.formats import DENSE, is_dense
 from lowrank.errors import CheckpointError
 from lowrank.layers.spec import SPEC_FIELDS, HoldsSpec, LayerSpec
-from lowrank.reporting.text import Column, count_text, human_bytes, one_line, percent
+from lowrank.reporting.text import Column, counted, human_bytes, one_line, percent
 
 __all__ = [
     "ARITHMETICS",
@@ -184,7 +184,7 @@ def total_texts(rows: Sequence[LayerRow]) -> list[str]:
     sums = sum_rows(rows)
     bits = sums["bits_per_weight"]
     return [
-        f"{count_text(len(rows))} modules",
+        counted(len(rows), "module"),
         "",
         "",
         human_bytes(sums["bytes_before"]),

@@ -10,11 +10,13 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
+from lowrank.calibration.measurement import named
 from lowrank.compression.healed_plans import heal_plan, healed_plans
 from lowrank.compression.plan import Plan, same_specs
 from lowrank.compression.trial import ErrorMeasure, Healer, Outcome, Reading, Trial
 from lowrank.compression.working_copy import WorkingCopy
 from lowrank.errors import BudgetError
+from lowrank.reporting.text import beside, counted, rounded_up
 
 __all__ = ["Search", "Step", "corrected"]
 
@@ -216,12 +218,16 @@ class Search:
         """Say what the safest plan reaches, and what would help: a larger budget, or so many samples."""
         assert first.verified is not None
         value, upper = first.verified.value, first.verified.upper
-        bound = f", at most {upper:.4g} with 95 % confidence" if math.isfinite(upper) else ""
+        bound = f", at most {beside(upper, budget)} with 95 % confidence" if math.isfinite(upper) else ""
         text = (
             f"error budget {budget:g}: cannot be met; the safest plan that compresses anything ({first.label}, "
-            f"{first.plan.bytes:,} bytes in the targets) reaches {value:.4g}{bound}"
+            f"{first.plan.bytes:,} bytes in the targets) reaches {beside(value, budget)}{bound}"
         )
         comparison = first.verified.comparison
+        if comparison is not None and len(comparison.parts) > 1:
+            text += f" in {named(comparison.worst)}, the worst of {len(comparison.parts)}"
+        if comparison is not None:
+            text += "".join(f"; {note}" for note in comparison.notes())
         needed = None if comparison is None else comparison.samples_needed(budget)
         if comparison is not None and needed is not None:
             text += (
@@ -230,17 +236,20 @@ class Search:
             )
         elif not math.isfinite(upper) and value <= budget:
             text += "; the verification samples are too few, or too unlike each other, to bound it: give more samples"
+        elif math.isfinite(value):
+            reached = rounded_up(upper if math.isfinite(upper) else value)
+            text += f"; raise the budget to {reached}, or leave layers out with ignore"
         else:
-            text += (
-                f"; raise the budget to {upper if math.isfinite(upper) else value:.3g}, or leave layers out with ignore"
-            )
+            text += "; no budget allows that: leave layers out with ignore, or choose with output_fn what is measured"
+        # By what was just measured: where nothing was predicted to fit, the scale was let go far below it.
+        self.scale = corrected(first.plan, first.verified, self.scale, self.total)
         return BudgetError(text + self._why(), plan=first.plan, error=upper)
 
     def _why(self) -> str:
         """What keeps each layer dense, for an error."""
         reasons = self.reasons(self.scale)
         listed = [f"{name}: {reason}" for name, reason in list(reasons.items())[:MOST_REASONS]]
-        more = [f"and {len(reasons) - MOST_REASONS} more layers"] if len(reasons) > MOST_REASONS else []
+        more = [f"and {counted(len(reasons) - MOST_REASONS, 'more layer')}"] if len(reasons) > MOST_REASONS else []
         return f" ({'; '.join([*listed, *more])})" if listed else ""
 
     def _reach(self) -> None:

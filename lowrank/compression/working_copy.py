@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy as copying
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 
@@ -13,9 +13,8 @@ from lowrank.compression.layer_data import LayerData
 from lowrank.compression.plan import Plan
 from lowrank.errors import CheckpointError
 from lowrank.layers import CompressedLayer, call_every_layer
-from lowrank.layers.model import copied
 from lowrank.layers.spec import LayerSpec
-from lowrank.targets.model import replace_module
+from lowrank.targets.copying import become, same_module, sharing_copy
 
 __all__ = ["WorkingCopy", "check_plan", "weight_error_of"]
 
@@ -35,9 +34,11 @@ class WorkingCopy:
         self.layers: Mapping[str, LayerData] = {data.name: data for data in layers}
         self._built: dict[str, dict[LayerSpec, dict[str, nn.Module]]] = {name: {} for name in self.layers}
         # Not its buffers: a forward may write to those.
-        self.model = copied(model, {id(tensor): tensor for tensor in model.parameters()})
+        self.model: nn.Module = sharing_copy(model)
         self._originals = {
-            member.name: self.model.get_submodule(member.name) for data in layers for member in data.target.members
+            member.name: same_module(self.model.get_submodule(member.name))
+            for data in layers
+            for member in data.target.members
         }
         self._installed: dict[str, LayerSpec] = dict.fromkeys(self.layers, DENSE)
 
@@ -55,7 +56,7 @@ class WorkingCopy:
         dense = format_of(spec).dense
         built = self._originals if dense else self.build(name, spec)
         for member in self.layers[name].target.members:
-            replace_module(self.model, member.names, built[member.name])
+            become(self.model.get_submodule(member.name), built[member.name])
         call_every_layer(self.model)
         self._installed[name] = spec
 
@@ -84,7 +85,7 @@ class WorkingCopy:
                 for name, tensor in table.items():
                     if tensor is not None and id(tensor) in shared:
                         if id(tensor) not in copies:
-                            copies[id(tensor)] = copying.deepcopy(tensor)
+                            copies[id(tensor)] = copy.deepcopy(tensor)
                         table[name] = copies[id(tensor)]
         return self.model
 
@@ -95,19 +96,16 @@ class WorkingCopy:
             trained: a model of the installed layers whose tensors, all of them, are to be taken over.
         """
         if self.reference is not self.original:
-            aliases: dict[int, list[str]] = {}
-            for name, module in self.reference.named_modules(remove_duplicate=False):
-                aliases.setdefault(id(module), []).append(name)
-            for name, module in self.reference.named_modules():
+            for name, module in list(self.reference.named_modules()):
                 folded = self.original.get_submodule(name)
                 if type(folded) is not type(module) or getattr(folded, "bias", None) is not getattr(
                     module, "bias", None
                 ):
-                    replace_module(self.reference, aliases[id(module)], folded)
+                    become(module, folded)
         for name, spec in self._installed.items():
             if not format_of(spec).dense:
                 for member in self.layers[name].target.members:
-                    replace_module(self.reference, member.names, self.build(name, spec)[member.name])
+                    become(self.reference.get_submodule(member.name), self.build(name, spec)[member.name])
         if trained is not None:
             self.reference.load_state_dict(trained.state_dict())
         call_every_layer(self.reference)
@@ -141,11 +139,11 @@ def check_plan(plan: Plan, layers: Mapping[str, LayerData]) -> None:
             )
 
 
-def weight_error_of(copy: WorkingCopy) -> float:
+def weight_error_of(working: WorkingCopy) -> float:
     """Compute √(Σ‖ΔW‖²/Σ‖W‖²) over the targets, of the layers that are installed."""
     lost = whole = 0.0
-    for data in copy.layers.values():
-        module = copy.model.get_submodule(data.name)
+    for data in working.layers.values():
+        module = working.model.get_submodule(data.name)
         whole += data.square_sum
         if isinstance(module, CompressedLayer):
             lost += data.errors_of(module)[0] ** 2 * data.square_sum

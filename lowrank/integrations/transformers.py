@@ -263,7 +263,17 @@ def _read_config(directory: Path) -> dict[str, Any]:
         raise CheckpointError(f"{printable(directory)}: no such directory; models are read from local directories only")
     if not is_model_directory(directory):
         raise CheckpointError(f"{printable(directory)}: not a Hugging Face model directory (it holds no {CONFIG_NAME})")
-    return read_json(directory / CONFIG_NAME)
+    config: dict[str, Any] = _with_floats(read_json(directory / CONFIG_NAME))
+    return config
+
+
+def _with_floats(value: Any) -> Any:
+    """What transformers spells ``{"__float__": "Infinity"}``, since JSON has no word for it, as the number."""
+    if isinstance(value, dict):
+        if value.keys() == {"__float__"} and value["__float__"] in ("Infinity", "-Infinity", "NaN"):
+            return float(value["__float__"])
+        return {key: _with_floats(item) for key, item in value.items()}
+    return [_with_floats(item) for item in value] if isinstance(value, list) else value
 
 
 def _refuse_quantized(config: Mapping[str, Any], directory: Path) -> None:

@@ -8,6 +8,7 @@ from lowrank.layers.base import CompressedLayer, Role, declare_format
 from lowrank.layers.conv import SVDCompressedConv1d, SVDCompressedConv2d
 from lowrank.layers.conv_codes import QuantizedConv1d, QuantizedConv2d
 from lowrank.layers.conv_factor_codes import QuantizedLowRankConv1d, QuantizedLowRankConv2d
+from lowrank.layers.decoded import DecodedLayer
 from lowrank.layers.embedding import LowRankEmbedding
 from lowrank.layers.embedding_codes import QuantizedEmbedding, QuantizedLowRankEmbedding
 from lowrank.layers.linear import SVDCompressedLinear
@@ -48,6 +49,8 @@ __all__ = [
     "LowRankEmbedding",
     "QuantizedEmbedding",
     "QuantizedLowRankEmbedding",
+    # in place of any module that owns a matrix
+    "DecodedLayer",
     # in place of recurrent layers and nn.MultiheadAttention
     "QuantizedGRU",
     "QuantizedGRUCell",
@@ -78,5 +81,6 @@ LAYER_KINDS: dict[str, type[CompressedLayer]] = {
         QuantizedLowRankConv2d,
         *RECURRENT.values(),
         QuantizedMultiheadAttention,
+        DecodedLayer,
     )
 }

@@ -81,10 +81,15 @@ class CompressedLayer(nn.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the layer; for ``torch.fx.symbolic_trace`` it is a leaf, as torch's own layers are."""
-        for value in args or kwargs.values():
+        for value in (*args, *kwargs.values()) if kwargs else args:
             if isinstance(value, Proxy):
                 tracer: Any = value.tracer
-                return tracer.create_proxy("call_module", tracer.path_of_module(self), args, dict(kwargs))
+
+                def leaf(*args: Any, **kwargs: Any) -> Any:
+                    return tracer.create_proxy("call_module", tracer.path_of_module(self), args, kwargs)
+
+                # By way of the tracer's own method: those of feature extractors note there which module they are in.
+                return tracer.call_module(self, leaf, args, kwargs)
         return super().__call__(*args, **kwargs)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

@@ -17,6 +17,7 @@ from lowrank.layers.source import error_in
 from lowrank.numerics.convolutions import ConvGeometry, pad_input
 from lowrank.numerics.moments import InputStatistics
 from lowrank.numerics.rounding import require_finite
+from lowrank.numerics.sampled_moments import moment_squares
 
 __all__ = ["ConvLayer", "conv_parts", "float_conv", "kernel_error"]
 
@@ -254,10 +255,13 @@ def kernel_error(
     """
     if statistics is None or statistics.count == 0:
         return error_in(weight.flatten(1), approximation.flatten(1), None)
-    blocks = [statistics.block(index, groups).moment(centred=centred, ridge=ridge) for index in range(groups)]
-    moments = torch.stack(blocks).to(weight.device)
+    blocks = [statistics.block(index, groups) for index in range(groups)]
+    moments = [block.metric(centred=centred, ridge=ridge).to(weight.device) for block in blocks]
     kernel, other = (each.detach().double().flatten(1).unflatten(0, (groups, -1)) for each in (weight, approximation))
-    lost, whole = (float(((part @ moments) * part).sum()) for part in (kernel - other, kernel))
+    lost, whole = (
+        math.fsum(float(moment_squares(part, moment).sum()) for part, moment in zip(parts, moments, strict=True))
+        for parts in (kernel - other, kernel)
+    )
     if whole <= 0.0:
         return 0.0 if lost <= 0.0 else math.inf
     return math.sqrt(max(lost, 0.0) / whole)

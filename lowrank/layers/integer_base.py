@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from operator import is_
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,16 @@ from lowrank.layers.weights import Codes
 __all__ = ["IntegerLayer", "in_autocast_type"]
 
 _Layer = TypeVar("_Layer", bound="IntegerLayer")
+
+
+class _Derived(NamedTuple):
+    """What was made of a layer's tensors, and how they were then: address and version of each."""
+
+    tensors: tuple[Tensor, ...]
+    aliases: tuple[Tensor, ...]
+    addresses: list[int]
+    versions: list[int]
+    made: Any
 
 
 class IntegerLayer(Codes):
@@ -42,17 +52,29 @@ class IntegerLayer(Codes):
         """Give what is derived from the codes and the scale, made anew when one of them is replaced, moved or written to.
 
         What is derived holds addresses. ``tensor.data = …``, ``share_memory()`` and a copy sent to another process move the numbers and
-        leave the tensor and its version as they are, so the address itself is compared.
+        leave the tensor and its version as they are, so the address itself is compared. An alias keeps the memory until then: freed, its
+        address might come back with other numbers in it.
 
-        Tensors made in inference mode do not tell that they were written to: replace such a one instead.
+        Writes of which torch keeps no count are not seen: into ``tensor.data`` or its NumPy array, by another process that shares the
+        memory, and into tensors made in inference mode. Replace the tensor instead, or write into the tensor itself.
         """
         tensors = self.codes_and_scale()
-        versions = [(tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
-        kept: tuple[tuple[Tensor, ...], list[tuple[int, int]], Any] | None = self.__dict__.get("_derived")
-        if kept is not None and kept[1] == versions and all(map(is_, kept[0], tensors)):
-            return kept[2]
+        # By map: this stands before every product, and a tiny layer takes few microseconds.
+        addresses = [*map(Tensor.data_ptr, tensors)]
+        versions = [0 if tensor.is_inference() else tensor._version for tensor in tensors]
+        kept: _Derived | None = self.__dict__.get("_derived")
+        if (
+            kept is not None
+            and kept.addresses == addresses
+            and kept.versions == versions
+            # An alias moves with what is shared in place, and then holds the old address no longer.
+            and [*map(Tensor.data_ptr, kept.aliases)] == addresses
+            and all(map(is_, kept.tensors, tensors))
+        ):
+            return kept.made
         made = self.derive()
-        self.__dict__["_derived"] = (tensors, versions, made)
+        aliases = tuple(tensor.detach() for tensor in tensors)
+        self.__dict__["_derived"] = _Derived(tensors, aliases, addresses, versions, made)
         return made
 
     def config(self) -> dict[str, Any]:

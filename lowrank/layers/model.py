@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import copy as copying
-from typing import Any
-
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from lowrank.errors import CheckpointError, UsageError
+from lowrank.errors import CheckpointError
 from lowrank.layers.base import CompressedLayer
 
-__all__ = ["check_scales", "compressed_layers", "copied"]
+__all__ = ["check_scales", "compressed_layers"]
 
 
 def compressed_layers(model: nn.Module) -> dict[str, CompressedLayer]:
@@ -30,43 +26,6 @@ def compressed_layers(model: nn.Module) -> dict[str, CompressedLayer]:
             found[name] = module
             parts.update(id(part) for part in module.modules())
     return found
-
-
-class _Detaching(TorchFunctionMode):
-    """Copy tensors that hang on a graph as tensors without one, which torch itself refuses."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is Tensor.__deepcopy__ and args[0].grad_fn is not None:
-            tensor, memo = args
-            if id(tensor) not in memo:
-                memo[id(tensor)] = tensor.detach().clone()
-            return memo[id(tensor)]
-        return func(*args, **(kwargs or {}))
-
-
-def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
-    """Copy a model; activations that it keeps of a run, with their graph, become tensors without one.
-
-    Args:
-        model: any module that ``copy.deepcopy`` takes.
-        memo: as for ``copy.deepcopy``: what is to be shared, or replaced, by id.
-
-    Raises:
-        UsageError: it holds something that cannot be copied.
-
-    Example:
-        >>> layer = nn.Linear(2, 2)
-        >>> layer.last = layer(torch.ones(1, 2))
-        >>> copied(layer).last.requires_grad
-        False
-    """
-    try:
-        with _Detaching():
-            return copying.deepcopy(model, memo)
-    except (RuntimeError, TypeError, NotImplementedError) as error:
-        raise UsageError(
-            f"model: cannot be copied ({error}); take what copy.deepcopy refuses off its modules first, or load it anew"
-        ) from error
 
 
 def check_scales(layer: nn.Module, name: str) -> None:

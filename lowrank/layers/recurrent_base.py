@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lowrank.errors import UsageError
 from lowrank.layers.base import CompressedLayer
 from lowrank.layers.checks import FLOAT_ACTIVATIONS
+from lowrank.layers.source import is_plain
 from lowrank.layers.weights import joined, split
 from lowrank.numerics.rounding import check_bits, dequantize_rows, quantize_rows, require_finite
 
@@ -77,7 +78,7 @@ class QuantizedRecurrent(CompressedLayer):
             RankError: bits outside 2 to 8.
             NumericsError: NaN or Inf in a tensor.
         """
-        if type(module) is not cls.dense_kind:
+        if not is_plain(module, cls.dense_kind):
             raise UsageError(f"module: must be an nn.{cls.dense_kind.__name__}, got {type(module).__name__}")
         options = {name: getattr(module, name) for name in cls.option_names}
         tensors = dict(module.named_parameters())

@@ -14,7 +14,7 @@ from lowrank.numerics.factors import RankCurve, check_rank
 from lowrank.numerics.moments import InputStatistics, activation_error
 from lowrank.numerics.rounding import require_finite
 
-__all__ = ["LinearParts", "carry_over", "choose_rank", "error_in", "linear_parts", "require_embedding"]
+__all__ = ["LinearParts", "carry_over", "choose_rank", "error_in", "is_plain", "linear_parts", "require_embedding"]
 
 
 class LinearParts(NamedTuple):
@@ -22,6 +22,56 @@ class LinearParts(NamedTuple):
 
     weight: Tensor
     bias: Tensor | None
+
+
+# What decides what a module computes; a subclass that has its own of any of these may compute another thing.
+_COMPUTING = (
+    "forward",
+    "__call__",
+    "_call_impl",
+    "_conv_forward",
+    "forward_impl",
+    "__getattr__",
+    "__getattribute__",
+    "weight",
+    "bias",
+    "flatten_parameters",
+    "_fill_padding_idx_with_zero",
+    "_save_to_state_dict",
+    "_load_from_state_dict",
+    "get_extra_state",
+    "set_extra_state",
+)
+
+
+def is_plain(module: nn.Module, base: type[nn.Module]) -> bool:
+    """Tell whether a module is of a class of torch's, or of a subclass of it that computes the same and holds nothing more.
+
+    Example:
+        >>> class Scaled(nn.Linear):
+        ...     def reset_parameters(self):
+        ...         super().reset_parameters()
+        >>> class Doubled(nn.Linear):
+        ...     def forward(self, x):
+        ...         return 2 * super().forward(x)
+        >>> is_plain(Scaled(2, 2), nn.Linear), is_plain(Doubled(2, 2), nn.Linear)
+        (True, False)
+    """
+    kind = type(module)
+    if kind is base:
+        return True
+    if not isinstance(module, base) or any(
+        getattr(kind, name, None) is not getattr(base, name, None) for name in _COMPUTING
+    ):
+        return False
+    # What it holds beside the tensors of its base would be lost; hooks of its state are its own way of being saved.
+    hooks = (module._state_dict_hooks, module._state_dict_pre_hooks, module._load_state_dict_pre_hooks)
+    extra = (
+        set(module._parameters) - {"weight", "bias"} if base in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Embedding) else ()
+    )
+    return (
+        not extra and not module._buffers and not any(hooks) and (base is nn.MultiheadAttention or not module._modules)
+    )
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -90,7 +140,7 @@ def error_in(
     """
     if statistics is not None and statistics.count:
         return activation_error(
-            weight, approximation, statistics.moment(centred=centred, ridge=ridge).to(weight.device)
+            weight, approximation, statistics.metric(centred=centred, ridge=ridge).to(weight.device)
         )
     matrix = weight.detach().to(torch.float64)
     largest = float(matrix.abs().max()) if matrix.numel() else 0.0

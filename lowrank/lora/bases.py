@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from lowrank.layers.source import is_conv1d
 from lowrank.numerics.conv_factors import largest_rank
 from lowrank.numerics.convolutions import ConvGeometry
 
-__all__ = ["Base", "base_of", "family"]
+__all__ = ["Base", "base_of", "dense_twin", "family"]
 
 _DENSE: dict[type[nn.Module], str] = {
     nn.Linear: "linear",
@@ -60,6 +61,36 @@ def base_of(layer: nn.Module) -> Base:
     if kind is None:
         raise AdapterError(f"{type(layer).__name__}: no adapter fits this kind of module")
     return _Compressed(layer, kind) if isinstance(layer, CompressedLayer) else _Dense(layer, kind)
+
+
+def dense_twin(layer: CompressedLayer, parts: Mapping[str, Tensor]) -> nn.Module:
+    """Make the torch layer that a compressed embedding or linear layer stands for, with numbers of a file; frozen.
+
+    Args:
+        layer: of the family ``"embedding"`` or ``"linear"``.
+        parts: ``weight`` and ``bias``; what is missing is the layer's own.
+
+    Example:
+        >>> from lowrank.layers import QuantizedLinear
+        >>> dense_twin(QuantizedLinear(4, 2), {"weight": torch.ones(2, 4)}).weight.sum()
+        tensor(8.)
+    """
+    rows, columns = layer.shape
+    device = next(iter(layer.state_dict().values())).device
+    made: nn.Module
+    if layer.looks_up:
+        padding = getattr(layer, "padding_idx", None)
+        made = nn.Embedding(rows, columns, padding, device=device, dtype=layer.dtype)
+    else:
+        has_bias = layer._parameters.get("bias") is not None
+        made = nn.Linear(columns, rows, bias=has_bias, device=device, dtype=layer.dtype)
+    with torch.no_grad():
+        for part, own in made.named_parameters():
+            given = parts.get(part)
+            if given is None:
+                given = layer.dense_weight() if part == "weight" else layer.get_parameter(part)
+            own.copy_(given)
+    return made.requires_grad_(False).train(layer.training)
 
 
 class Base:

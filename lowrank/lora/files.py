@@ -27,7 +27,6 @@ from lowrank.io import (
     write_text,
 )
 from lowrank.io.version import PACKAGE, __version__
-from lowrank.layers.model import copied
 from lowrank.layers.source import is_conv1d
 from lowrank.lora.adapter_layer import DEPARTURES, LoRALayer
 from lowrank.lora.adapters import (
@@ -45,6 +44,7 @@ from lowrank.lora.model import install, remove
 from lowrank.lora.tables import brought_tables, put_tables, tables_to_save
 from lowrank.lora.target_modules import asks_for_all_linear, find_targets
 from lowrank.lora.tensors import PREFIX, adapter_tensors, by_layer, fill, fill_saved, rank_of_parts
+from lowrank.targets.copying import copy_model
 from lowrank.targets.model import unwrapped
 
 __all__ = ["CONFIG_NAME", "TENSORS_NAME", "load_adapter", "reread_adapter", "save_adapter"]
@@ -170,7 +170,7 @@ def load_adapter(
     check_new_name(model, adapter_name)
     check_unmerged(model, "load_adapter")
     if not inplace:
-        model = copied(model)
+        model = copy_model(model)
     _load(model, adapter_name, file)
     return model
 
@@ -262,7 +262,7 @@ def _load(model: nn.Module, adapter: str, file: _AdapterFile) -> None:
         module = places[name].module
         file.check_rank(name, module.base_layer if isinstance(module, LoRALayer) else module)
     here = file.config_here()
-    install(model, here, adapter, targets)
+    install(model, here, adapter, targets, decoded=True)
     try:
         for place in targets.adapted:
             layer = model.get_submodule(place.name)

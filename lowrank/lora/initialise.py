@@ -152,8 +152,7 @@ def _bias_as_weight(wanted: Tensor | None, has: Tensor | None, moments: InputSta
     if wanted is None or has is None or torch.equal(wanted, has):
         return torch.zeros_like(like)
     shift = has.detach().double() - wanted.detach().to(has.device).double()
-    gram = moments.moment(centred=False, ridge=_RIDGE).to(like.device)
-    return torch.outer(shift.to(like.device), torch.linalg.solve(gram, moments.mean.to(like.device)))
+    return torch.outer(shift.to(like.device), moments.whitened_mean(_RIDGE).to(like.device))
 
 
 def _write(layer: LoRALayer, adapter: str, left: Tensor, right: Tensor, name: str) -> None:

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from torch import nn
 
 from lowrank.errors import AdapterError, UsageError
-from lowrank.layers.model import copied
 from lowrank.lora.adapter_kinds import adapted
 from lowrank.lora.adapter_layer import FORMS, LoRALayer
 from lowrank.lora.adapters import (
@@ -33,6 +32,7 @@ from lowrank.lora.overlooked import overlooked
 from lowrank.lora.saved_module import SavedModule
 from lowrank.lora.target_modules import Targets, find_targets, outer_modules
 from lowrank.numerics.moments import InputStatistics, TokenCounts
+from lowrank.targets.copying import copy_model
 from lowrank.targets.model import replace_module, unwrapped
 
 __all__ = [
@@ -98,7 +98,7 @@ def add_lora(
         base_of(base).require_rank(config.rank_of(place.name), place.name)
     said = overlooked(model, config, targets)
     if not inplace:
-        model = copied(model)
+        model = copy_model(model)
     with drawn_from(seed):
         residual = None if original is None else Residual(original, statistics or {})
         wide = install(model, config, adapter_name, find_targets(model, config), residual)
@@ -112,7 +112,13 @@ def add_lora(
 
 
 def install(
-    model: nn.Module, config: LoRAConfig, adapter: str, targets: Targets, residual: Residual | None = None
+    model: nn.Module,
+    config: LoRAConfig,
+    adapter: str,
+    targets: Targets,
+    residual: Residual | None = None,
+    *,
+    decoded: bool = False,
 ) -> list[str]:
     """Add the adapter at these places; the model is as it was where that fails.
 
@@ -122,6 +128,7 @@ def install(
         adapter: its name.
         targets: of :func:`lowrank.lora.target_modules.find_targets`.
         residual: for ``init_lora_weights="residual"``, what it is fitted to.
+        decoded: modules that are trained whole may hold codes, since a file brings their numbers: this adapter's copy is dense.
 
     Returns:
         Names of the layers whose smaller side is below the rank.
@@ -151,7 +158,7 @@ def install(
         for place in targets.saved:
             wrapper = place.module if isinstance(place.module, SavedModule) else SavedModule(place.module)
             undo.callback(wrapper.delete_adapter, adapter)
-            wrapper.add_adapter(adapter)
+            wrapper.add_adapter(adapter, decoded=decoded)
             if wrapper is not place.module:
                 undo.callback(replace_module, model, place.names, place.module)
                 replace_module(model, place.names, wrapper)

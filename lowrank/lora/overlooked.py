@@ -58,8 +58,9 @@ def overlooked(model: nn.Module, config: LoRAConfig, targets: Targets) -> list[s
 def _stacked_weights(model: nn.Module) -> Iterator[tuple[str, tuple[str, ...]]]:
     """Modules with matrices stacked in parameters of three dimensions, as mixtures of experts have them, and those parameters."""
     for name, module in model.named_modules():
-        if isinstance(module, CompressedLayer) or type(module).__module__.startswith("torch.nn."):
-            # torch's own layers with kernels are no experts.
+        # torch's own layers with kernels are no experts; its containers may hold some.
+        own_layer = type(module).__module__.startswith("torch.nn.") and type(module).forward is not nn.Module.forward
+        if isinstance(module, CompressedLayer) or own_layer:
             continue
         stacked = tuple(
             part

@@ -9,6 +9,8 @@ from torch import nn
 
 from lowrank.errors import AdapterError
 from lowrank.layers import CompressedLayer
+from lowrank.lora.bases import dense_twin, family
+from lowrank.targets.model import replace_module
 
 __all__ = ["SavedModule"]
 
@@ -34,19 +36,30 @@ class SavedModule(nn.Module):
         self.active: str | None = None
         self.train(original_module.training)
 
-    def add_adapter(self, adapter: str) -> None:
+    def add_adapter(self, adapter: str, *, decoded: bool = False) -> None:
         """Copy the original for an adapter.
+
+        Args:
+            adapter: its name.
+            decoded: make dense what holds integer codes, for numbers that a file brings.
 
         Raises:
             AdapterError: it holds integer codes, which cannot be trained.
         """
-        for part in self.original_module.modules():
-            if isinstance(part, CompressedLayer) and part.bits is not None:
+        copied = copy.deepcopy(self.original_module)
+        for name, part in self.original_module.named_modules():
+            if not isinstance(part, CompressedLayer) or part.bits is None:
+                continue
+            if not decoded or family(part) not in ("embedding", "linear"):
                 raise AdapterError(
                     f"modules_to_save: {part.kind} holds integer codes, which cannot be trained whole; put an adapter "
                     "on it (target_modules) or leave it dense when compressing"
                 )
-        self.modules_to_save[adapter] = copy.deepcopy(self.original_module).requires_grad_(True)
+            if name:
+                replace_module(copied, [name], dense_twin(part, {}))
+            else:
+                copied = dense_twin(part, {})
+        self.modules_to_save[adapter] = copied.requires_grad_(True)
 
     def delete_adapter(self, adapter: str) -> None:
         """Forget an adapter's copy."""

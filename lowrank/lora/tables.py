@@ -17,7 +17,7 @@ from lowrank.io import printable, read_json
 from lowrank.layers import CompressedLayer
 from lowrank.lora.adapter_layer import LoRALayer
 from lowrank.lora.adapters import adapter_names, lora_layers
-from lowrank.lora.bases import family
+from lowrank.lora.bases import dense_twin, family
 from lowrank.lora.saved_module import SavedModule
 from lowrank.lora.target_modules import outer_modules, token_table
 from lowrank.targets.model import replace_module
@@ -48,7 +48,7 @@ def tables_to_save(model: nn.Module, adapter: str, wanted: bool | str) -> dict[s
         >>> tables_to_save(nn.Sequential(nn.Embedding(3, 2)), "default", "auto")
         {}
     """
-    if wanted not in (True, False, "auto") or (isinstance(wanted, int) and not isinstance(wanted, bool)):
+    if not (isinstance(wanted, bool) or wanted == "auto"):
         raise UsageError(f'save_embedding_layers: must be True, False or "auto", got {wanted!r}')
     if wanted is False:
         return {}
@@ -205,7 +205,7 @@ def put_tables(model: nn.Module, adapter: str, tables: list[BroughtTable], named
                 assert own is not None
                 own.data = tensor.to(own.device, own.dtype)
             continue
-        dense = _dense(module, table.parts)
+        dense = dense_twin(module, table.parts)
         if "weight" in table.parts:
             # Both ends of a tie hold one parameter again.
             dense.weight = made.setdefault(id(table.parts["weight"]), dense.get_parameter("weight"))
@@ -345,24 +345,3 @@ def _check_compressed_tie(
                 f"{where}: brings a table of its own for {printable(name)}, whose codes {printable(place.name)} shares; put the table "
                 "into the dense model, and compress that"
             )
-
-
-def _dense(module: CompressedLayer, parts: Mapping[str, Tensor]) -> nn.Module:
-    """The torch layer that a compressed table stood for, with a file's numbers."""
-    rows, columns = module.shape
-    first = next(iter(module.state_dict().values()))
-    made: nn.Module
-    if module.looks_up:
-        padding: Any = getattr(module, "padding_idx", None)
-        made = nn.Embedding(rows, columns, padding, device=first.device, dtype=module.dtype)
-    else:
-        made = nn.Linear(
-            columns, rows, bias=module._parameters.get("bias") is not None, device=first.device, dtype=module.dtype
-        )
-    with torch.no_grad():
-        for part, own in made.named_parameters():
-            given = parts.get(part)
-            if given is None:
-                given = module.dense_weight() if part == "weight" else module.get_parameter(part)
-            own.copy_(given)
-    return made.requires_grad_(False).train(module.training)

@@ -153,6 +153,8 @@ def factorize_conv(
         if scheme == "channel":
             parts.append(factorize(part.flatten(1), known, ridge=ridge, shift_bias=shift_bias, name=label))
         else:
+            # The spatial form needs the whole moment, of which rows that were kept in its place are too few.
+            known = None if known is None or known.sampled else known
             moment = None if known is None else known.moment(centred=shift_bias, ridge=ridge).to(kernel.device)
             mean = known.mean.to(kernel.device) if known is not None and shift_bias else None
             parts.append(SpatialCurve(part, moment, mean, name=label))

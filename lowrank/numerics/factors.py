@@ -11,6 +11,7 @@ from torch import Tensor
 from lowrank.errors import RankError, is_whole
 from lowrank.numerics.linalg import safe_eigh, safe_svd
 from lowrank.numerics.moments import InputStatistics, TokenCounts
+from lowrank.numerics.sampled_moments import Moment, SampledMoment
 
 __all__ = ["Factors", "RankCurve", "check_rank", "factorize", "factorize_embedding", "factorize_in_metric"]
 
@@ -141,19 +142,19 @@ def factorize(
     matrix = weight.detach().to(torch.float64)
     if statistics is None or statistics.count == 0:
         return _plain(matrix, name)
-    moment = statistics.moment(centred=shift_bias, ridge=ridge).to(matrix.device)
+    moment = statistics.metric(centred=shift_bias, ridge=ridge).to(matrix.device)
     mean = statistics.mean.to(matrix.device) if shift_bias else None
     return factorize_in_metric(matrix, moment, mean, name=name)
 
 
 def factorize_in_metric(
-    matrix: Tensor, moment: Tensor, mean: Tensor | None = None, *, name: str = "weight"
+    matrix: Tensor, moment: Moment, mean: Tensor | None = None, *, name: str = "weight"
 ) -> RankCurve:
     """Find every rank's best factors in the metric of a given moment; see :func:`factorize`.
 
     Args:
         matrix: (out, in) float64.
-        moment: Σ, (in, in) float64.
+        moment: Σ, (in, in) float64, or the rows that it is made of.
         mean: (in,) of the inputs, where the bias is to be corrected.
 
     Example:
@@ -162,7 +163,10 @@ def factorize_in_metric(
     """
     out_features, in_features = matrix.shape
     max_rank = min(out_features, in_features)
-    if out_features <= in_features:
+    if isinstance(moment, SampledMoment):
+        # Also of more outputs than inputs, for which nobody keeps rows unasked.
+        eigenvalues, basis = safe_eigh(moment.between(matrix), name=name)
+    elif out_features <= in_features:
         eigenvalues, basis = safe_eigh(matrix @ moment @ matrix.T, name=name)
     else:
         values, vectors = safe_eigh(moment, name=f"{name} (input moment)")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lowrank.errors import CalibrationError
+from lowrank.numerics.sampled_moments import Moment, SampledMoment, moment_squares
 
 __all__ = ["InputStatistics", "TokenCounts", "activation_error"]
 
@@ -24,6 +25,8 @@ class InputStatistics:
         device: where the sums live.
         blocks: of a grouped convolution, whose groups never meet: only the moments within each of so many equal runs of features
             are kept, all others count as 0.
+        sampled: keep the rows as they come in place of their second moment, which of very many features is too large
+            (:func:`lowrank.numerics.sampled_moments.rows_to_keep`); whoever adds rows draws few enough.
 
     Attributes:
         count: tokens summed.
@@ -35,13 +38,18 @@ class InputStatistics:
         (2, [2.0, 0.0], 5.0, 1.0)
     """
 
-    def __init__(self, n_features: int, device: torch.device | str | None = None, blocks: int = 1) -> None:
+    def __init__(
+        self, n_features: int, device: torch.device | str | None = None, blocks: int = 1, *, sampled: bool = False
+    ) -> None:
         self.n_features = n_features
         self.blocks = blocks
+        self.sampled = sampled
+        self._rows: list[Tensor] = []
         self.count = self.offered = 0
         width = n_features // blocks
         self._sum = torch.zeros(n_features, dtype=torch.float64, device=device)
-        self._outer = torch.zeros(blocks, width, width, dtype=torch.float64, device=device)
+        sizes = (blocks, 0, 0) if sampled else (blocks, width, width)
+        self._outer = torch.zeros(sizes, dtype=torch.float64, device=device)
 
     @classmethod
     def from_samples(cls, samples: Tensor) -> InputStatistics:
@@ -64,10 +72,15 @@ class InputStatistics:
                 f"statistics: inputs of shape {tuple(samples.shape)} given to a layer of {self.n_features} features; "
                 "the last dimension must be the features"
             )
-        rows = samples.detach().reshape(-1, self.n_features).to(self._sum.device, torch.float64)
+        kept = samples.detach().reshape(-1, self.n_features).to(self._sum.device)
+        rows = kept.to(torch.float64)
         self.count += rows.shape[0]
         self.offered += rows.shape[0] if offered is None else offered
         self._sum += rows.sum(dim=0)
+        if self.sampled:
+            # A copy: what was handed in may be changed afterwards.
+            self._rows.append(kept.clone() if kept.is_floating_point() else rows)
+            return
         parts = rows.view(rows.shape[0], self.blocks, self._outer.shape[-1]).transpose(0, 1)
         self._outer.baddbmm_(parts.transpose(1, 2), parts)
 
@@ -80,13 +93,30 @@ class InputStatistics:
         """
         width = self.n_features // of
         wanted = slice(index * width, (index + 1) * width)
-        found = InputStatistics(width, device=self._sum.device)
+        found = InputStatistics(width, device=self._sum.device, sampled=self.sampled)
         found.count, found.offered, found._sum = self.count, self.offered, self._sum[wanted]
+        if self.sampled:
+            found._rows = [rows[:, wanted] for rows in self._rows]
+            return found
         found._outer = self._outer[index, None] if self.blocks == of else self._full()[None, wanted, wanted]
         return found
 
+    def is_thin(self, outputs: int) -> bool:
+        """Tell whether fewer tokens came by than the layer has inputs (of sampled ones: outputs), so that directions are unseen.
+
+        Example:
+            >>> InputStatistics.from_samples(torch.ones(3, 4)).is_thin(2)
+            True
+        """
+        features = self.n_features // self.blocks
+        return self.count < (min(features, outputs) if self.sampled else features)
+
     def _full(self) -> Tensor:
-        return self._outer[0] if self.blocks == 1 else torch.block_diag(*self._outer)
+        if self.sampled:
+            rows = self._joined().to(torch.float64)
+            parts = rows.view(rows.shape[0], self.blocks, -1).transpose(0, 1)
+            return _block_diagonal([part.T @ part for part in parts])
+        return self._outer[0] if self.blocks == 1 else _block_diagonal(list(self._outer))
 
     @property
     def mean(self) -> Tensor:
@@ -104,6 +134,54 @@ class InputStatistics:
         mean = self.mean
         return self.gram - torch.outer(mean, mean)
 
+    def _joined(self) -> Tensor:
+        """(count, n_features): the rows that were kept."""
+        return torch.cat(self._rows) if self._rows else self._sum.new_zeros(0, self.n_features)
+
+    def metric(self, *, centred: bool, ridge: float = 0.0) -> Moment:
+        """Return :meth:`moment`, as the rows it is made of where those were kept.
+
+        Example:
+            >>> kept = InputStatistics(2, sampled=True)
+            >>> kept.update(torch.eye(2))
+            >>> moment_squares(torch.eye(2), kept.metric(centred=False)).tolist()
+            [0.5, 0.5]
+        """
+        if not self.sampled:
+            return self.moment(centred=centred, ridge=ridge)
+        found = SampledMoment(self._joined(), self.mean if centred else None)
+        if not ridge:
+            return found
+        diagonal = sum(float(part.square().sum()) for part in found._parts()) / max(self.count, 1) / self.n_features
+        return SampledMoment(found.rows, found.mean, ridge * diagonal)
+
+    def block_metric(self, blocks: int, *, centred: bool) -> Moment:
+        """Return the moments within each of so many groups: (blocks, features of a group, the same), or the rows they are made of."""
+        if not self.sampled:
+            groups = [self.block(index, blocks) for index in range(blocks)]
+            return torch.stack([group.moment(centred=centred) for group in groups])
+        rows = self._joined()
+        parts = rows.view(rows.shape[0], blocks, -1).transpose(0, 1)
+        return SampledMoment(parts, self.mean.view(blocks, 1, -1) if centred else None)
+
+    def whitened_mean(self, ridge: float) -> Tensor:
+        """Compute ``(gram + ridge · mean(diagonal) · I)⁻¹ mean``, (n_features,) float64; of rows that were kept without the gram.
+
+        Example:
+            >>> InputStatistics.from_samples(torch.tensor([[2.0]])).whitened_mean(0.0).tolist()
+            [0.5]
+        """
+        metric = self.metric(centred=False, ridge=ridge)
+        if isinstance(metric, Tensor):
+            solved: Tensor = torch.linalg.solve(metric, self.mean)
+            return solved
+        # Woodbury, for Σ = XᵀX / n + λ I and μ = Xᵀ1 / n: Σ⁻¹ μ = Xᵀ (X Xᵀ + n λ I)⁻¹ 1.
+        rows = metric.rows.to(torch.float64)
+        small = rows @ rows.T
+        small.diagonal().add_(metric.count * metric.ridge)
+        whitened: Tensor = rows.T @ torch.linalg.solve(small, torch.ones_like(rows[:, 0]))
+        return whitened
+
     def moment(self, *, centred: bool, ridge: float = 0.0) -> Tensor:
         """Return the metric of a layer's inputs: covariance or gram, plus ``ridge · mean(diagonal) · I``."""
         moment = self.covariance if centred else self.gram
@@ -114,6 +192,11 @@ class InputStatistics:
 
     def __repr__(self) -> str:
         return f"InputStatistics(n_features={self.n_features}, count={self.count})"
+
+
+def _block_diagonal(parts: list[Tensor]) -> Tensor:
+    whole: Tensor = torch.block_diag(*parts)
+    return whole
 
 
 class TokenCounts:
@@ -145,18 +228,19 @@ class TokenCounts:
         return int((self.counts == 0).sum())
 
 
-def activation_error(weight: Tensor, approximation: Tensor, moment: Tensor) -> float:
+def activation_error(weight: Tensor, approximation: Tensor, moment: Moment) -> float:
     """Compute ‖ΔW Σ^½‖_F / ‖W Σ^½‖_F for weights (out, in) and an input moment Σ (in, in); 0 where both norms are 0.
 
     Example:
         >>> activation_error(torch.eye(2), torch.diag(torch.tensor([1.0, 0.0])), torch.eye(2))
         0.7071067811865476
     """
-    moment = moment.to(torch.float64)
-    weight = weight.detach().to(moment.device, torch.float64)
-    difference = weight - approximation.detach().to(moment.device, torch.float64)
-    lost = float(torch.sum((difference @ moment) * difference))
-    whole = float(torch.sum((weight @ moment) * weight))
+    if isinstance(moment, Tensor):
+        moment = moment.to(weight.device, torch.float64)
+    weight = weight.detach().to(torch.float64)
+    difference = weight - approximation.detach().to(weight.device, torch.float64)
+    lost = float(moment_squares(difference, moment).sum())
+    whole = float(moment_squares(weight, moment).sum())
     if whole <= 0.0:
         return 0.0 if lost <= 0.0 else math.inf
     return math.sqrt(max(lost, 0.0) / whole)

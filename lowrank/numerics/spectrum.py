@@ -13,6 +13,7 @@ from torch import Tensor
 from lowrank.errors import LowRankError, NumericsError, RankError, UsageError, is_whole
 from lowrank.numerics.linalg import check_finite, power_of_two_scale, safe_eigh, scale_by_power_of_two, singular_values
 from lowrank.numerics.moments import InputStatistics
+from lowrank.numerics.sampled_moments import SampledMoment
 
 __all__ = ["Spectrum", "analyze_weight", "marchenko_pastur_median"]
 
@@ -248,6 +249,8 @@ def analyze_weight(
 
 def _felt_values(matrix: Tensor, statistics: InputStatistics, *, strict: bool, name: str) -> Tensor:
     """Compute the singular values of W Σ^½, from the gram on the smaller side."""
+    if statistics.sampled:
+        return _felt_by_rows(matrix, statistics, strict=strict, name=name)
     moment = statistics.gram.to(matrix.device)
     check_finite(moment, f"{name} (input moment)")
     weight_scale, moment_scale = power_of_two_scale(matrix.double()), power_of_two_scale(moment)
@@ -261,10 +264,29 @@ def _felt_values(matrix: Tensor, statistics: InputStatistics, *, strict: bool, n
         values, vectors = safe_eigh(moment, strict=strict, name=f"{name} (input moment)")
         root = scaled @ (vectors * values.sqrt())
         squares = safe_eigh(root.T @ root, strict=strict, name=name)[0]
+    return _roots(squares, matrix, weight_scale + moment_scale // 2, name)
+
+
+def _felt_by_rows(matrix: Tensor, statistics: InputStatistics, *, strict: bool, name: str) -> Tensor:
+    """As :func:`_felt_values`, by the outputs on the rows that were kept: σ² of W Xᵀ / √count, and no Σ."""
+    moment = statistics.metric(centred=False).to(matrix.device)
+    assert isinstance(moment, SampledMoment)
+    check_finite(moment.rows, f"{name} (inputs)")
+    scale = power_of_two_scale(matrix.double())
+    seen = moment.seen(scale_by_power_of_two(matrix.double(), -scale)) / math.sqrt(moment.count)
+    side = seen if seen.shape[0] <= seen.shape[1] else seen.T
+    squares = safe_eigh(side @ side.T, strict=strict, name=name)[0]
+    # Ranks beyond the number of rows are not known, and 0.
+    full = min(matrix.shape)
+    squares = torch.cat([squares, squares.new_zeros(max(full - squares.numel(), 0))])[:full]
+    return _roots(squares, matrix, scale, name)
+
+
+def _roots(squares: Tensor, matrix: Tensor, exponent: int, name: str) -> Tensor:
     # Eigenvalues of a gram are good to eps · size · the largest.
     floor = torch.finfo(torch.float64).eps * max(matrix.shape) * squares[:1]
     squares = torch.where(squares > floor, squares, 0.0)
-    sigma = scale_by_power_of_two(squares.sqrt(), weight_scale + moment_scale // 2)
+    sigma = scale_by_power_of_two(squares.sqrt(), exponent)
     if not bool(torch.isfinite(sigma).all()):
         raise NumericsError(f"{name}: singular values of W Σ^½ exceed float64; divide the weight by a power of two")
     return sigma

@@ -19,6 +19,7 @@ from lowrank.io.numbers import MISSING, percent
 __all__ = [
     "MISSING",
     "Column",
+    "beside",
     "count_text",
     "counted",
     "human_bytes",
@@ -27,6 +28,7 @@ __all__ = [
     "one_line",
     "percent",
     "plain",
+    "rounded_up",
     "shorten",
     "shown_name",
     "stable_json",
@@ -104,6 +106,34 @@ def counted(number: int, thing: str) -> str:
         ('1 layer', '2,400 layers')
     """
     return f"{number:,} {thing}" if number == 1 else f"{number:,} {thing}s"
+
+
+def beside(value: float, limit: float) -> str:
+    """Write a number with the digits that tell on which side of a limit it is, four at least.
+
+    Example:
+        >>> beside(0.03217, 0.1), beside(0.1000004, 0.1), beside(0.1, 0.1)
+        ('0.03217', '0.1000004', '0.1')
+    """
+    for digits in range(4, 17):
+        text = f"{value:.{digits}g}"
+        if value == limit or ((float(text) > limit) == (value > limit) and float(text) != limit):
+            return text
+    return repr(value)
+
+
+def rounded_up(value: float, digits: int = 3) -> str:
+    """Write a number that is no smaller than the value: a budget that is raised to it holds.
+
+    Example:
+        >>> rounded_up(0.10004), rounded_up(0.25), rounded_up(0.0)
+        ('0.101', '0.25', '0')
+    """
+    if value <= 0.0 or not math.isfinite(value):
+        return f"{value:g}"
+    exponent = math.floor(math.log10(value)) - digits + 1
+    text = f"{value:.{digits}g}"
+    return text if float(text) >= value else f"{(math.floor(value / 10.0**exponent) + 1) * 10.0**exponent:.{digits}g}"
 
 
 def shorten(text: str, width: int, keep: str = "left") -> str:

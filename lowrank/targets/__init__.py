@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from lowrank.targets.attention import Attention
 from lowrank.targets.conv import Conv
+from lowrank.targets.decoded import Decoded, DecodedConv, DecodedEmbedding
 from lowrank.targets.embedding import Embedding
 from lowrank.targets.kind import (
     LayerKind,
@@ -23,6 +24,7 @@ from lowrank.targets.recurrent import Recurrent
 __all__ = [
     "ATTENTION",
     "CONV",
+    "DECODED",
     "EMBEDDING",
     "LINEAR",
     "RECURRENT",
@@ -40,3 +42,5 @@ CONV = register_kind(Conv())
 EMBEDDING = register_kind(Embedding())
 RECURRENT = register_kind(Recurrent())
 ATTENTION = register_kind(Attention())
+# Last, for what no other kind takes; the most particular ones first.
+DECODED = (register_kind(DecodedConv()), register_kind(DecodedEmbedding()), register_kind(Decoded()))

@@ -10,8 +10,9 @@ from itertools import chain
 import torch
 from torch import Tensor, fx, nn
 
+from lowrank.calibration.untouched import in_evaluation
 from lowrank.errors import CheckpointError, UsageError
-from lowrank.targets.model import replace_module
+from lowrank.targets.copying import become, sharing_copy
 
 __all__ = ["FoldedBatchNorm", "fold_batchnorm", "fold_sharing", "fold_skeleton"]
 
@@ -71,12 +72,8 @@ def fold_batchnorm(model: nn.Module) -> tuple[nn.Module, list[tuple[str, str]]]:
 
 
 def fold_sharing(model: nn.Module) -> tuple[nn.Module, list[tuple[str, str]]]:
-    """As :func:`fold_batchnorm`; tensors that do not change are those of the model."""
-    memo: dict[int, object] = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
-    try:
-        folded = copy.deepcopy(model, memo)
-    except (RuntimeError, TypeError, NotImplementedError) as error:
-        raise UsageError(f"fold_batchnorm: the model cannot be copied ({error})") from error
+    """As :func:`fold_batchnorm`; parameters that do not change are those of the model."""
+    folded = sharing_copy(model)
     modules = dict(folded.named_modules(remove_duplicate=False))
     pairs = []
     for conv_name, norm_name in _pairs(folded, modules):
@@ -89,22 +86,17 @@ def fold_sharing(model: nn.Module) -> tuple[nn.Module, list[tuple[str, str]]]:
         assert isinstance(own, Tensor)
         conv.weight = nn.Parameter(weight, requires_grad=own.requires_grad)
         conv.bias = nn.Parameter(bias, requires_grad=own.requires_grad)
-        names = [name for name, module in modules.items() if module is norm]
-        replace_module(folded, names, FoldedBatchNorm().train(norm.training))
+        become(norm, FoldedBatchNorm().train(norm.training))
         pairs.append((conv_name, norm_name))
     return folded, pairs
 
 
 def _pairs(model: nn.Module, modules: dict[str, nn.Module]) -> Iterable[tuple[str, str]]:
     """Names of convolutions and BatchNorms between which nothing else happens."""
-    modes = {module: module.training for module in model.modules()}
     reasons: list[str] = []
-    try:
+    with in_evaluation(model):
         # In eval mode, because that is the mode whose arithmetic is folded.
-        graphs = list(_graphs(model.eval(), "", reasons))
-    finally:
-        for module, training in modes.items():
-            module.training = training
+        graphs = list(_graphs(model, "", reasons))
     found = []
     calls = [(prefix, node) for prefix, graph in graphs for node in graph.nodes if node.op == "call_module"]
     used = Counter(id(modules[prefix + str(node.target)]) for prefix, node in calls)
@@ -205,7 +197,7 @@ def fold_skeleton(model: nn.Module, folded: Iterable[str], tensors: Collection[s
             raise CheckpointError(
                 f"{where}: {name!r} was a folded BatchNorm when it was saved; the model has {found} there"
             )
-        replace_module(model, [name], FoldedBatchNorm())
+        become(module, FoldedBatchNorm())
     for name, module in modules.items():
         if type(module) in _PARTNERS and module.bias is None and f"{name}.bias" in tensors:
             weight = module.weight

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.calibration.observers import AnyObserver
+from lowrank.numerics.sampled_moments import Moment
 from lowrank.targets.kind import LayerKind
 
 __all__ = ["Composite"]
@@ -53,6 +54,6 @@ class Composite(LayerKind):
         """Give one row with all weights: norms are sums over it."""
         return torch.cat([stack.flatten() for stack in self.weights(module).values()])[None]
 
-    def squared_norm(self, matrix: Tensor, moments: Tensor | None, row_weights: Tensor | None, blocks: int) -> float:
+    def squared_norm(self, matrix: Tensor, moments: Moment | None, row_weights: Tensor | None, blocks: int) -> float:
         """Compute ‖matrix‖²_F."""
         return float(matrix.to(torch.float64).square().sum())

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lowrank.numerics.conv_factors import SCHEMES, ConvCurve, factorize_conv
 from lowrank.numerics.factors import RankCurve
 from lowrank.numerics.moments import InputStatistics
+from lowrank.numerics.sampled_moments import Moment, moment_squares
 from lowrank.targets.kind import Factoring, LayerKind
 
 __all__ = ["Conv"]
@@ -100,13 +101,11 @@ class Conv(LayerKind):
             name=known.name,
         )
 
-    def moments(self, inputs: InputStatistics, *, blocks: int, centred: bool, device: torch.device) -> Tensor:
-        """Give Σ of the patches, (groups, features of a group, the same) float64."""
-        parts = [inputs.block(index, blocks) for index in range(blocks)]
-        return torch.stack([part.moment(centred=centred) for part in parts]).to(device)
+    def moments(self, inputs: InputStatistics, *, blocks: int, centred: bool, device: torch.device) -> Moment:
+        """Give Σ of the patches, (groups, features of a group, the same) float64, or the rows it is made of."""
+        return inputs.block_metric(blocks, centred=centred).to(device)
 
-    def squared_norm(self, matrix: Tensor, moments: Tensor | None, row_weights: Tensor | None, blocks: int) -> float:
+    def squared_norm(self, matrix: Tensor, moments: Moment | None, row_weights: Tensor | None, blocks: int) -> float:
         """Compute ‖matrix‖² in the norm of the patches, group by group; see :meth:`LayerKind.squared_norm`."""
         parts = matrix.to(torch.float64).reshape(blocks, -1, matrix.shape[1])
-        weighted = parts if moments is None else parts @ moments
-        return float((weighted * parts).sum())
+        return float((parts.square() if moments is None else moment_squares(parts, moments)).sum())

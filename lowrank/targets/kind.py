@@ -18,9 +18,11 @@ from torch import Tensor, nn
 
 from lowrank.calibration.observers import AnyObserver, observer_of
 from lowrank.errors import UsageError
+from lowrank.layers.source import is_plain
 from lowrank.numerics.conv_factors import ConvCurve, largest_rank
 from lowrank.numerics.factors import RankCurve, factorize, factorize_embedding
 from lowrank.numerics.moments import InputStatistics, TokenCounts
+from lowrank.numerics.sampled_moments import Moment, moment_squares
 
 __all__ = [
     "Factoring",
@@ -63,7 +65,7 @@ class LayerKind(ABC):
         name: of the kind, as it stands in plans.
         target: what the argument ``targets`` of :func:`lowrank.compress_model` calls it.
         described: the classes in words, for messages.
-        types: the classes whose modules belong to the kind; not their subclasses, whose forward may differ.
+        types: the classes whose modules belong to the kind; of their subclasses those that compute the same.
         multiplies: whether rows are multiplied with the weight; else they are looked up in it.
         composite: whether a module holds several matrices, which are taken or left together.
         differentiated: whether gradients at a module's outputs tell what an error of it costs.
@@ -81,7 +83,7 @@ class LayerKind(ABC):
 
     def matches(self, module: nn.Module) -> bool:
         """Tell whether a module is of this kind."""
-        return type(module) in self.types
+        return any(is_plain(module, each) for each in self.types)
 
     def refusal(self, module: nn.Module) -> str | None:
         """Say why this module of the kind cannot be replaced, beyond what holds for every kind; ``None`` where it can."""
@@ -172,11 +174,11 @@ class LayerKind(ABC):
         """Give the weight in the shape in which it is factored, without a gradient."""
         return self.matrix(module)
 
-    def moments(self, inputs: InputStatistics, *, blocks: int, centred: bool, device: torch.device) -> Tensor:
-        """Give Σ of what flows in: (in, in), or (blocks, in, in) where there are several blocks."""
-        return inputs.moment(centred=centred).to(device)
+    def moments(self, inputs: InputStatistics, *, blocks: int, centred: bool, device: torch.device) -> Moment:
+        """Give Σ of what flows in: (in, in), or (blocks, in, in) where there are several blocks; or the rows it is made of."""
+        return inputs.metric(centred=centred).to(device)
 
-    def squared_norm(self, matrix: Tensor, moments: Tensor | None, row_weights: Tensor | None, blocks: int) -> float:
+    def squared_norm(self, matrix: Tensor, moments: Moment | None, row_weights: Tensor | None, blocks: int) -> float:
         """Compute ‖matrix‖² in the norm of the inputs, or of the look-ups.
 
         Args:
@@ -186,8 +188,7 @@ class LayerKind(ABC):
             blocks: that never meet.
         """
         matrix = matrix.to(torch.float64)
-        weighted = matrix if moments is None else matrix @ moments
-        squares = (weighted * matrix).sum(dim=1)
+        squares = matrix.square().sum(dim=1) if moments is None else moment_squares(matrix, moments)
         return float((squares if row_weights is None else squares * row_weights).sum())
 
 

@@ -6,9 +6,12 @@ import difflib
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
+import torch
 from torch import nn
 
 from lowrank.errors import UsageError
+
+_QUANTISED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.nn.quantized")
 
 __all__ = ["matching", "refuse_adapters", "replace_module", "unwrapped"]
 
@@ -40,6 +43,7 @@ def unwrapped(model: object) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise UsageError(f"model: must be a torch.nn.Module, got {type(model).__name__}")
     kind = type(model).__name__
+    _refuse_finished(model)
     if hasattr(model, "_orig_mod"):
         raise UsageError("model: is wrapped by torch.compile; pass model._orig_mod and compile the result")
     if kind in {"DataParallel", "DistributedDataParallel", "FullyShardedDataParallel"}:
@@ -47,6 +51,23 @@ def unwrapped(model: object) -> nn.Module:
     if not any(True for _ in model.children()):
         raise UsageError(f"model: is a single layer ({kind}); pass nn.Sequential(layer), so that it can be replaced")
     return model
+
+
+def _refuse_finished(model: nn.Module) -> None:
+    """Refuse what torch has compiled or quantised already: its layers are no longer modules with a weight."""
+    for name, module in model.named_modules():
+        where = f"layer {name}" if name else "the model"
+        if isinstance(module, torch.jit.ScriptModule) and (not name or any(True for _ in module.parameters())):
+            raise UsageError(
+                f"model: {where} is TorchScript (torch.jit.script, trace or load), whose layers cannot be replaced; pass the nn.Module "
+                "that it was made from: build it with its class and give it the script's state_dict()"
+            )
+        origin = type(module).__module__
+        if origin.startswith(_QUANTISED) and type(module).__name__ != "FloatFunctional":
+            raise UsageError(
+                f"model: {where} is a {origin}.{type(module).__name__}: torch has quantised it already, so that its weights are gone; "
+                "pass the model as it was before torch.ao.quantization (quantize_dynamic, convert)"
+            )
 
 
 def matching(patterns: Sequence[str], names: Iterable[str], argument: str) -> dict[str, set[str]]:

@@ -234,7 +234,7 @@ def _unfit_weight(weight: Tensor | None, dimensions: int) -> str | None:
         return "weight is on the meta device: it holds no numbers"
     if not weight.is_floating_point() or weight.dtype not in FLOATS:
         return f"weight of dtype {weight.dtype} is not a float16, bfloat16, float32 or float64 tensor"
-    if weight.ndim != dimensions or weight.numel() == 0:
+    if (dimensions and weight.ndim != dimensions) or weight.numel() == 0:
         return f"weight of shape {tuple(weight.shape)} has nothing to compress"
     if weight.numel() > MAX_ELEMENTS:
         return f"weight of {weight.numel():,} elements is over the limit of 2^31"

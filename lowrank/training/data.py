@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowrank.calibration.batches import Batch
+from lowrank.calibration.batches import Batch, ForwardFn
 from lowrank.errors import CalibrationError
 
 __all__ = [
@@ -75,13 +75,14 @@ def _each_tensor(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return value
 
 
-def read_example(item: Any, name: str, *, own_loss: bool) -> Example:
+def read_example(item: Any, name: str, *, own_loss: bool, forward_fn: ForwardFn | None = None) -> Example:
     """Read one item of the data: a pair (inputs, labels), a dict that may hold ``labels``, or inputs alone.
 
     Args:
         item: inputs are a tensor, a tuple of positional arguments or a dict of keyword arguments.
         name: for messages.
         own_loss: no loss function was given: a dict's labels go to the model, and something must have labels.
+        forward_fn: calls the model with the inputs, whatever they are; a dict keeps its labels.
 
     Raises:
         CalibrationError: of another type, without a tensor, or without labels where they are needed.
@@ -97,6 +98,8 @@ def read_example(item: Any, name: str, *, own_loss: bool) -> Example:
     kwargs: dict[str, Any] = {}
     args: tuple[Any, ...] = ()
     asks_model = False
+    if forward_fn is not None:
+        return _called_example(inputs, labels, name, own_loss, forward_fn)
     if isinstance(inputs, Mapping):
         kwargs = dict(inputs)
         if labels is None and "labels" in kwargs:
@@ -112,25 +115,44 @@ def read_example(item: Any, name: str, *, own_loss: bool) -> Example:
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
     if not tensors:
         raise CalibrationError(f"{name}: holds no tensor")
-    if own_loss and labels is None:
-        raise CalibrationError(
-            f"{name}: has no labels; give pairs (inputs, labels), a dict with labels for a model that computes its own loss, "
-            "or loss_fn=lambda output, labels: <loss>"
-        )
+    _check_labels(labels, name, own_loss)
     size = tensors[0].shape[0] if tensors[0].ndim else 1
     if isinstance(labels, Tensor) and labels.ndim and size > 1 and labels.shape[0] != size:
         raise CalibrationError(f"{name}: {size} samples, but labels of shape {tuple(labels.shape)}")
     return Example(Batch(args, kwargs, size), labels, asks_model)
 
 
-def read_examples(data: Iterable[Any], name: str, *, own_loss: bool) -> list[Example]:
+def _called_example(inputs: Any, labels: Any, name: str, own_loss: bool, forward_fn: ForwardFn) -> Example:
+    """Inputs that only ``forward_fn`` knows how to pass; as many samples as there are labels."""
+    asks_model = False
+    if labels is None and isinstance(inputs, Mapping) and "labels" in inputs:
+        labels, asks_model = inputs["labels"], own_loss
+    _check_labels(labels, name, own_loss)
+    size = len(labels) if isinstance(labels, Tensor) and labels.ndim else 1
+    return Example(Batch((inputs,), {}, size, forward_fn=forward_fn), labels, asks_model)
+
+
+def _check_labels(labels: Any, name: str, own_loss: bool) -> None:
+    if own_loss and labels is None:
+        raise CalibrationError(
+            f"{name}: has no labels; give pairs (inputs, labels), a dict with labels for a model that computes its own loss, "
+            "or loss_fn=lambda output, labels: <loss>"
+        )
+
+
+def read_examples(
+    data: Iterable[Any], name: str, *, own_loss: bool, forward_fn: ForwardFn | None = None
+) -> list[Example]:
     """Read all items of the data, once.
 
     Raises:
         CalibrationError: as :func:`read_example`, or no item.
     """
     _check_iterable(data, name)
-    found = [read_example(item, f"{name}: batch {index}", own_loss=own_loss) for index, item in enumerate(data)]
+    found = [
+        read_example(item, f"{name}: batch {index}", own_loss=own_loss, forward_fn=forward_fn)
+        for index, item in enumerate(data)
+    ]
     if not found:
         raise CalibrationError(f"{name}: is empty; at least one batch is needed")
     return found
@@ -145,7 +167,7 @@ class TrainingData:
     Args:
         data: batches, see :func:`read_example`.
         seed: of the order.
-        own_loss: see :func:`read_example`.
+        own_loss, forward_fn: see :func:`read_example`.
 
     Raises:
         CalibrationError: not an iterable of batches, or empty.
@@ -156,12 +178,13 @@ class TrainingData:
         (5, [2, 2, 1])
     """
 
-    def __init__(self, data: Iterable[Any], seed: int, *, own_loss: bool) -> None:
+    def __init__(self, data: Iterable[Any], seed: int, *, own_loss: bool, forward_fn: ForwardFn | None = None) -> None:
         _check_iterable(data, "train")
         once = isinstance(data, Iterator) or not hasattr(data, "__len__")
         self.data: Iterable[Any] = list(data) if once else data
         self.seed = seed
         self.own_loss = own_loss
+        self.forward_fn = forward_fn
         self._count = len(self.data)  # type: ignore[arg-type]
         if not self._count:
             raise CalibrationError("train: is empty; at least one batch is needed")
@@ -188,22 +211,25 @@ class TrainingData:
                 )
             self._position = (epoch, position + 1)
             if position >= start:
-                found.append(read_example(item, f"train: batch {position}", own_loss=self.own_loss))
+                found.append(self._example(item, f"train: batch {position}"))
         return found
 
     def look_through(self) -> Iterator[Example]:
         """Yield the batches as they were given, or those of epoch 0; every epoch is afterwards what it would have been."""
         if self._listed:
             for index, item in enumerate(self.data):
-                yield read_example(item, f"train: batch {index}", own_loss=self.own_loss)
+                yield self._example(item, f"train: batch {index}")
         else:
             for index in range(self._count):
                 yield self.group(0, index, 1)[0]
 
     def fingerprint(self) -> str:
         """Compute the SHA-256 of all batches where they are a sequence; else of their number and the first one of epoch 0."""
-        known = [read_example(item, "train", own_loss=self.own_loss) for item in self.data] if self._listed else None
+        known = [self._example(item, "train") for item in self.data] if self._listed else None
         return f"{self._count}:{examples_fingerprint(known or self.group(0, 0, 1))}"
+
+    def _example(self, item: Any, name: str) -> Example:
+        return read_example(item, name, own_loss=self.own_loss, forward_fn=self.forward_fn)
 
     @property
     def _listed(self) -> bool:
@@ -231,6 +257,9 @@ def examples_fingerprint(examples: Iterable[Example]) -> str:
         return tensor
 
     for example in examples:
+        if example.batch.forward_fn is not None:
+            for tensor in example.batch.tensors:
+                add(tensor)
         _each_tensor(example.batch.args, add)
         _each_tensor({key: example.batch.kwargs[key] for key in sorted(example.batch.kwargs)}, add)
         _each_tensor(example.labels, add)

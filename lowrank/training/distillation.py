@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lowrank.calibration.batches import Batch
-from lowrank.calibration.outputs import model_tensor
+from lowrank.calibration.outputs import measured_tensors, model_tensor
 from lowrank.layers import CompressedLayer
 from lowrank.training.blocks import repeated_blocks
 
@@ -41,8 +41,8 @@ def tapped_modules(compressed: nn.Module, original: nn.Module) -> list[str]:
 class Distillation:
     """The loss of a compressed model against its original on a batch.
 
-    ``hidden_weight · mean over taps of ‖h' − h‖²/‖h − h̄‖² + ‖f' − f‖²/‖f − f̄‖²``; where the output is logits, the second
-    term is KL(f ‖ f') in nats, and where it has positions, ``‖m' − m‖²/‖m‖²`` of its means over the positions is added:
+    ``hidden_weight · mean over taps of ‖h' − h‖²/‖h − h̄‖² + mean over outputs of ‖f' − f‖²/‖f − f̄‖²``; where an output is logits,
+    its term is KL(f ‖ f') in nats, and where it has positions, ``‖m' − m‖²/‖m‖²`` of its means over the positions is added:
     an error that is alike at all positions adds up there. Padding counts nowhere.
 
     Args:
@@ -66,15 +66,17 @@ class Distillation:
         self.taps = tapped_modules(compressed, original) if hidden_weight else []
         self._again = {id(batch) for batch in again}
         self._room = KEPT_BYTES
-        self._kept: dict[int, tuple[Batch, tuple[Tensor, bool, dict[str, Tensor]]]] = {}
+        self._kept: dict[int, tuple[Batch, tuple[dict[str, Tensor], str | None, dict[str, Tensor]]]] = {}
 
     def loss(self, batch: Batch) -> Tensor:
         """Compute a scalar with a gradient; the original runs without one."""
-        reference, logits, wanted = self._of_original(batch)
+        references, logits, wanted = self._of_original(batch)
         with _recorded(self.compressed, self.taps) as found:
-            output = batch.run(self.compressed)
-        pick = self.output_fn or model_tensor
-        total = self._of_output(pick(output), reference, batch, logits)
+            outputs = measured_tensors(batch.run(self.compressed), self.output_fn)
+        terms = [
+            self._of_output(outputs[path], reference, batch, path == logits) for path, reference in references.items()
+        ]
+        total = torch.stack(terms).mean() if len(terms) > 1 else terms[0]
         pairs = [(found[name], wanted[name]) for name in self.taps if name in found and name in wanted]
         pairs = [(ours, theirs) for ours, theirs in pairs if ours.shape == theirs.shape]
         if pairs:
@@ -82,14 +84,18 @@ class Distillation:
             total = total + self.hidden_weight * hidden.mean()
         return total
 
-    def _of_original(self, batch: Batch) -> tuple[Tensor, bool, dict[str, Tensor]]:
-        """Output, whether it is logits, and taps; kept for a batch that comes again."""
+    def _of_original(self, batch: Batch) -> tuple[dict[str, Tensor], str | None, dict[str, Tensor]]:
+        """Outputs, which of them is logits, and taps; kept for a batch that comes again."""
         if id(batch) in self._kept:
             return self._kept[id(batch)][1]
         with torch.no_grad(), _recorded(self.original, self.taps) as wanted:
             reference = batch.run(self.original)
-        found = (self.output_fn or model_tensor)(reference), is_logits(reference) and self.output_fn is None, wanted
-        size = sum(tensor.nbytes for tensor in (found[0], *wanted.values()))
+            # Copies, since the model may return a buffer of its own, which its next call overwrites.
+            picked = {path: tensor.clone() for path, tensor in measured_tensors(reference, self.output_fn).items()}
+        wanted = {name: tensor.clone() for name, tensor in wanted.items()}
+        logits = "logits" if self.output_fn is None and is_logits(reference) else None
+        found = picked, logits, wanted
+        size = sum(tensor.nbytes for tensor in (*found[0].values(), *wanted.values()))
         if id(batch) in self._again and size <= self._room:
             self._room -= size
             # The batch too: as long as it lives no other has its id.

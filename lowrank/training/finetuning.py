@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lowrank import lora
+from lowrank.calibration.batches import ForwardFn
+from lowrank.calibration.untouched import restore_modes
 from lowrank.errors import CalibrationError, UsageError
 from lowrank.integrations.accelerate import processes
 from lowrank.io import lock_destination
@@ -60,6 +62,7 @@ def finetune(
     evaluate_every: int | None = None,
     metric: str | Callable[[nn.Module], float] = "loss",
     higher_is_better: bool = False,
+    forward_fn: ForwardFn | None = None,
     output_dir: str | os.PathLike[str] | None = None,
     resume: bool = False,
     overwrite: bool = False,
@@ -97,6 +100,7 @@ def finetune(
         evaluate_every: steps; by default once an epoch.
         metric: "loss", "accuracy", "perplexity", or a callable(model) -> float, which needs no validation data.
         higher_is_better: for a callable.
+        forward_fn: ``forward_fn(model, inputs) -> output`` calls a model that takes objects; of a pair (inputs, labels) the inputs.
         output_dir: where the run's state is kept at every evaluation and, in the end, the best adapter alone with
             ``history.json``. What one active adapter does not hold (several of them, further parameters, a model without
             adapters) is in ``trained.safetensors``, all trained tensors by name.
@@ -147,10 +151,14 @@ def finetune(
     own_loss = loss_fn is None
     # A DataLoader draws random numbers when it is read.
     with seeded_numbers(derived_seed(seed, 5)):
-        checks = None if validation is None else read_examples(validation, "validation", own_loss=own_loss)
+        checks = (
+            None
+            if validation is None
+            else read_examples(validation, "validation", own_loss=own_loss, forward_fn=forward_fn)
+        )
     if checks is not None and not callable(metric):
         check_validation(model, checks, metric, own_loss=own_loss)
-    data = TrainingData(train, seed, own_loss=own_loss)
+    data = TrainingData(train, seed, own_loss=own_loss, forward_fn=forward_fn)
     require_counting(model, data.look_through(), "train")
     device = next(iter(parameters.values())).device
     team = processes(device)
@@ -383,5 +391,4 @@ def _modes_kept(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for module, mode in modes:
-            module.training = mode
+        restore_modes(modes)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lowrank.errors import UsageError
 from lowrank.layers import CompressedLayer
 from lowrank.lora import LoRALayer
-from lowrank.targets.model import replace_module
+from lowrank.targets.copying import become, same_module
 
 __all__ = ["RoundedForm", "TrainableForm"]
 
@@ -84,7 +84,7 @@ class TrainableForm:
         self.model = model
         self.what = what if what != "auto" else "adapters" if adapters else "factors"
         self._flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-        self._places: dict[nn.Module, list[str]] = {}
+        self._forms: dict[nn.Module, RoundedForm] = {}
         if self.what == "adapters":
             self.parameters = adapters
             remedy = "add one with lowrank.add_lora(model, config), or use what='factors'"
@@ -109,16 +109,14 @@ class TrainableForm:
                 found.setdefault(module, []).append(name)
         _refuse_dora(self.model, found)
         for layer, names in found.items():
-            form = RoundedForm(layer, dense.get(names[0]))
-            replace_module(self.model, names, form)
-            self._places[form] = names
+            self._forms[layer] = RoundedForm(same_module(layer), dense.get(names[0]))
+            become(layer, self._forms[layer])
 
     def close(self) -> None:
         """Round what was opened, and give every parameter its ``requires_grad`` back."""
-        for form, names in self._places.items():
-            assert isinstance(form, RoundedForm)
-            replace_module(self.model, names, form.rounded())
-        self._places = {}
+        for layer, form in self._forms.items():
+            become(layer, form.rounded())
+        self._forms = {}
         for parameter, flag in self._flags:
             parameter.requires_grad_(flag)
             parameter.grad = None

@@ -15,10 +15,11 @@ from tqdm import tqdm
 
 from lowrank.calibration.batches import Batch, ForwardFn, evaluating, sample_count
 from lowrank.calibration.evaluation import Evaluator
-from lowrank.calibration.preparing import input_embedding, prepare_batches
+from lowrank.calibration.preparing import input_embedding, prepare_batches, told
 from lowrank.calibration.untouched import restore_modes, set_modes
+from lowrank.checkpoint import stored_tensors
 from lowrank.errors import CalibrationError, NumericsError
-from lowrank.layers.model import copied
+from lowrank.targets.copying import copy_model
 from lowrank.training.data import derived_seed
 from lowrank.training.distillation import Distillation, is_logits
 from lowrank.training.forms import TrainableForm
@@ -149,8 +150,8 @@ def heal(
     check_seed(seed)
     options = HealOptions(steps, epochs, lr, what, hidden_weight, batch_size, vary, max_grad_norm)
     called: dict[str, Any] = {"output_fn": output_fn, "forward_fn": forward_fn}
-    batches = prepare_batches(original, calibration, **called)
-    checks = None if validation is None else prepare_batches(original, validation, "validation", **called)
+    batches = told(prepare_batches(original, calibration, **called))
+    checks = None if validation is None else told(prepare_batches(original, validation, "validation", **called))
     train, held = _set_aside(batches, checks, seed)
     return heal_batches(compressed, original, train, held, options, output_fn=output_fn, seed=seed, progress=progress)
 
@@ -178,10 +179,10 @@ def heal_batches(
     before = judge.measure(compressed).value
     halves = {tensor.dtype for tensor in compressed.parameters() if tensor.is_floating_point()} == {torch.float16}
     teacher = original
-    healed = copied(compressed)
+    healed = copy_model(compressed)
     if halves:
         # Gradients and steps of training leave float16's range; what has only that dtype is trained in float32.
-        healed, teacher = healed.float(), copied(original).float()
+        healed, teacher = healed.float(), copy_model(original).float()
         train = [batch.widened() for batch in train]
     modes = {name: module.training for name, module in healed.named_modules()}
     original_modes = [(module, module.training) for module in teacher.modules()]
@@ -221,14 +222,14 @@ def heal_batches(
         losses=losses,
         run={"seconds": time.perf_counter() - started},
     )
-    return HealResult(healed if better else copied(compressed), report)
+    return HealResult(healed if better else copy_model(compressed), report)
 
 
 def _halved(healed: nn.Module, like: nn.Module) -> nn.Module:
     """Back to the dtypes that each tensor had."""
     healed.half()
     wanted = like.state_dict()
-    for name, tensor in healed.state_dict().items():
+    for name, tensor in stored_tensors(healed).items():
         if tensor.dtype is not wanted[name].dtype:
             raise AssertionError(f"healing changed {name} from {wanted[name].dtype} to {tensor.dtype}")
     return healed
@@ -322,5 +323,5 @@ def _vocabulary(model: nn.Module) -> int:
 
 
 def _bytes(model: nn.Module) -> int:
-    unique = {tensor.data_ptr(): tensor.nbytes for tensor in model.state_dict().values() if tensor.numel()}
+    unique = {tensor.data_ptr(): tensor.nbytes for tensor in stored_tensors(model).values() if tensor.numel()}
     return sum(unique.values())

@@ -39,6 +39,9 @@ def model_fingerprint(model: nn.Module, changing: Mapping[str, Tensor]) -> str:
     """Compute the SHA-256 of the names and shapes of a model's tensors, and of the values of those that training leaves alone."""
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
+        if not isinstance(tensor, Tensor):
+            digest.update(f"{name}{tensor!r}".encode())
+            continue
         digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
         if name not in changing:
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())

@@ -134,16 +134,17 @@ def test_verdicts_are_what_compress_plans_for_the_weights() -> None:
 
 
 def test_verdicts_speak_only_of_what_can_be_replaced() -> None:
-    model = nn.Sequential(nn.Conv3d(4, 4, 3), nn.Linear(32, 32))
+    bound = nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))
+    model = nn.Sequential(bound, nn.Linear(32, 32))
     model.table = nn.Parameter(torch.randn(8, 8, generator=generator()))
     model.register_buffer("positions", torch.randn(8, 8, generator=generator()))
     report = analyze_model(model)
     rows = by_name(report)
-    assert rows["0"].verdict.startswith("cannot be replaced: ")
-    assert rows["table"].verdict.startswith("cannot be replaced: ")
+    assert rows["0.parametrizations.weight.original1"].verdict.startswith("cannot be replaced: parametrized")
+    assert rows["table"].verdict == "cannot be replaced: no layer of a kind that is known"
     assert rows["positions"].reason == "a buffer: not a parameter, left as it is"
     assert report.totals["plans"]["0.1"]["formats"] == {"int8": 1}
-    nothing = analyze_model(nn.Sequential(nn.Conv3d(4, 4, 3)))
+    nothing = analyze_model(nn.Sequential(bound))
     assert nothing.verdict == "no layer that can be replaced"
     assert "no layer that can be compressed" in nothing.notes[0]
 

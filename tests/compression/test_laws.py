@@ -70,6 +70,14 @@ def ids(rows: int, length: int) -> Callable[[int], Tensor]:
     return lambda samples: torch.arange(samples * length).reshape(samples, length) % rows
 
 
+class Standardised(nn.Linear):
+    """Does with its weight what only it knows."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight = self.weight - self.weight.mean(dim=1, keepdim=True)
+        return nn.functional.linear(input, weight / weight.std(dim=1, keepdim=True), self.bias)
+
+
 EXAMPLES: dict[str, Example] = {
     "linear": Example(lambda: nn.Linear(40, 48), floats(5, 40)),
     "linear-wide-no-bias": Example(lambda: nn.Linear(64, 24, bias=False), floats(64)),
@@ -79,6 +87,9 @@ EXAMPLES: dict[str, Example] = {
     "embedding": Example(lambda: nn.Embedding(96, 24), ids(96, 12)),
     "recurrent-lstm": Example(lambda: nn.LSTM(12, 16, num_layers=2, batch_first=True), floats(6, 12)),
     "recurrent-gru-cell": Example(lambda: nn.GRUCell(12, 16), floats(12)),
+    "decoded-conv-transposed": Example(lambda: nn.ConvTranspose1d(8, 12, 5), floats(8, 9)),
+    "decoded-embedding-bag": Example(lambda: nn.EmbeddingBag(96, 24), ids(96, 12)),
+    "decoded-own-forward": Example(lambda: Standardised(40, 12), floats(40)),
     "attention": Example(lambda: nn.MultiheadAttention(16, 4, batch_first=True), floats(6, 16)),
 }
 

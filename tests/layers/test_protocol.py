@@ -49,10 +49,12 @@ LAYERS: dict[str, Callable[[], CompressedLayer]] = {
         kind.__name__: lambda kind=kind: kind.from_module(kind.dense_kind(5, 4))  # type: ignore[misc]
         for kind in RECURRENT.values()
     },
+    "any module": lambda: _layer("DecodedLayer", nn.ConvTranspose1d(8, 12, 5)),
+    "any module, several": lambda: _layer("DecodedLayer", nn.Bilinear(6, 40, 9)),
     "attention": lambda: _layer("QuantizedMultiheadAttention", nn.MultiheadAttention(8, 2)),
     "attention, unlike sides": lambda: _layer("QuantizedMultiheadAttention", nn.MultiheadAttention(8, 2, kdim=6)),
 }
-ONE_WEIGHT = [name for name in LAYERS if name[0].islower() and not name.startswith("attention")]
+ONE_WEIGHT = [name for name in LAYERS if name[0].islower() and not name.startswith(("attention", "any"))]
 PRODUCTS = [name for name in ONE_WEIGHT if "factors" in name and "spatial" not in name and "groups" not in name]
 OTHERS = [name for name in LAYERS if name not in PRODUCTS]
 CODES = [name for name in LAYERS if "factors" not in name and name not in ("conv2d, spatial", "conv2d, groups")]

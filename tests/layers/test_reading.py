@@ -144,6 +144,72 @@ def test_writing_to_the_weight_is_refused_by_name(write: Callable[[Tensor], obje
     assert torch.equal(layer.codes, before)
 
 
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda w: w.data.zero_(),
+        lambda w: w.detach().normal_(),
+        lambda w: w.T.fill_(1.0),
+        lambda w: w[0].zero_(),
+        lambda w: w.view(-1)[3:5].copy_(torch.zeros(2)),
+        lambda w: w.data.copy_(torch.zeros(8, 12)),
+        lambda w: w.chunk(2)[1].mul_(2.0),
+        lambda w: nn.init.xavier_uniform_(w),
+        lambda w: torch.add(w, 1.0, out=w),
+        lambda w: w.requires_grad_(True),
+        lambda w: setattr(w, "requires_grad", True),
+    ],
+)
+@pytest.mark.parametrize("kind", ["int8 linear", "low-rank linear"])
+def test_a_write_that_would_be_lost_is_refused(write: Callable[[Tensor], object], kind: str) -> None:
+    _, layer = made(kind)
+    with pytest.raises(UsageError, match="holds codes or factors"):
+        write(layer.weight)
+
+
+@pytest.mark.parametrize("kind", ["int8 linear", "low-rank int8 conv", "int8 embedding"])
+def test_the_weight_goes_to_numpy_copies_and_pickles_by_its_numbers(kind: str) -> None:
+    _, layer = made(kind)
+    wanted = layer.dense_weight().detach()
+    array = layer.weight.detach().cpu().numpy()
+    assert array.tolist() == wanted.tolist() == layer.weight.data.tolist()
+    with pytest.raises(ValueError, match="read-only"):
+        array[0] = 0.0
+    for copied in (copy.deepcopy(layer.weight), pickle.loads(pickle.dumps(layer.weight)), layer.weight.clone()):
+        assert type(copied) is Tensor and torch.equal(copied.zero_() + wanted, wanted)
+    assert torch.equal(layer.weight.flatten(1).T @ torch.ones(len(wanted)), wanted.flatten(1).T @ torch.ones(len(wanted)))
+    layer.weight.requires_grad_(False)
+
+
+def test_data_and_its_type_are_read_without_decoding() -> None:
+    _, layer = made("int8 linear")
+    assert layer.weight.data.dtype == torch.float32 and layer.weight.detach().shape == (8, 12)
+    assert layer.weight_decodings == 0
+
+
+def test_a_tracer_that_names_modules_is_told_of_each_layer() -> None:
+    """As torchvision's ``create_feature_extractor`` has one."""
+
+    class Naming(torch.fx.Tracer):
+        within, names = "", {}  # type: ignore[var-annotated]
+
+        def call_module(self, m: nn.Module, forward: Callable[..., object], args: object, kwargs: object) -> object:
+            before, self.within = self.within, self.path_of_module(m)
+            try:
+                return super().call_module(m, forward, args, kwargs)  # type: ignore[arg-type]
+            finally:
+                self.within = before
+
+        def create_node(self, *args: object, **kwargs: object) -> torch.fx.Node:
+            node = super().create_node(*args, **kwargs)  # type: ignore[arg-type]
+            self.names[node.target] = self.within
+            return node
+
+    tracer = Naming()
+    tracer.trace(nn.Sequential(made("int8 linear")[1], nn.ReLU(), nn.Sequential(made("int8 conv")[1])))
+    assert tracer.names["0"] == "0" and tracer.names["1"] == "1" and tracer.names["2.0"] == "2.0"
+
+
 def test_a_layer_with_several_weights_has_none_of_that_name_but_each_by_its_own() -> None:
     layer = QuantizedLSTM.from_module(nn.LSTM(4, 3))
     assert not hasattr(layer, "weight")

@@ -237,3 +237,21 @@ def test_a_head_of_another_type_is_cast(dtype: torch.dtype, tmp_path: Path) -> N
     assert head.dtype is torch.float32
     assert torch.equal(head, saved_modules(half)["score"].modules_to_save["default"].weight.float())
     assert run(loaded).shape == (*IDS.shape, 4)
+
+
+def test_a_head_of_a_file_takes_the_place_of_a_compressed_one(tmp_path: Path) -> None:
+    adapted = add_lora(Encoder(), random_adapter("query", task_type="SEQ_CLS"))
+    move(adapted)
+    save_adapter(adapted, tmp_path / "a")
+    small = Encoder()
+    small.score = lowrank.QuantizedLinear.from_linear(small.score)  # type: ignore[assignment]
+    with pytest.raises(
+        lowrank.AdapterError, match="QuantizedLinear holds integer codes, which cannot be trained whole"
+    ):
+        add_lora(small, random_adapter("query", task_type="SEQ_CLS"))
+    loaded = load_adapter(small, tmp_path / "a")
+    assert torch.equal(run(loaded), run(adapted))
+    with lowrank.disable_adapter(loaded):
+        # nn.MultiheadAttention rounds otherwise once its weights are frozen.
+        torch.testing.assert_close(run(loaded), run(small), rtol=0.02, atol=0.02)
+    assert type(loaded.score.original_module) is lowrank.QuantizedLinear

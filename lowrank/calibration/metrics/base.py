@@ -96,13 +96,27 @@ class ErrorMetric(ABC):
 
     def show_beside(self, value: float, limit: float) -> str:
         """Write a value with the digits that tell it from a limit: a bound of 10.04 % is not within 10 %."""
+        if value == limit or not math.isfinite(value):
+            return self.show(value)
         for digits in range(2, MOST_DIGITS):
-            if value == limit or self.show(value, digits) != self.show(limit, digits):
+            if _number(self.show(value, digits)) != _number(self.show(limit, MOST_DIGITS)):
                 return self.show(value, digits)
         return self.show(value, MOST_DIGITS)
 
+    def show_limit(self, limit: float) -> str:
+        """Write a budget with all the digits that it has: one of 1.25 % is not 1.2 %."""
+        for digits in range(2, MOST_DIGITS):
+            if _number(self.show(limit, digits)) == _number(self.show(limit, MOST_DIGITS)):
+                return self.show(limit, digits)
+        return self.show(limit, MOST_DIGITS)
+
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.label!r}>"
+
+
+def _number(text: str) -> float:
+    """The number in front of a unit."""
+    return float(text.split()[0])
 
 
 class SampledMetric(ErrorMetric):
@@ -114,11 +128,13 @@ class SampledMetric(ErrorMetric):
         figure: the key of its value in :func:`lowrank.compare_models`.
         needs_logits: it reads the last dimension as classes, so that outputs which do not call themselves logits are no use to it.
         every_output: it is measured on every floating tensor of the output, each by itself; else on the main one.
+        centred: it needs the mean of the outputs: see :meth:`fitted`.
     """
 
     needs_data = True
     needs_logits: ClassVar[bool] = False
     every_output: ClassVar[bool] = False
+    centred: ClassVar[bool] = False
 
     @property
     def figure(self) -> str:
@@ -140,8 +156,12 @@ class SampledMetric(ErrorMetric):
             numerators, denominators: (samples,) float64, on the CPU; of length 1 where ``batch.size`` is 1.
         """
 
-    def fitted(self, centre: Centre) -> SampledMetric:
-        """Give the metric for outputs whose mean this is; the metric itself where it needs none."""
+    def fitted(self, centre: Centre, what: str = "the output") -> SampledMetric:
+        """Give the metric for outputs whose mean this is; the metric itself where it needs none.
+
+        Raises:
+            UsageError: it needs one, and ``what`` has none, or does not vary about it.
+        """
         return self
 
     def check(self, output: Tensor, batch: Batch) -> None:

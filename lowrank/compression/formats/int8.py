@@ -12,6 +12,7 @@ from lowrank.compression.layer_data import LayerData
 from lowrank.layers import (
     RECURRENT,
     CompressedLayer,
+    DecodedLayer,
     QuantizedConv1d,
     QuantizedConv2d,
     QuantizedEmbedding,
@@ -24,6 +25,7 @@ from lowrank.numerics.conv_factors import ConvFactors
 from lowrank.numerics.factors import Factors
 from lowrank.numerics.rounding import dequantize_rows
 from lowrank.numerics.rounding_methods import NEAREST, ROUNDINGS, Grid
+from lowrank.targets import DECODED, kind_of
 
 __all__ = ["Int8"]
 
@@ -43,6 +45,7 @@ class Int8(WeightFormat):
         "embedding": (QuantizedEmbedding,),
         "recurrent": tuple(RECURRENT.values()),
         "attention": (QuantizedMultiheadAttention,),
+        **{kind.name: (DecodedLayer,) for kind in DECODED},
     }
 
     def specs(self, data: LayerData, request: Request) -> list[LayerSpec]:
@@ -89,6 +92,8 @@ class Int8(WeightFormat):
     def build_layer(self, module: nn.Module, spec: LayerSpec, factors: Factors | ConvFactors | None) -> CompressedLayer:
         """Round a module's weights."""
         bits, activations = spec.bits or BITS, spec.activations or INTEGER_ACTIVATIONS
+        if kind_of(module) in DECODED:
+            return DecodedLayer.from_module(module, bits=bits)
         if isinstance(module, nn.Embedding):
             return QuantizedEmbedding.from_embedding(module, bits=bits)
         if isinstance(module, nn.Conv1d):
@@ -97,8 +102,9 @@ class Int8(WeightFormat):
             return QuantizedConv2d.from_conv2d(module, bits=bits, activations=activations)
         if isinstance(module, nn.MultiheadAttention):
             return QuantizedMultiheadAttention.from_module(module, bits=bits, activations=activations)
-        if type(module) in RECURRENT:
-            return RECURRENT[type(module)].from_module(module, bits=bits)
+        recurrent = next((RECURRENT[each] for each in RECURRENT if isinstance(module, each)), None)
+        if recurrent is not None:
+            return recurrent.from_module(module, bits=bits)
         return QuantizedLinear.from_linear(module, bits=bits, activations=activations)
 
 

@@ -30,6 +30,7 @@ from lowrank.numerics.conv_factors import ConvFactors
 from lowrank.numerics.factors import Factors
 from lowrank.numerics.rounding import dequantize_rows
 from lowrank.numerics.rounding_methods import NEAREST, ROUNDINGS, Grid
+from lowrank.numerics.sampled_moments import SampledMoment, moment_squares
 
 __all__ = ["LowRankInt8"]
 
@@ -157,7 +158,8 @@ def _components(data: LayerData, factors: Factors) -> Tensor:
         return (squares if row_weights is None else squares * row_weights[:, None]).sum(dim=0)
 
     def in_columns(matrix: Tensor) -> Tensor:
-        return ((matrix if moments is None else matrix @ moments) * matrix).sum(dim=1).clamp_min(0.0)
+        squares = matrix.square().sum(dim=1) if moments is None else moment_squares(matrix, moments)
+        return squares.clamp_min(0.0)
 
     return in_rows(left_error) * in_columns(right) + in_rows(left) * in_columns(right_error)
 
@@ -189,6 +191,9 @@ def _outer_norms(data: LayerData, first: Tensor, second: Tensor, size: tuple[int
         own = first.square().sum(dim=2)
         return (gram.diagonal(dim1=2, dim2=3).sum(dim=2) * own).sum(dim=0)
     tall = first.shape[2]
+    if isinstance(data.moments, SampledMoment):
+        # Kept for layers that are cut in the channel form alone, so that the second kernel is one number wide.
+        return (gram[..., 0, 0] * data.moments.squares(first)).sum(dim=0).clamp_min(0.0)
     moments = data.moments.reshape(groups, tall, wide, tall, wide)
     total = first.new_zeros(groups, rank)
     for one in range(wide):
