@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lowrank.analysis.report import AnalysisReport
+from lowrank.analysis.outlook import Outlook, WeightPlanner, compressed_formats, kept_batches, outlook_of_module
+from lowrank.analysis.report import AnalysisReport, count_of_noun, verdict_of
 from lowrank.analysis.rows import SIZES, AnalysisRow, size_error_curve
 from lowrank.analysis.sources import (
     ITEM_BYTES,
@@ -30,6 +32,7 @@ from lowrank.calibration.batches import ForwardFn
 from lowrank.calibration.inputs import collect_statistics
 from lowrank.errors import UsageError
 from lowrank.io.version import versions
+from lowrank.layers import compressed_layers
 from lowrank.numerics.moments import InputStatistics
 from lowrank.numerics.spectrum import Spectrum, analyze_weight
 from lowrank.reporting.text import one_line
@@ -39,6 +42,9 @@ from lowrank.targets.model import matching
 __all__ = ["AnalysisReport", "AnalysisRow", "analyze_model"]
 
 PLOT_STEPS = 32
+BUDGETS = (0.02, 0.05, 0.1)
+# What the survey says where it has no better reason.
+NO_TARGET = "not a target"
 
 
 def analyze_model(
@@ -47,6 +53,7 @@ def analyze_model(
     energy: Sequence[float] = (0.9, 0.95, 0.99),
     ignore: Sequence[str] = (),
     *,
+    budgets: Sequence[float] = BUDGETS,
     forward_fn: ForwardFn | None = None,
     progress: bool = True,
 ) -> AnalysisReport:
@@ -62,11 +69,13 @@ def analyze_model(
             and of convolutions (but grouped ones), whose inputs are the patches under the kernel. Needs a module.
         energy: fractions of Σσ² to state ranks for, each in (0, 1].
         ignore: globs over layer names; one that covers a container covers what is inside.
+        budgets: errors for which to say what compressing would choose, without its search and verification: of the weights
+            where there is no calibration, of the output by probes of the model where there is. Empty: no verdicts.
         forward_fn: ``forward_fn(model, batch) -> output`` calls a model that takes objects.
         progress: a bar on standard error when it takes more than two seconds.
 
     Raises:
-        UsageError: an energy outside (0, 1], a pattern that matches nothing, calibration for a path.
+        UsageError: an energy outside (0, 1], a budget that is no number above 0, a pattern that matches nothing, calibration for a path.
         CheckpointError: a file that is damaged or not safetensors.
         NumericsError: a weight with NaN or Inf; names layer and index.
 
@@ -75,7 +84,7 @@ def analyze_model(
         >>> report.rows[0].name, report.rows[0].shape, report.rows[0].full_rank
         ('0', (4, 8), 4)
     """
-    levels = _checked_levels(energy)
+    levels, wanted = _checked_levels(energy), _checked_budgets(budgets)
     aliases: dict[int, list[str]] = {}
     if isinstance(model_or_path, nn.Module):
         layers, source = layers_of_module(model_or_path), type(model_or_path).__name__
@@ -94,24 +103,58 @@ def analyze_model(
     ignored: set[str] = set().union(*matching(ignore, known, "ignore").values())
     ignored |= {names[0] for names in aliases.values() if not ignored.isdisjoint(names)}
     statistics: dict[str, InputStatistics] = {}
-    if calibration is not None:
+    compressed = compressed_layers(model_or_path) if isinstance(model_or_path, nn.Module) else {}
+    # Read twice: for the spectra, and by the plan.
+    batches = None if calibration is None else kept_batches(calibration)
+    if batches is not None:
         assert isinstance(model_or_path, nn.Module)
         targets = {
             layer.name: layer.module
             for layer in layers
             if layer.module is not None and layer.name not in ignored and _takes_statistics(layer.module)
         }
-        found = collect_statistics(model_or_path, calibration, targets, forward_fn=forward_fn, progress=progress)
+        found = collect_statistics(model_or_path, batches, targets, forward_fn=forward_fn, progress=progress)
         statistics = {name: value for name, value in found.items() if isinstance(value, InputStatistics)}
     rows: list[AnalysisRow] = []
+    owners: list[str] = []
+    sigma: dict[str, Tensor] = {}
+    planner = WeightPlanner() if not isinstance(model_or_path, nn.Module) and wanted else None
     spectra: list[tuple[Tensor, int, int, int]] = []
     for layer in tqdm(layers, desc="analyze", unit="layer", delay=2, disable=not progress):
-        for row, spectrum in _analyse_layer(layer, levels, layer.name in ignored, statistics.get(layer.name)):
+        outer = next((each for each in compressed if layer.name == each or layer.name.startswith(f"{each}.")), None)
+        if outer is not None:
+            reason = f"already compressed: {compressed[outer].format}"
+            rows.append(_skipped_row(layer, layer.name, layer.items, reason))
+            owners.append(layer.name)
+            continue
+        for row, spectrum in _analyse_layer(layer, levels, layer.name in ignored, statistics.get(layer.name), planner):
             rows.append(row)
+            owners.append(layer.name)
             if spectrum is not None:
+                if row.name == layer.name:
+                    sigma[layer.name] = spectrum.singular_values
                 height, width = row.shape[0], math.prod(row.shape[1:])
                 spectra.append((spectrum.singular_values, height, width, ITEM_BYTES[row.dtype]))
-    return AnalysisReport(rows, _totals(rows, spectra, levels, source), _notes(rows, statistics))
+    outlook = Outlook()
+    if planner is not None:
+        outlook = planner.outlook(wanted, from_file=True)
+    elif isinstance(model_or_path, nn.Module) and wanted:
+        outlook = outlook_of_module(
+            model_or_path,
+            wanted,
+            calibration=batches,
+            ignore=ignore,
+            forward_fn=forward_fn,
+            sigma=sigma,
+            progress=progress,
+        )
+    if wanted:
+        rows = [_with_outlook(row, owner, outlook) for row, owner in zip(rows, owners, strict=True)]
+    totals = _totals(rows, spectra, levels, source)
+    totals["buffers"] = sum(math.prod(item.shape) for layer in layers for item in layer.items if item.buffer)
+    totals["compressed"] = compressed_formats(model_or_path)
+    totals |= outlook.totals(totals["bytes"])
+    return AnalysisReport(rows, totals, [*_notes(rows, statistics), *outlook.notes()])
 
 
 def _checked_levels(energy: Sequence[float]) -> tuple[float, ...]:
@@ -120,6 +163,16 @@ def _checked_levels(energy: Sequence[float]) -> tuple[float, ...]:
     if not levels or not good:
         raise UsageError(f"energy: must be a list of fractions in (0, 1], such as (0.9, 0.95, 0.99), got {energy!r}")
     return tuple(float(level) for level in levels)
+
+
+def _checked_budgets(budgets: Sequence[float]) -> tuple[float, ...]:
+    levels = tuple(budgets) if isinstance(budgets, (list, tuple)) else (math.nan,)
+    good = all(
+        isinstance(level, (int, float)) and not isinstance(level, bool) and 0 < level < math.inf for level in levels
+    )
+    if not good:
+        raise UsageError(f"budgets: must be a list of errors above 0, such as {BUDGETS}, got {budgets!r}")
+    return tuple(sorted({float(level) for level in levels}))
 
 
 def _takes_statistics(module: nn.Module) -> bool:
@@ -133,7 +186,11 @@ def _takes_statistics(module: nn.Module) -> bool:
 
 
 def _analyse_layer(
-    layer: Layer, levels: Sequence[float], ignored: bool, statistics: InputStatistics | None
+    layer: Layer,
+    levels: Sequence[float],
+    ignored: bool,
+    statistics: InputStatistics | None,
+    planner: WeightPlanner | None,
 ) -> Iterator[tuple[AnalysisRow, Spectrum | None]]:
     """The rows of one layer: one per matrix, the vectors counted in the first; one row where there is no matrix."""
     matrices = [item for item in layer.items if refusal_of(item) is None]
@@ -145,7 +202,7 @@ def _analyse_layer(
     first = min((item.name for item in matrices), default="")
     for item in matrices:
         counted = [item, *(vectors if item.name == first else [])]
-        yield _analyse_item(_full_name(layer, item), layer, item, counted, levels, statistics)
+        yield _analyse_item(_full_name(layer, item), layer, item, counted, levels, statistics, planner)
     if vectors and not matrices:
         floating = [item for item in vectors if short_dtype(item.dtype) in ITEM_BYTES]
         reason = "no matrix" if floating else not_floating(vectors[0])
@@ -181,16 +238,18 @@ def _analyse_item(
     counted: Sequence[Item],
     levels: Sequence[float],
     statistics: InputStatistics | None,
+    planner: WeightPlanner | None,
 ) -> tuple[AnalysisRow, Spectrum]:
-    matrix = item.read().flatten(1)
+    stored = item.read()
+    matrix = stored.flatten(1)
     told = f"layer {one_line(name)}"
-    # Fewer tokens than channels leave directions unseen, which is no reason to leave them out.
-    enough = statistics is not None and not statistics.is_thin(item.shape[0])
     spectrum = analyze_weight(matrix, name=told)
     data = None
     if statistics is not None and statistics.count and item.name == "weight":
         data = analyze_weight(matrix, statistics, name=told)
     sigma = spectrum.singular_values
+    if planner is not None and layer.name and item.name == "weight" and len(item.shape) <= 4:
+        planner.add(layer.name, stored, sigma)
     rows, columns = matrix.shape
     full = min(rows, columns)
     spots = [round(step * (full - 1) / PLOT_STEPS) for step in range(PLOT_STEPS + 1)]
@@ -217,7 +276,6 @@ def _analyse_item(
             data_effective_rank=None if data is None else float(data.effective_rank),
             data_errors=None if data is None else _errors(data, rows, columns),
             tokens=None if data is None or statistics is None else statistics.count,
-            verdict=_verdict(spectrum, data if enough else None, rows, columns),
             spectrum=tuple((float(sigma[i]) / largest if largest > 0 else 0.0) for i in spots),
             energy=tuple(float(share[i]) for i in spots),
         ),
@@ -233,25 +291,30 @@ def _errors(spectrum: Spectrum, rows: int, columns: int) -> dict[str, float]:
     return {str(size): float(spectrum.tail_error(int(size * rows * columns / (rows + columns)))) for size in SIZES}
 
 
-def _verdict(spectrum: Spectrum, data: Spectrum | None, rows: int, columns: int) -> str:
-    """What the rank at 99 % energy (an error of 10 %, in the data's metric if given) says about factors, in words."""
-    if spectrum.numerical_rank == 0:
-        return "zero: factor"
-    full, even = min(rows, columns), rows * columns / (rows + columns)
-    rank = int((spectrum if data is None else data).energy_rank(0.99))
-    if full < 8:
-        # Below this even int8's scale a row weighs more than factors could save.
-        return f"only {full} wide: quantise"
-    if int(spectrum.numerical_rank) < even / 4:
-        return f"rank {int(spectrum.numerical_rank)} of {full}, exactly: factor"
-    if rank < even / 4:
-        # int8 takes a quarter of float32 at an error under 1 %: factors alone beat it only below that.
-        return f"rank {rank} of {full} holds 99 %: factor"
-    if rank < 0.75 * even:
-        return f"rank {rank} of {full} holds 99 %: factor and quantise"
-    if rank < even:
-        return f"rank {rank} of {full} holds 99 %: quantise"
-    return "full rank: quantise"
+def _with_outlook(row: AnalysisRow, owner: str, outlook: Outlook) -> AnalysisRow:
+    """The row with what compressing would make of it.
+
+    Args:
+        owner: name of the module that holds the weight.
+    """
+    if not row.analysed:
+        return row
+    entries = outlook.entries(owner)
+    if not entries:
+        return replace(row, verdict=_unplanned(owner, outlook))
+    plans = {
+        str(budget): {"format": entry.format, "rank": entry.rank, "bytes": entry.bytes} for budget, entry in entries
+    }
+    return replace(row, verdict=verdict_of(entries), plans=plans)
+
+
+def _unplanned(owner: str, outlook: Outlook) -> str:
+    if outlook.from_file:
+        return "not known from a file: load the model"
+    # What keeps a weight in a part of a layer, such as a parametrization, is said of the layer around it.
+    around = [owner[:end] for end in prefix_ends(owner)]
+    reasons = [reason for name in reversed(around) if (reason := outlook.left.get(name, NO_TARGET)) != NO_TARGET]
+    return f"cannot be replaced: {one_line(reasons[0]) if reasons else 'no layer of a kind that is known'}"
 
 
 def _kind_of(shape: Sequence[int]) -> str:
@@ -295,6 +358,6 @@ def _notes(rows: Sequence[AnalysisRow], statistics: dict[str, InputStatistics]) 
         return []
     fewest = min(row.tokens or 0 for row in thin)
     return [
-        f"{len(thin)} layers saw fewer tokens than they have input channels (the fewest {fewest}); "
-        "their ranks in the metric of the data are too low, and their verdicts are those of the weights alone."
+        f"{count_of_noun(len(thin), 'layer')} saw fewer tokens than input channels (the fewest {fewest}); "
+        "their ranks in the metric of the data are too low."
     ]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from lowrank.analysis import page
 from lowrank.analysis.rows import SIZES, AnalysisRow
+from lowrank.compression.plan import PlanEntry
 from lowrank.reporting import html
 from lowrank.reporting.report import Report, Table
 from lowrank.reporting.text import Column, count_text, human_bytes, one_line, percent, shown_name
@@ -23,7 +24,8 @@ class AnalysisReport(Report):
         rows: one per layer, also those without a matrix or skipped, with the reason.
         totals: ``layers``, ``analysed``, ``parameters``, ``parameters_analysed``, ``bytes``, ``size_ratio_at_energy``
             (all layers factored at that energy, whole where that is no smaller), ``error_at_size``, ``curve``
-            (:func:`size_error_curve`), ``source``, ``energy``, ``versions``.
+            (:func:`size_error_curve`), ``buffers`` (elements that are no parameters), ``plans`` (by budget: ``formats``,
+            ``size_ratio``), ``plans_metric``, ``compressed`` (layers that are so already, by format), ``source``, ``energy``, ``versions``.
         notes: sentences for the reader.
     """
 
@@ -41,10 +43,15 @@ class AnalysisReport(Report):
         """Say the analysis in plain sentences."""
         totals = self.totals
         lines = [
-            f"{count_text(totals['analysed'])} of {count_text(totals['layers'])} layers hold a matrix: "
-            f"{count_text(totals['parameters_analysed'])} of {count_text(totals['parameters'])} parameters "
-            f"({human_bytes(totals['bytes'])} stored)."
+            f"{count_text(totals['analysed'])} of {count_of_noun(totals['layers'], 'layer')} "
+            f"{'holds' if totals['analysed'] == 1 else 'hold'} a matrix: "
+            f"{count_text(totals['parameters_analysed'])} of {count_of_noun(totals['parameters'], 'parameter')} "
+            f"({human_bytes(totals['bytes'])} stored{_buffers_text(totals)})."
         ]
+        compressed = totals.get("compressed", {})
+        if compressed:
+            formats = ", ".join(f"{name} {count}" for name, count in compressed.items())
+            lines.append(f"The model is compressed already ({formats}): what follows is about the rest of it.")
         if not totals["analysed"]:
             return lines
         ratios = totals["size_ratio_at_energy"]
@@ -54,18 +61,21 @@ class AnalysisReport(Report):
             f"{percent(error)} at {percent(float(size))}" for size, error in totals["error_at_size"].items()
         )
         lines.append(f"Weight error with the ranks divided best among the layers: {errors} of the bytes.")
-        lines.append(f"Verdict: {self.verdict}.")
+        if totals.get("plans"):
+            what = "weights" if totals["plans_metric"] == "weight" else "output"
+            lines.append(f"What compress would choose for an error of the {what} {self.verdict}.")
         return lines
 
     @property
     def verdict(self) -> str:
-        """Count the model's layers by what to do with them."""
-        counts: dict[str, int] = {}
-        for row in self.rows:
-            if row.analysed:
-                action = row.verdict.rpartition(": ")[2]
-                counts[action] = counts.get(action, 0) + 1
-        return ", ".join(f"{action} {count}" for action, count in sorted(counts.items(), key=lambda item: -item[1]))
+        """Say what compressing would make of the layers that can be replaced, at each budget."""
+        said = []
+        for budget, plan in self.totals.get("plans", {}).items():
+            formats = ", ".join(f"{name} {count}" for name, count in plan["formats"].items())
+            ratio = plan["size_ratio"]
+            size = "" if ratio is None else f" ({percent(ratio, 3)} of the bytes)"
+            said.append(f"at {percent(float(budget))} {formats}{size}")
+        return "; ".join(said) or "no layer that can be replaced"
 
     @property
     def columns(self) -> tuple[Column, ...]:
@@ -145,7 +155,7 @@ class AnalysisReport(Report):
 
     def _total_texts(self, columns: Sequence[Column]) -> list[str]:
         texts = [""] * len(columns)
-        texts[0] = f"{count_text(self.totals['layers'])} layers"
+        texts[0] = count_of_noun(self.totals["layers"], "layer")
         texts[2] = count_text(self.totals["parameters"])
         errors = self.totals.get("error_at_size", {})
         for index, column in enumerate(columns):
@@ -177,6 +187,38 @@ class AnalysisReport(Report):
             f"{reason}: {', '.join(group[:3])}{f' and {len(group) - 3} more' if len(group) > 3 else ''}"
             for reason, group in names.items()
         ]
+
+
+def count_of_noun(count: int, noun: str) -> str:
+    """Write a number with its noun.
+
+    Example:
+        >>> count_of_noun(1, "layer"), count_of_noun(1200, "layer")
+        ('1 layer', '1,200 layers')
+    """
+    return f"{count_text(count)} {noun}{'' if count == 1 else 's'}"
+
+
+def verdict_of(entries: Sequence[tuple[float, PlanEntry]]) -> str:
+    """Say what becomes of a layer at budgets that ascend.
+
+    Example:
+        >>> from lowrank.compression.formats import DENSE
+        >>> verdict_of([(0.02, PlanEntry("fc", "linear", (8, 8), DENSE, 256, 0.0))])
+        'dense'
+    """
+    groups: dict[str, list[str]] = {}
+    for budget, entry in entries:
+        text = entry.format if entry.rank is None else f"{entry.format} r{entry.rank}"
+        groups.setdefault(text, []).append(f"{100 * budget:g}")
+    if len(groups) == 1:
+        return next(iter(groups))
+    return "; ".join(f"{text} at {', '.join(levels)} %" for text, levels in groups.items())
+
+
+def _buffers_text(totals: Mapping[str, Any]) -> str:
+    count = totals.get("buffers", 0)
+    return f", with {count_of_noun(count, 'element')} in buffers" if count else ""
 
 
 def _level(level: float | str) -> str:

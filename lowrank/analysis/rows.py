@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ class AnalysisRow:
         name: module name, or the tensor's name without ``.weight``.
         kind: the module's class, or for a file what the shape says (``"matrix"``, ``"conv2d"`` …).
         shape: of the weight as stored.
-        parameters: elements of all the layer's tensors, bias included; a tied tensor counts in its first row.
+        parameters: elements of all the layer's parameters, bias included, without buffers; a tied one counts in its first row.
         bytes: stored bytes of the same.
         dtype: of the weight.
         ranks: fewest singular values that hold each fraction of Σσ², by the fraction as text.
@@ -38,7 +39,9 @@ class AnalysisRow:
         errors: relative Frobenius error of the best factors within each of :data:`SIZES` of the bytes, by size as text.
         data_ranks, data_effective_rank, data_errors, tokens: the same for W Σ^½, the weight in the metric of its
             calibration inputs, and how many tokens reached it; ``None`` without calibration.
-        verdict: what to do with the layer, in words.
+        verdict: what compressing would make of the layer, in words.
+        plans: by budget as text, the ``format``, ``rank`` and ``bytes`` that compressing would choose; ``None`` for what is no layer
+            that can be replaced, or is tied with one before.
         reason: why nothing was computed; ``None`` for an analysed layer.
         spectrum: σ/σ₁ at 33 equal steps of the rank from 1 to full, for plots.
         energy: cumulative share of Σσ² at the same ranks.
@@ -63,6 +66,7 @@ class AnalysisRow:
     data_errors: Mapping[str, float] | None = None
     tokens: int | None = None
     verdict: str = ""
+    plans: Mapping[str, Mapping[str, Any]] | None = None
     reason: str | None = None
     spectrum: tuple[float, ...] = ()
     energy: tuple[float, ...] = ()

@@ -6,7 +6,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,9 @@ __all__ = [
 ]
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# What BatchNorm keeps beside its parameters.
+RUNNING = ("running_mean", "running_var")
+A_BUFFER = "a buffer: not a parameter, left as it is"
 ITEM_BYTES = {str(dtype).removeprefix("torch."): dtype.itemsize for dtype in FLOATS}
 
 
@@ -43,6 +46,7 @@ class Item:
     nbytes: int
     refusal: str | None
     read: Callable[[], Tensor]
+    buffer: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,10 @@ def layers_of_module(model: nn.Module) -> list[Layer]:
         for key, value in module._buffers.items():
             if value is not None and key not in module._non_persistent_buffers_set:
                 tensors[key] = value
-        items = [_module_item(name, key, tensor, module, seen) for key, tensor in tensors.items()]
+        items = [
+            replace(_module_item(name, key, tensor, module, seen), buffer=key not in module._parameters)
+            for key, tensor in tensors.items()
+        ]
         if items:
             layers.append(Layer(name, type(module).__name__, tuple(items), module))
     return layers
@@ -106,7 +113,9 @@ def layers_of_files(path: str | os.PathLike[str]) -> list[Layer]:
     for name, entry in sorted(source.entries.items(), key=lambda item: _natural(item[0])):
         prefix, _, key = name.rpartition(".")
         dtype = str(entry.torch_dtype) if entry.torch_dtype is not None else entry.dtype
-        item = Item(key, entry.shape, dtype, entry.nbytes, None, lambda name=name: source.read(name))  # type: ignore[misc]
+        # A file does not say what is trained: whole numbers are not, nor is what BatchNorm keeps.
+        buffer = short_dtype(dtype) not in ITEM_BYTES or key in RUNNING
+        item = Item(key, entry.shape, dtype, entry.nbytes, None, lambda name=name: source.read(name), buffer)  # type: ignore[misc]
         groups.setdefault(prefix, []).append(item)
     return [Layer(name, None, tuple(items)) for name, items in groups.items()]
 
@@ -143,6 +152,8 @@ def refusal_of(item: Item) -> str | None:
         return ""
     if short_dtype(item.dtype) not in ITEM_BYTES:
         return not_floating(item)
+    if item.buffer:
+        return A_BUFFER
     if math.prod(item.shape) > MAX_ELEMENTS:
         return f"{math.prod(item.shape):,} elements, over the limit of 2^31"
     return None
@@ -154,8 +165,9 @@ def not_floating(item: Item) -> str:
 
 
 def count_of(item: Item) -> int:
-    """Elements that a tensor adds to the model: none where it is tied."""
-    return 0 if item.refusal is not None and item.refusal.startswith("tied") else math.prod(item.shape)
+    """Parameters that a tensor adds to the model, as torch counts them: none where it is a buffer or tied."""
+    tied = item.refusal is not None and item.refusal.startswith("tied")
+    return 0 if item.buffer or tied else math.prod(item.shape)
 
 
 def short_dtype(dtype: str) -> str:

@@ -148,7 +148,15 @@ class LayerData:
 
     def truncation(self, scheme: str | None, rank: int) -> float:
         """Give the squared relative error of the factors of a rank, in the norm of the inputs (and of the gradients)."""
-        return float(self.curve(scheme).errors[rank]) ** 2
+        return float(self.errors(scheme)[rank]) ** 2
+
+    def errors(self, scheme: str | None) -> Tensor:
+        """Give the relative error of the factors of each rank from 0, (max_rank + 1,) float64."""
+        return self.curve(scheme).errors
+
+    def factor_rounding(self, scheme: str | None) -> Tensor | None:
+        """Give what rounding adds to the factors of each rank, where it is estimated; ``None``: it is computed from the factors."""
+        return None
 
     @cached_property
     def weighting(self) -> GradientWeighting | None:

@@ -16,23 +16,25 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import subjects
 import torch
 from _shared import harness
 from _shared.host import host
-from subjects import SUBJECTS, Subject
+from pretrained import subjects
+from pretrained.subjects import SUBJECTS, Subject
 from torch import nn
 
 import lowrank
 from lowrank.analysis.stopwatch import interleaved
-from lowrank.calibration.batches import prepare_batches
 from lowrank.calibration.evaluation import Evaluator
+from lowrank.calibration.preparing import prepare_batches
 
 HERE = Path(__file__).resolve().parent
 BUDGETS = (0.02, 0.1)
 ROUNDS = 9
+# What a net may fail with; an exception of another kind ends the study.
+CRASHES = (lowrank.LowRankError, RuntimeError, TypeError, ValueError, AttributeError, LookupError, MemoryError)
 
 
 def analyse(subject: Subject) -> dict[str, Any]:
@@ -111,7 +113,7 @@ def run_case(name: str, subject: Subject, budget: float) -> dict[str, Any]:
     row["parameters"] = sum(parameter.numel() for parameter in subject.model.parameters())
     try:
         return row | compress(subject, budget)
-    except Exception as error:  # noqa: BLE001
+    except CRASHES as error:
         return row | {"crashed": f"{type(error).__name__}: {error}"}
 
 
@@ -119,7 +121,7 @@ def run_analysis(name: str, subject: Subject) -> dict[str, Any]:
     """The analysis' row."""
     try:
         return {"net": name, "version": lowrank.__version__} | analyse(subject)
-    except Exception as error:  # noqa: BLE001
+    except CRASHES as error:
         return {"net": name, "version": lowrank.__version__, "crashed": f"{type(error).__name__}: {error}"}
 
 

@@ -67,7 +67,7 @@ class FactoredFormat(WeightFormat):
         step = 8 if largest >= 256 else 4 if largest >= 128 else 1
         half = RANKS_PER_FORMAT // 2
         wanted = {largest * index // half for index in range(1, half + 1)}
-        errors = data.curve(scheme).errors[1 : largest + 1].clamp_min(torch.finfo(torch.float32).tiny).log()
+        errors = data.errors(scheme)[1 : largest + 1].clamp_min(torch.finfo(torch.float32).tiny).log()
         levels = torch.linspace(float(errors[0]), float(errors[-1]), half, dtype=errors.dtype)
         wanted |= {int((errors <= level).nonzero()[0]) + 1 for level in levels}
         return sorted({max(rank // step * step, step) for rank in wanted})

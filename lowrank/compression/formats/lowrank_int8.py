@@ -130,6 +130,9 @@ class LowRankInt8(FactoredFormat):
 
 def _rounding_by_rank(data: LayerData, scheme: str | None) -> Tensor:
     """(max_rank + 1,) squared relative error that rounding adds to the factors of each rank."""
+    estimated = data.factor_rounding(scheme)
+    if estimated is not None:
+        return estimated.cpu()
     factors = data.factors(scheme, data.max_rank(scheme))
     lost = _conv_components(data, factors) if isinstance(factors, ConvFactors) else _components(data, factors)
     whole = data.weighed_energy
