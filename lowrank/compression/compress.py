@@ -21,7 +21,7 @@ from lowrank.compression.accounting import compression_report, layer_rows
 from lowrank.compression.choose import allocator_of, choose, measure_given
 from lowrank.compression.formats import FORMATS, compressing_formats
 from lowrank.compression.latency import speed_of
-from lowrank.compression.options import Metric, Options
+from lowrank.compression.options import Metric, Options, budget_of
 from lowrank.compression.plan import Plan
 from lowrank.compression.prepare import (
     Preparation,
@@ -164,8 +164,8 @@ def compress_model(
         (True, True)
     """
     options = Options(
-        error_budget=error_budget,
-        size_budget=size_budget,
+        error_budget=budget_of(error_budget, "error_budget"),
+        size_budget=budget_of(size_budget, "size_budget"),
         metric=metric,
         higher_is_better=higher_is_better,
         formats=formats,

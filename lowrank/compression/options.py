@@ -21,6 +21,7 @@ __all__ = [
     "MOST_SEED",
     "Metric",
     "Options",
+    "budget_of",
     "check_budgets",
     "default_metric",
     "metric_choices",
@@ -72,6 +73,27 @@ def metric_of(metric: Metric, *, calibrated: bool, higher_is_better: bool = Fals
     if not callable(metric):
         raise UsageError(f"metric: must be a name or a callable(model) -> float, got {metric!r}")
     return CallableMetric(metric, higher_is_better=higher_is_better)
+
+
+def budget_of(value: Any, name: str) -> float | None:
+    """Read a budget: a number, or a text such as "5%" or "0.05" as the command line takes it.
+
+    Raises:
+        UsageError: a text that is no number.
+
+    Example:
+        >>> budget_of("5%", "error_budget"), budget_of(0.1, "error_budget"), budget_of(None, "size_budget")
+        (0.05, 0.1, None)
+    """
+    if not isinstance(value, str):
+        return value  # type: ignore[no-any-return]
+    text = value.strip()
+    share = text.endswith("%")
+    try:
+        number = float(text.removesuffix("%"))
+    except ValueError:
+        raise UsageError(f'{name}: must be a positive number such as 0.05 or "5%", got {value!r}') from None
+    return number / 100.0 if share else number
 
 
 def check_budgets(error_budget: float | None, size_budget: float | None, metric: Metric = "auto") -> None:
