@@ -14,9 +14,11 @@ from lowrank.calibration.masks import MASK_NAMES
 from lowrank.calibration.outputs import tensors_in
 from lowrank.errors import CalibrationError
 
-__all__ = ["ENOUGH", "distinct", "leaves", "sample_digests", "without_shared"]
+__all__ = ["ENOUGH", "PROVES_NOTHING", "distinct", "leaves", "sample_digests", "without_shared"]
 
 ENOUGH = 4 * MIN_VERIFICATION_SAMPLES
+# In a warning it says that a bound on the error is none, whatever the test of the samples gives.
+PROVES_NOTHING = "proves nothing for others"
 _PLAIN = (str, bytes, int, float, bool, complex, type(None))
 
 
@@ -156,7 +158,7 @@ def distinct(batches: list[Batch], name: str, enough: int = ENOUGH) -> tuple[lis
     few = "all samples are the same sample" if len(seen) == 1 else f"only {len(seen)} are distinct"
     return batches, [
         *warnings,
-        f"{name}: of {total:,} samples {few}: the error holds for those and proves nothing for others; "
+        f"{name}: of {total:,} samples {few}: the error holds for those and {PROVES_NOTHING}; "
         f"at least {enough} distinct samples are needed",
     ]
 

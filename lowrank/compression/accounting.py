@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank import kernels
+from lowrank.calibration.samples import PROVES_NOTHING
 from lowrank.compression.formats import DENSE, FORMATS
 from lowrank.compression.layer_data import LayerData
 from lowrank.compression.options import Options
@@ -187,6 +188,8 @@ def compression_report(
         told, loud = [*constant, *told], [*constant, *loud]
     if loud:
         totals["warnings"] = loud
+    if verified.comparison is not None:
+        totals["confidence"] = None if any(PROVES_NOTHING in text for text in loud) else 0.95
     if chosen.healed is not None:
         healed = chosen.healed.report
         totals["heal"] = {key: value for key, value in healed.to_dict().items() if key != "losses"}

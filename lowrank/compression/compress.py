@@ -98,6 +98,7 @@ def compress_model(
     activations: str = "auto",
     output_fn: Callable[[Any], Tensor] | None = None,
     forward_fn: ForwardFn | None = None,
+    like: Mapping[type[nn.Module], type[nn.Module]] | None = None,
     inplace: bool = False,
     device: torch.device | str | None = None,
     seed: int = 0,
@@ -142,6 +143,7 @@ def compress_model(
         activations: "int8" (integer products), "float" (weight-only), or "auto": integer, weight-only where that buys size.
         output_fn: picks the tensor to measure out of the model's output; else every floating tensor counts.
         forward_fn: ``forward_fn(model, batch) -> output`` calls the model with a batch of the data as it is: for models that take objects.
+        like: {MyConv: nn.Conv2d}: reserved for classes that pad and then are that layer; not built yet.
         inplace: replace the layers in the model itself.
         device: move a copy there first.
         seed: of the split; same input, seed and thread count give the same bytes.
@@ -155,7 +157,7 @@ def compress_model(
         CalibrationError: data that cannot be used.
         NumericsError: NaN or Inf in weights or activations.
         BudgetError: the budget cannot be met; carries the best plan and the error it reaches.
-        NotImplementedError: a format of a later version.
+        NotImplementedError: a format, or an option, of a later version.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))
@@ -163,6 +165,11 @@ def compress_model(
         >>> result.report.totals["error_upper"] <= 0.05, result.report.totals["size_ratio"] < 0.3
         (True, True)
     """
+    if like:
+        raise NotImplementedError(
+            "like: integer products and low rank for layers that pad first are not built yet; leave it out, and modules with a forward of "
+            "their own are kept in int8 and decoded into it"
+        )
     options = Options(
         error_budget=budget_of(error_budget, "error_budget"),
         size_budget=budget_of(size_budget, "size_budget"),

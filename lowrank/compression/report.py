@@ -170,7 +170,8 @@ class CompressionReport(Report):
         if totals.get("error_upper") is not None and totals.get("error_upper") != totals.get("error_measured"):
             upper, budget = totals["error_upper"], totals.get("error_budget")
             bound = show(upper) if budget is None or metric == "error" else known.show_beside(upper, budget)
-            phrases.append(f"at most {bound} with 95 % confidence")
+            sure = totals.get("confidence", 0.95) is not None
+            phrases.append(f"at most {bound} with 95 % confidence" if sure else "proved for no other samples")
         if totals.get("error_budget") is not None:
             shown = show if metric == "error" else known.show_limit
             phrases.append(f"budget {shown(totals['error_budget'])}")
