@@ -237,7 +237,8 @@ def _compressed(
             finished = prepared.copy.release() if not inplace else prepared.copy.model
         why = reasons_for_dense(prepared.choices, outcome.chosen.plan, outcome.calibration, options)
         rows = layer_rows(prepared.survey, finished, prepared.copy.layers, why)
-        report = compression_report(rows, outcome, options, prepared.notes, prepared.warnings)
+        notes = [*prepared.notes, *prepared.fitted_notes(outcome.chosen.plan)]
+        report = compression_report(rows, outcome, options, notes, prepared.warnings)
         if prepared.speed is not None:
             report.totals |= prepared.speed.summary(outcome.chosen.plan, prepared.copy.layers)
         report.run = stages.summary()

@@ -21,12 +21,14 @@ from lowrank.compression.latency import Speed
 from lowrank.compression.layer_data import LayerData
 from lowrank.compression.options import Options
 from lowrank.compression.overrides import forced_specs
+from lowrank.compression.plan import Plan
 from lowrank.compression.probes import computed_costs, layer_choices, probe_layers
 from lowrank.compression.working_copy import WorkingCopy
 from lowrank.errors import CheckpointError, NumericsError, UsageError
 from lowrank.layers.base import INTEGER_ACTIVATIONS
 from lowrank.numerics.linalg import check_finite
 from lowrank.numerics.moments import InputStatistics, TokenCounts
+from lowrank.reporting.text import counted
 from lowrank.targets import kind_of, layer_kinds
 from lowrank.targets.batchnorm import fold_sharing
 from lowrank.targets.copying import sharing_copy
@@ -75,6 +77,16 @@ class Preparation:
     def loss_aware(self) -> bool:
         """Whether the factors of any layer are fitted to what its errors cost the model."""
         return any(data.gradients is not None for data in self.copy.layers.values())
+
+    def fitted_notes(self, plan: Plan) -> list[str]:
+        """Say of how many layers that the plan factors the factors are fitted to the model's gradients."""
+        factored = [entry.name for entry in plan.entries if entry.rank is not None]
+        count = sum(self.copy.layers[name].gradients is not None for name in factored)
+        if not count:
+            return []
+        return [
+            f"low-rank factors of {counted(count, 'layer')}: those whose error costs the output least, by its gradients"
+        ]
 
     def metadata(self, options: Options) -> dict[str, Any]:
         """Say what applying a plan again needs to know."""
@@ -245,11 +257,7 @@ def _gradients(
         if bool(torch.isfinite(moment).all()) and float(moment.diagonal().sum()) > 0.0
     }
     notes = []
-    if sound:
-        notes.append(
-            f"low-rank factors of {len(sound)} layer{'' if len(sound) == 1 else 's'} are those whose error costs the output least"
-        )
-    elif modules and options.loss_aware is True:
+    if not sound and modules and options.loss_aware is True:
         raise UsageError("loss_aware=True: no gradient of the output reaches any layer; is it detached?")
     if wide:
         notes.append(
