@@ -15,7 +15,7 @@ from types import FrameType
 __all__ = ["end_quietly", "is_command", "watch"]
 
 _INTERRUPTED = 130
-_COMMAND = "lowrank"
+_COMMAND = __name__.partition(".")[0]
 _NEVER_SECONDS = 1_000_000_000
 
 

@@ -51,11 +51,11 @@ def describe_content(path: str | os.PathLike[str]) -> str | None:
         head = file.read(_HEAD_BYTES)
         if head[:4] == b"PK\x03\x04":
             return _archive(file)
-    if head[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
-        return f"a pickle, which can run code and is not read; {_TO_SAFETENSORS}"
     # A header's length may happen to spell anything; the header itself begins with a brace.
     if len(head) > 8 and head[8:9] == b"{":
         return None
+    if head[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+        return f"a pickle, which can run code and is not read; {_TO_SAFETENSORS}"
     for start, sign, text in _STARTS:
         if head[start : start + len(sign)] == sign:
             return text

@@ -92,9 +92,9 @@ def reachable(root: object, name: str = "model") -> Iterator[tuple[str, object]]
         >>> model = nn.Sequential(nn.Linear(2, 2))
         >>> model.order = [model[0]]
         >>> hidden = nn.Linear(2, 2)
-        >>> model.run = lambda x: hidden(x)
+        >>> model.more = {"kept": hidden}
         >>> [path for path, found in reachable(model) if found is hidden]
-        ["model.run's closure (hidden)"]
+        ["model.more['kept']"]
     """
     seen: set[int] = set()
     # Keeps alive what was made on the way, so that no other object gets its id.

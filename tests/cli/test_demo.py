@@ -64,8 +64,10 @@ def test_a_taken_folder_is_left_alone(tiny: Path, capfd: pytest.CaptureFixture[s
     with pytest.raises(UsageError, match="not empty"):
         demo.run_demo(Path("lowrank-demo"), progress=False)
     assert (tiny / "lowrank-demo" / "thesis.txt").read_text() == "mine"
-    assert demo.run_demo(Path("lowrank-demo"), overwrite=True, progress=False) == tiny / "lowrank-demo"
-    assert not (tiny / "lowrank-demo" / "thesis.txt").exists()
+    with pytest.raises(UsageError, match="lowrank did not write"):
+        demo.run_demo(Path("lowrank-demo"), overwrite=True, progress=False)
+    assert (tiny / "lowrank-demo" / "thesis.txt").read_text() == "mine"
+    assert demo.run_demo(Path("lowrank-demo-2"), overwrite=True, progress=False) == tiny / "lowrank-demo-2"
     assert "lowrank-demo-2" in capfd.readouterr().out
 
 

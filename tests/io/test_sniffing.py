@@ -15,6 +15,7 @@ from torch import nn
 
 from lowrank.errors import CheckpointError, ResourceError
 from lowrank.io import open_tensors, parse_json, read_safetensors_header
+from lowrank.io.sniffing import describe_content
 
 
 def saved(value: object, **options: object) -> bytes:
@@ -94,3 +95,11 @@ def test_json_of_millions_of_values_is_not_parsed(tmp_path: Path, text: str, mon
     with pytest.raises(ResourceError, match="values") as caught:
         read_safetensors_header(tmp_path / "a.safetensors")
     assert caught.value.exit_code == 6
+
+
+@pytest.mark.parametrize("length", [0x480, 0x4D42, 0x5A42, 0x8B1F, 8])
+def test_a_header_whose_length_spells_something_else_is_still_a_header(tmp_path: Path, length: int) -> None:
+    path = tmp_path / "model.safetensors"
+    header = b"{}".ljust(length)
+    path.write_bytes(length.to_bytes(8, "little") + header)
+    assert describe_content(path) is None

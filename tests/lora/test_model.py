@@ -191,7 +191,7 @@ def test_a_model_that_has_run_takes_an_adapter(how: str, tmp_path: Path) -> None
 def test_what_cannot_be_copied_is_said() -> None:
     model = Keeping("loss")
     model.last = (step for step in range(3))  # type: ignore[assignment]
-    with pytest.raises(lowrank.UsageError, match="model: cannot be copied"):
+    with pytest.raises(lowrank.UsageError, match=r"model: this .* cannot be copied"):
         lowrank.add_lora(model, lowrank.LoRAConfig(r=2))
 
 

@@ -60,7 +60,7 @@ class Centre:
         >>> centre = Centre()
         >>> centre.add(torch.tensor([[99.0, 5.0], [101.0, 5.0]]), Batch((torch.zeros(2, 1),), size=2))
         >>> centre.mean.tolist(), round(centre.varying, 6)
-        ([100.0, 5.0], 1e-04)
+        ([100.0, 5.0], 0.0001)
     """
 
     def __init__(self) -> None:
