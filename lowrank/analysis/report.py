@@ -63,7 +63,7 @@ class AnalysisReport(Report):
         lines.append(f"Weight error with the ranks divided best among the layers: {errors} of the bytes.")
         if totals.get("plans"):
             what = "weights" if totals["plans_metric"] == "weight" else "output"
-            lines.append(f"What compress would choose for an error of the {what} {self.verdict}.")
+            lines.append(f"Verdict: compress would choose, for an error of the {what}, {self.verdict}.")
         return lines
 
     @property
