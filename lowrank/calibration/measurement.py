@@ -188,6 +188,10 @@ class Comparison:
         """One-sided upper bound that holds for every output."""
         return max(part.upper(confidence) for part in self.parts.values())
 
+    def interval(self, confidence: float = 0.95) -> tuple[float, float]:
+        """Two-sided interval of the output with the largest error."""
+        return self.parts[self.worst].interval(confidence)
+
     def passes(self, budget: float, confidence: float = 0.95) -> bool:
         """Tell whether the one-sided test keeps the budget for every output."""
         return self.upper(confidence) <= budget

@@ -105,7 +105,7 @@ def resnet20(smoke: bool) -> tuple[nn.Module, dict[str, Tensor], list[Any], list
     if smoke:
         torch.manual_seed(0)
         images = torch.randn(64, 3, 32, 32)
-        return resnet.ResNet(8).eval(), {"1 image": images[:1]}, [images], [images]
+        return resnet.ResNet(8).eval(), {"1 image": images[:1]}, [images], [torch.randn(64, 3, 32, 32)]
     seen, (held, _) = resnet.images("calibration")[0], resnet.images("eval")
     verify = resnet.halves()[0]
     return (
