@@ -124,6 +124,13 @@ def _object_bytes(value: Any, floating: torch.dtype) -> bytes:
     return repr(sorted(plain.items())).encode() + b"".join(_bytes(tensor, floating) for tensor in tensors)
 
 
+def _only(batch: Batch, fresh: Sequence[int]) -> list[Batch]:
+    """The batch of these samples; none where there are none, and the batch itself where all are kept."""
+    if len(fresh) == batch.size:
+        return [batch]
+    return [batch.select(torch.tensor(fresh))] if fresh else []
+
+
 def distinct(batches: list[Batch], name: str, enough: int = ENOUGH) -> tuple[list[Batch], list[str]]:
     """Give the batches without repeated samples, as long as ``enough`` others remain; and what to say of it.
 
@@ -142,10 +149,7 @@ def distinct(batches: list[Batch], name: str, enough: int = ENOUGH) -> tuple[lis
             if digest not in seen:
                 seen.add(digest)
                 fresh.append(index)
-        if len(fresh) == batch.size:
-            kept.append(batch)
-        elif fresh:
-            kept.append(batch.select(torch.tensor(fresh)))
+        kept += _only(batch, fresh)
     total, warnings = sample_count(batches), []
     if all(
         not bool(tensor.any()) for batch in batches for tensor in batch.tensors if tensor.is_floating_point()
@@ -176,13 +180,11 @@ def without_shared(checks: Batches, batches: Sequence[Batch]) -> Batches:
     """
     floating = coarsest_dtype([*batches, *checks])
     known = {digest for batch in batches for digest in sample_digests(batch, floating)}
-    total, kept = sample_count(checks), []
+    total = sample_count(checks)
+    kept: list[Batch] = []
     for batch in checks:
         fresh = [index for index, digest in enumerate(sample_digests(batch, floating)) if digest not in known]
-        if len(fresh) == batch.size:
-            kept.append(batch)
-        elif fresh:
-            kept.append(batch.select(torch.tensor(fresh)))
+        kept += _only(batch, fresh)
     left = sample_count(kept)
     if left == total:
         return checks

@@ -5,18 +5,15 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from lowrank.errors import CheckpointError, UsageError, is_whole
-from lowrank.layers.base import CompressedLayer
-from lowrank.layers.checks import FLOAT_ACTIVATIONS
-from lowrank.layers.roles import CODES, SCALE, Role
-from lowrank.layers.weights import joined, split
-from lowrank.numerics.rounding import check_bits, dequantize_rows, quantize_rows, require_finite
+from lowrank.layers.named_weights import NamedWeights
+from lowrank.numerics.rounding import check_bits, require_finite
 
 __all__ = ["DecodedLayer", "matrices_of", "rows_of"]
 
@@ -56,7 +53,7 @@ def rows_of(shape: Sequence[int], *, kernel: bool) -> int:
     return shape[0]
 
 
-class DecodedLayer(CompressedLayer):
+class DecodedLayer(NamedWeights):
     """A module of the user's own, with each of its matrices and kernels as int8 codes and a float32 scale a row.
 
     Weight-only: each call multiplies codes by scales and runs the module's own ``forward`` on the result. So whatever that does with its
@@ -80,10 +77,6 @@ class DecodedLayer(CompressedLayer):
         >>> layer(torch.ones(1, 4, 5)).shape, layer.codes.dtype, layer.stored_bytes
         (torch.Size([1, 6, 7]), torch.int8, 112)
     """
-
-    is_one_weight: ClassVar[bool] = False
-    activations: str = FLOAT_ACTIVATIONS
-    n_bits: int
 
     def __init__(
         self,
@@ -166,11 +159,11 @@ class DecodedLayer(CompressedLayer):
         layer.adopt(module, module.__class__.__name__)
         return layer.train(module.training)
 
-    def _round(self, name: str, weight: Tensor) -> None:
-        rows, prefix = self.weight_rows[name], self.prefixes[name]
-        codes, scale = quantize_rows(weight.detach().reshape(rows, -1), self.n_bits, name=name)
-        setattr(self, f"{prefix}codes", codes.view(self.weight_shapes[name]))
-        setattr(self, f"{prefix}scale", scale)
+    def _prefix(self, name: str) -> str:
+        return self.prefixes[name]
+
+    def _rows(self, name: str) -> int:
+        return self.weight_rows[name]
 
     def adopt(self, module: nn.Module, name: str) -> None:
         """Take over the class, the attributes and the forward of a module; its numbers do not count.
@@ -203,59 +196,6 @@ class DecodedLayer(CompressedLayer):
         codes = {f"{prefix}{part}" for prefix in self.prefixes.values() for part in ("codes", "scale")}
         tensors: dict[str, Tensor] = dict(self.named_parameters(recurse=False))
         return tensors | {name: value for name, value in self.named_buffers(recurse=False) if name not in codes}
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the first weight."""
-        return next(iter(self.weight_shapes.values()))
-
-    @property
-    def original_key(self) -> str:
-        """See :meth:`CompressedLayer.original_key`."""
-        return next(iter(self.weight_shapes))
-
-    @property
-    def weight_names(self) -> tuple[str, ...]:
-        """See :meth:`CompressedLayer.weight_names`."""
-        return tuple(f"{prefix}{part}" for prefix in self.prefixes.values() for part in ("codes", "scale"))
-
-    def scale_lengths(self) -> dict[str, int]:
-        """See :meth:`CompressedLayer.scale_lengths`."""
-        return {f"{prefix}scale": self.weight_rows[name] for name, prefix in self.prefixes.items()}
-
-    def _own_roles(self) -> dict[str, Role]:
-        scales = self.scale_lengths()
-        return {name: Role(SCALE) if name in scales else Role(CODES, self.bits) for name in self.weight_names}
-
-    def _pair(self, name: str) -> tuple[Tensor, Tensor]:
-        prefix = self.prefixes[name]
-        return self.get_buffer(f"{prefix}codes"), self.get_buffer(f"{prefix}scale")
-
-    def dense_weights(self) -> dict[str, Tensor]:
-        """Compute ``codes · scale`` of each weight by its name in the module, float32."""
-        found = {}
-        for name, rows in self.weight_rows.items():
-            codes, scale = self._pair(name)
-            found[name] = dequantize_rows(codes.reshape(rows, -1), scale).view(self.weight_shapes[name])
-        return found
-
-    def dense_weight(self) -> Tensor:
-        """Join all weights, flattened, in the order of :meth:`dense_weights`: (1, elements) float32."""
-        return joined(self.dense_weights().values())
-
-    def exact_weight(self) -> Tensor:
-        """See :meth:`CompressedLayer.exact_weight`."""
-        pairs = [(*self._pair(name), rows) for name, rows in self.weight_rows.items()]
-        return joined(codes.reshape(rows, -1).double() * scale.double()[:, None] for codes, scale, rows in pairs)
-
-    def with_weight(self: _Layer, weight: Tensor) -> _Layer:
-        """Round other weights, joined as by :meth:`exact_weight`; see :meth:`CompressedLayer.with_weight`."""
-        sizes = [(rows, math.prod(self.weight_shapes[name]) // rows) for name, rows in self.weight_rows.items()]
-        parts = split(weight, sizes, self.kind)
-        layer = self._like(None, weight.device)
-        for name, part in zip(self.weight_shapes, parts, strict=True):
-            layer._round(name, part)
-        return layer
 
     def _like(self: _Layer, rank: int | None, device: torch.device) -> _Layer:
         layer = super()._like(rank, device)
@@ -330,18 +270,13 @@ class DecodedLayer(CompressedLayer):
         return super()._arguments(config) | {"n_bits": config["bits"]} | own
 
     def __getattr__(self, name: str) -> Any:
-        held = self.__dict__
-        if name in held.get("weight_shapes", ()):
-            # Decoded each time, as CompressedLayer.weight is.
-            self.weight_decodings += 1
-            return self.dense_weights()[name].detach().to(self.dtype)
         try:
             return super().__getattr__(name)
         except AttributeError:
             # Models read what the module says of itself: its stride, its size.
-            if held.get("source") is None or name.startswith("__"):
+            if self.__dict__.get("source") is None or name.startswith("__"):
                 raise
-            return getattr(held["source"], name)
+            return getattr(self.__dict__["source"], name)
 
     def extra_repr(self) -> str:
         """Say what ``repr`` shows."""

@@ -9,18 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.errors import UsageError
-from lowrank.layers.base import CompressedLayer
-from lowrank.layers.checks import FLOAT_ACTIVATIONS
+from lowrank.layers.named_weights import NamedWeights
 from lowrank.layers.source import is_plain
-from lowrank.layers.weights import joined, split
-from lowrank.numerics.rounding import check_bits, dequantize_rows, quantize_rows, require_finite
+from lowrank.numerics.rounding import check_bits, require_finite
 
 __all__ = ["QuantizedRecurrent"]
 
 _Layer = TypeVar("_Layer", bound="QuantizedRecurrent")
 
 
-class QuantizedRecurrent(CompressedLayer):
+class QuantizedRecurrent(NamedWeights):
     """Base: every ``weight_*`` of the dense module as int8 codes with one float32 scale a row, biases as they are.
 
     Weight-only: each call multiplies codes by scales once and hands the result to torch's own kernel, so the file is a
@@ -34,13 +32,9 @@ class QuantizedRecurrent(CompressedLayer):
         activations: ``"float"``; there is no other way.
     """
 
-    is_one_weight: ClassVar[bool] = False
     dense_kind: ClassVar[type[nn.Module]]
     option_names: ClassVar[tuple[str, ...]]
-    activations: str = FLOAT_ACTIVATIONS
-    n_bits: int
     options: dict[str, Any]
-    weight_shapes: dict[str, tuple[int, int]]
 
     def __init__(
         self,
@@ -91,59 +85,12 @@ class QuantizedRecurrent(CompressedLayer):
         with torch.no_grad():
             for name, tensor in tensors.items():
                 if name in layer.weight_shapes:
-                    codes, scale = quantize_rows(tensor, bits, name=name)
-                    setattr(layer, f"{name}_codes", codes)
-                    setattr(layer, f"{name}_scale", scale)
+                    layer._round(name, tensor)
                 else:
                     bias = layer.get_parameter(name)
                     bias.copy_(require_finite(tensor.detach(), name))
                     bias.requires_grad_(tensor.requires_grad)
         return layer.train(module.training)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(rows, columns) of the first weight; a recurrent layer has at least two."""
-        return next(iter(self.weight_shapes.values()))
-
-    @property
-    def original_key(self) -> str:
-        """See :meth:`CompressedLayer.original_key`."""
-        return next(iter(self.weight_shapes))
-
-    @property
-    def weight_names(self) -> tuple[str, ...]:
-        """See :meth:`CompressedLayer.weight_names`."""
-        return tuple(f"{name}_{part}" for name in self.weight_shapes for part in ("codes", "scale"))
-
-    def scale_lengths(self) -> dict[str, int]:
-        """See :meth:`CompressedLayer.scale_lengths`."""
-        return {f"{name}_scale": rows for name, (rows, _) in self.weight_shapes.items()}
-
-    def dense_weights(self) -> dict[str, Tensor]:
-        """Compute ``codes · scale`` of each weight by its name in the dense module, float32."""
-        return {
-            name: dequantize_rows(self.get_buffer(f"{name}_codes"), self.get_buffer(f"{name}_scale"))
-            for name in self.weight_shapes
-        }
-
-    def dense_weight(self) -> Tensor:
-        """Join all weights, flattened, in the order of :meth:`dense_weights`: (1, elements) float32."""
-        return joined(self.dense_weights().values())
-
-    def exact_weight(self) -> Tensor:
-        """See :meth:`CompressedLayer.exact_weight`."""
-        pairs = ((self.get_buffer(f"{name}_codes"), self.get_buffer(f"{name}_scale")) for name in self.weight_shapes)
-        return joined(codes.double() * scale.double()[:, None] for codes, scale in pairs)
-
-    def with_weight(self: _Layer, weight: Tensor) -> _Layer:
-        """Round other weights, joined as by :meth:`exact_weight`; see :meth:`CompressedLayer.with_weight`."""
-        parts = split(weight, list(self.weight_shapes.values()), self.kind)
-        layer = self._like(None, weight.device)
-        for name, part in zip(self.weight_shapes, parts, strict=True):
-            codes, scale = quantize_rows(part, self.n_bits, name=name)
-            setattr(layer, f"{name}_codes", codes)
-            setattr(layer, f"{name}_scale", scale)
-        return layer
 
     def dequantize(self) -> nn.Module:
         """Make a dense module of the rounded weights, in the dtype of the model."""
@@ -168,10 +115,6 @@ class QuantizedRecurrent(CompressedLayer):
         # Models read such options of the module they call, to make its first state.
         if name in type(self).option_names and "options" in self.__dict__:
             return self.__dict__["options"][name]
-        if name in self.__dict__.get("weight_shapes", ()):
-            # Decoded each time, as CompressedLayer.weight is.
-            self.weight_decodings += 1
-            return self.dense_weights()[name].detach().to(self.dtype)
         return super().__getattr__(name)
 
     def extra_repr(self) -> str:

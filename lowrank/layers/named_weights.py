@@ -1,0 +1,106 @@
+"""Layers that hold several weights by the dense module's names, each as int8 codes and a float32 scale a row."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar, TypeVar
+
+from torch import Tensor
+
+from lowrank.layers.base import CompressedLayer
+from lowrank.layers.checks import FLOAT_ACTIVATIONS
+from lowrank.layers.weights import joined, split
+from lowrank.numerics.rounding import dequantize_rows, quantize_rows
+
+__all__ = ["NamedWeights"]
+
+_Layer = TypeVar("_Layer", bound="NamedWeights")
+
+
+class NamedWeights(CompressedLayer):
+    """Base of recurrent layers and of modules that are decoded into a forward of their own; weight-only.
+
+    Attributes:
+        <weight>_codes: int8 buffer of the shape of each weight.
+        <weight>_scale: (rows,) float32 buffer.
+        weight_shapes: of each weight, by its name in the dense module.
+
+    Example:
+        >>> from torch import nn
+        >>> from lowrank.layers import QuantizedLSTM
+        >>> layer = QuantizedLSTM.from_module(nn.LSTM(4, 3))
+        >>> isinstance(layer, NamedWeights), layer.weight_names[:2]
+        (True, ('weight_ih_l0_codes', 'weight_ih_l0_scale'))
+    """
+
+    is_one_weight: ClassVar[bool] = False
+    activations: str = FLOAT_ACTIVATIONS
+    n_bits: int
+    weight_shapes: dict[str, tuple[int, ...]]
+
+    def _prefix(self, name: str) -> str:
+        """Before ``codes`` and ``scale`` of a weight."""
+        return f"{name}_"
+
+    def _rows(self, name: str) -> int:
+        """How many scales a weight has."""
+        return self.weight_shapes[name][0]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the first weight."""
+        return next(iter(self.weight_shapes.values()))
+
+    @property
+    def original_key(self) -> str:
+        """See :meth:`CompressedLayer.original_key`."""
+        return next(iter(self.weight_shapes))
+
+    @property
+    def weight_names(self) -> tuple[str, ...]:
+        """See :meth:`CompressedLayer.weight_names`."""
+        return tuple(f"{self._prefix(name)}{part}" for name in self.weight_shapes for part in ("codes", "scale"))
+
+    def scale_lengths(self) -> dict[str, int]:
+        """See :meth:`CompressedLayer.scale_lengths`."""
+        return {f"{self._prefix(name)}scale": self._rows(name) for name in self.weight_shapes}
+
+    def _matrix(self, name: str) -> tuple[Tensor, Tensor]:
+        """Codes (rows, the rest) and scale of a weight."""
+        prefix = self._prefix(name)
+        return self.get_buffer(f"{prefix}codes").reshape(self._rows(name), -1), self.get_buffer(f"{prefix}scale")
+
+    def dense_weights(self) -> dict[str, Tensor]:
+        """Compute ``codes · scale`` of each weight by its name in the dense module, float32."""
+        return {name: dequantize_rows(*self._matrix(name)).view(shape) for name, shape in self.weight_shapes.items()}
+
+    def dense_weight(self) -> Tensor:
+        """Join all weights, flattened, in the order of :meth:`dense_weights`: (1, elements) float32."""
+        return joined(self.dense_weights().values())
+
+    def exact_weight(self) -> Tensor:
+        """See :meth:`CompressedLayer.exact_weight`."""
+        pairs = map(self._matrix, self.weight_shapes)
+        return joined(codes.double() * scale.double()[:, None] for codes, scale in pairs)
+
+    def with_weight(self: _Layer, weight: Tensor) -> _Layer:
+        """Round other weights, joined as by :meth:`exact_weight`; see :meth:`CompressedLayer.with_weight`."""
+        sizes = [(self._rows(name), math.prod(shape) // self._rows(name)) for name, shape in self.weight_shapes.items()]
+        parts = split(weight, sizes, self.kind)
+        layer = self._like(None, weight.device)
+        for name, part in zip(self.weight_shapes, parts, strict=True):
+            layer._round(name, part)
+        return layer
+
+    def _round(self, name: str, weight: Tensor) -> None:
+        """Hold a weight, (rows, …), as codes."""
+        codes, scale = quantize_rows(weight.detach().reshape(self._rows(name), -1), self.n_bits, name=name)
+        setattr(self, f"{self._prefix(name)}codes", codes.view(self.weight_shapes[name]))
+        setattr(self, f"{self._prefix(name)}scale", scale)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self.__dict__.get("weight_shapes", ()):
+            # Decoded each time, as CompressedLayer.weight is.
+            self.weight_decodings += 1
+            return self.dense_weights()[name].detach().to(self.dtype)
+        return super().__getattr__(name)
