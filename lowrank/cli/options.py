@@ -10,6 +10,7 @@ import click
 import torch
 
 from lowrank.compression.formats import compressing_formats
+from lowrank.io.numbers import number_of
 from lowrank.layers.base import ACTIVATIONS
 
 __all__ = ["Fraction", "choice_options", "common_options", "data_options"]
@@ -29,9 +30,8 @@ class Fraction(click.ParamType):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         """Read the number, or raise a usage error."""
-        text = str(value).strip()
         try:
-            number = float(text[:-1]) / 100.0 if text.endswith("%") else float(text)
+            number = number_of(str(value))
         except ValueError:
             self.fail(f"{value!r} is not a number; 5 % is written 0.05 or 5%", param, ctx)
         if not math.isfinite(number) or number <= 0.0:

@@ -13,6 +13,7 @@ from lowrank.calibration.batches import ForwardFn
 from lowrank.calibration.metrics import METRICS, OUTPUT, WEIGHT, CallableMetric, ErrorMetric
 from lowrank.compression.formats import FORMATS, check_format, compressing_formats
 from lowrank.errors import UsageError, is_whole
+from lowrank.io.numbers import number_of
 from lowrank.layers.base import ACTIVATIONS
 from lowrank.targets import target_names
 from lowrank.training.options import HealOptions
@@ -87,13 +88,10 @@ def budget_of(value: Any, name: str) -> float | None:
     """
     if not isinstance(value, str):
         return value  # type: ignore[no-any-return]
-    text = value.strip()
-    share = text.endswith("%")
     try:
-        number = float(text.removesuffix("%"))
+        return number_of(value)
     except ValueError:
         raise UsageError(f'{name}: must be a positive number such as 0.05 or "5%", got {value!r}') from None
-    return number / 100.0 if share else number
 
 
 def check_budgets(error_budget: float | None, size_budget: float | None, metric: Metric = "auto") -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-__all__ = ["MISSING", "percent"]
+__all__ = ["MISSING", "number_of", "percent"]
 
 MISSING = "-"
 
@@ -25,3 +25,17 @@ def percent(fraction: float | None, digits: int = 2) -> str:
         return "0 %"
     decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
     return f"{value:.{min(decimals, 12)}f} %"
+
+
+def number_of(text: str) -> float:
+    """Read a number that people write, also as a percentage: what :func:`percent` undoes.
+
+    Raises:
+        ValueError: it is no number.
+
+    Example:
+        >>> number_of("5%"), number_of(" 0.05 ")
+        (0.05, 0.05)
+    """
+    text = text.strip()
+    return float(text[:-1]) / 100.0 if text.endswith("%") else float(text)
