@@ -25,6 +25,7 @@ class LayerSpec:
         scheme: how a convolution's kernel is cut in two, where there are factors.
         group: inputs that share a scale; ``None`` is a whole row.
         rounding: the method that chose the codes; ``None`` is the format's own.
+        zero_point: whether each group has a zero of its own; ``None`` where the middle of the codes is the zero of all.
 
     Example:
         >>> spec = LayerSpec("lowrank", rank=4)
@@ -39,9 +40,10 @@ class LayerSpec:
     scheme: str | None = None
     group: int | None = None
     rounding: str | None = None
+    zero_point: bool | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Return the fields as plain JSON; of ``scheme``, ``group`` and ``rounding`` only those that are set."""
+        """Return the fields as plain JSON; of those after ``activations`` only such as are set."""
         return {
             item.name: getattr(self, item.name)
             for item in fields(self)

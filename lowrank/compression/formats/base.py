@@ -204,6 +204,11 @@ class WeightFormat(ABC):
             value = getattr(spec, name)
             if name not in self.fields and value is not None:
                 raise LowRankError(f"{where}: {name} of format {self.name} must be null, got {shown(value)}")
+        if spec.zero_point is not None and not ("zero_point" in self.fields and spec.zero_point is True):
+            legal = "null or true" if "zero_point" in self.fields else "null"
+            raise LowRankError(
+                f"{where}: zero_point of format {self.name} must be {legal}, got {shown(spec.zero_point)}"
+            )
         if spec.group is not None and not is_whole(spec.group, 1):
             raise LowRankError(f"{where}: group must be null or an integer from 1, got {shown(spec.group)}")
         if spec.rounding is not None and spec.rounding not in ROUNDINGS:

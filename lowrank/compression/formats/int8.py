@@ -23,8 +23,7 @@ from lowrank.layers.base import FLOAT_ACTIVATIONS, INTEGER_ACTIVATIONS
 from lowrank.layers.spec import LayerSpec
 from lowrank.numerics.conv_factors import ConvFactors
 from lowrank.numerics.factors import Factors
-from lowrank.numerics.rounding import dequantize_rows
-from lowrank.numerics.rounding_methods import NEAREST, ROUNDINGS, Grid
+from lowrank.numerics.rounding import dequantize_rows, quantize_rows
 from lowrank.targets import DECODED, kind_of
 
 __all__ = ["Int8"]
@@ -72,10 +71,10 @@ class Int8(WeightFormat):
         return exact * coarser(spec)
 
     def _rounded(self, data: LayerData) -> float:
-        grid, rounded = Grid(BITS), {}
+        rounded = {}
         for name, stack in data.stacks.items():
             weight = data.weight if len(data.stacks) == 1 else stack.reshape(-1, stack.shape[2])
-            rounded[name] = dequantize_rows(*ROUNDINGS[NEAREST](weight, grid))
+            rounded[name] = dequantize_rows(*quantize_rows(weight, BITS))
         return data.local_error(rounded)
 
     def probe(self, data: LayerData, measurements: Measurements, found: Measured) -> None:

@@ -28,8 +28,7 @@ from lowrank.layers.base import FLOAT_ACTIVATIONS, INTEGER_ACTIVATIONS
 from lowrank.layers.spec import LayerSpec
 from lowrank.numerics.conv_factors import ConvFactors
 from lowrank.numerics.factors import Factors
-from lowrank.numerics.rounding import dequantize_rows
-from lowrank.numerics.rounding_methods import NEAREST, ROUNDINGS, Grid
+from lowrank.numerics.rounding import dequantize_rows, quantize_rows
 from lowrank.numerics.sampled_moments import SampledMoment, moment_squares
 
 __all__ = ["LowRankInt8"]
@@ -142,7 +141,7 @@ def _rounding_by_rank(data: LayerData, scheme: str | None) -> Tensor:
 
 def _rounding_error(components: Tensor) -> Tensor:
     """(components, numbers): what rounding each row to 8 bits takes away."""
-    codes, scale = ROUNDINGS[NEAREST](components, Grid(BITS))
+    codes, scale = quantize_rows(components, BITS)
     return components - dequantize_rows(codes, scale).to(torch.float64)
 
 
