@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import nn
 
-from lowrank.compression.formats.base import Measured, Measurements, Request, WeightFormat
+from lowrank.compression.formats.base import Measured, Probe, Request, WeightFormat
 from lowrank.compression.layer_data import LayerData
 from lowrank.layers import (
     RECURRENT,
@@ -37,7 +37,6 @@ class Int8(WeightFormat):
     name: ClassVar[str] = "int8"
     fields: ClassVar[tuple[str, ...]] = ("bits", "activations")
     colour: ClassVar[str] = "1"
-    careful: ClassVar[bool] = True
     layers: ClassVar[Mapping[str, tuple[type[CompressedLayer], ...]]] = {
         "linear": (QuantizedLinear,),
         "conv": (QuantizedConv1d, QuantizedConv2d),
@@ -77,12 +76,17 @@ class Int8(WeightFormat):
             rounded[name] = dequantize_rows(*quantize_rows(weight, BITS))
         return data.local_error(rounded)
 
-    def probe(self, data: LayerData, measurements: Measurements, found: Measured) -> None:
-        """Measure rounding with float activations, and what integer ones add."""
+    def probes(self, data: LayerData, request: Request, found: Measured, share: float) -> list[Probe]:
+        """Ask for rounding with float activations, and for what integer ones add."""
         reference = self.reference_spec(data)
-        found.rounding, found.rounding_error = measurements.measure(reference), self.local_error(data, reference)
-        if INTEGER_ACTIVATIONS in data.modes("auto") and measurements.activations != FLOAT_ACTIVATIONS:
-            found.integer = max(measurements.measure(self.spec(INTEGER_ACTIVATIONS)) - found.rounding, 0.0)
+        integer = INTEGER_ACTIVATIONS in data.modes("auto") and request.activations != FLOAT_ACTIVATIONS
+        return [Probe(reference), *([Probe(self.spec(INTEGER_ACTIVATIONS), reference)] if integer else [])]
+
+    def learn(self, data: LayerData, effects: Mapping[Probe, float], found: Measured, share: float) -> None:
+        """Keep both, with the layer's own error."""
+        reference = self.reference_spec(data)
+        found.rounding, found.rounding_error = effects[Probe(reference)], self.local_error(data, reference)
+        found.integer = effects.get(Probe(self.spec(INTEGER_ACTIVATIONS), reference), 0.0)
 
     def predict(self, found: Measured, data: LayerData, spec: LayerSpec) -> float:
         """Predict the measured cost; of fewer bits in proportion to the squared step."""
