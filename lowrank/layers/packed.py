@@ -207,7 +207,7 @@ class PackedCodes(Codes):
         """See :meth:`CompressedLayer.config`."""
         return super().config() | {
             "group": self.grid.group,
-            "zero_point": self.grid.zero_point,
+            "zero_point": True if self.grid.zero_point else None,
             "scale_dtype": str(self.scale.dtype).removeprefix("torch."),
         }
 

@@ -22,7 +22,7 @@ from lowrank.numerics.rounding_methods import NEAREST, ROUNDINGS, Grid, Rounded,
 from lowrank.targets import kind_of
 from lowrank.targets.survey import Target
 
-__all__ = ["Packed", "grid_of"]
+__all__ = ["Packed", "grid_of", "method_of"]
 
 # What an override or a plan gets that names the format alone.
 DEFAULT_GROUP = 64
@@ -45,6 +45,13 @@ def grid_of(spec: LayerSpec) -> Grid:
     """
     assert spec.bits is not None
     return Grid(spec.bits, spec.group, bool(spec.zero_point))
+
+
+def method_of(data: LayerData, spec: LayerSpec) -> str:
+    """Name the rounding of a spec: the one it asks for, else error feedback where the moment of the inputs is known."""
+    if spec.rounding is not None:
+        return spec.rounding
+    return FEEDBACK if FEEDBACK in ROUNDINGS and isinstance(data.moments, Tensor) else NEAREST
 
 
 class Packed(WeightFormat):
@@ -100,16 +107,8 @@ class Packed(WeightFormat):
     def packed_spec(
         self, data: LayerData, group: int | None, zero_point: bool | None, activations: str | None
     ) -> LayerSpec:
-        """Give a spec with the rounding that suits what is known of the layer."""
-        rounding = FEEDBACK if FEEDBACK in ROUNDINGS and isinstance(data.moments, Tensor) else None
-        return LayerSpec(
-            self.name,
-            bits=self.width,
-            activations=activations,
-            group=group,
-            rounding=rounding,
-            zero_point=zero_point,
-        )
+        """Give a spec with the format's own rounding: error feedback where the inputs are known, else to the nearest."""
+        return LayerSpec(self.name, bits=self.width, activations=activations, group=group, zero_point=zero_point)
 
     def uniform_spec(self, data: LayerData, activations: str | None) -> LayerSpec:
         """Give the spec of plans that round every layer alike: groups of 64 where the row is longer."""
@@ -136,11 +135,11 @@ class Packed(WeightFormat):
 
     def local_error(self, data: LayerData, spec: LayerSpec) -> float:
         """Estimate what rounding loses on some rows: to the nearest level, times what feedback brings this layer."""
-        grid = grid_of(spec)
+        grid, method = grid_of(spec), method_of(data, spec)
         nearest = data.remembered(("packed", grid), lambda: _sampled_error(data, grid, NEAREST))
-        if spec.rounding in (None, NEAREST) or nearest == 0.0:
+        if method == NEAREST or nearest == 0.0:
             return nearest
-        return nearest * data.remembered(("feedback", spec.rounding), lambda: _gain(data, str(spec.rounding)))
+        return nearest * data.remembered(("gain", method), lambda: _gain(data, method))
 
     # Building ----------------------------------------------------------------------------------------------------------------
 
@@ -162,7 +161,7 @@ class Packed(WeightFormat):
         Raises:
             CheckpointError: the spec's rounding needs statistics that are not there.
         """
-        grid, method = grid_of(spec), spec.rounding or NEAREST
+        grid, method = grid_of(spec), method_of(data, spec)
         if method == NEAREST:
             return ROUNDINGS[method](data.weight, grid)
         moments = data.moments
