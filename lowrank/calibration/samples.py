@@ -171,7 +171,7 @@ def without_shared(checks: Batches, batches: Sequence[Batch]) -> Batches:
     """Take out of validation batches the samples that are among the calibration samples too.
 
     Raises:
-        CalibrationError: fewer than 4 remain.
+        CalibrationError: fewer than 4 remain, in all or of a group.
 
     Example:
         >>> own, other = (Batches([Batch((torch.arange(k, k + 8.0)[:, None],), size=8)]) for k in (0, 4))
@@ -180,18 +180,26 @@ def without_shared(checks: Batches, batches: Sequence[Batch]) -> Batches:
     """
     floating = coarsest_dtype([*batches, *checks])
     known = {digest for batch in batches for digest in sample_digests(batch, floating)}
-    total = sample_count(checks)
     kept: list[Batch] = []
+    # By group, of which there may be one without a name: samples, and those of them that are left.
+    totals: dict[str, list[int]] = {}
     for batch in checks:
         fresh = [index for index, digest in enumerate(sample_digests(batch, floating)) if digest not in known]
+        counts = totals.setdefault(batch.group, [0, 0])
+        counts[0], counts[1] = counts[0] + batch.size, counts[1] + len(fresh)
         kept += _only(batch, fresh)
-    left = sample_count(kept)
-    if left == total:
-        return checks
-    if left < MIN_VERIFICATION_SAMPLES:
-        raise CalibrationError(
-            f"validation: {total - left:,} of {total:,} samples are calibration samples too, so that what chooses would also verify; leave "
-            "validation out (a quarter of the calibration samples is then set aside) or pass other samples"
-        )
-    note = f"validation: {total - left:,} of {total:,} samples are calibration samples too and are left out of the verification"
-    return Batches(kept, checks.notes, [*checks.warnings, note])
+    notes = []
+    for group, (total, left) in totals.items():
+        if left == total:
+            continue
+        where = f"validation, group {group!r}" if group else "validation"
+        shared = f"{where}: {total - left:,} of {total:,} samples are calibration samples too"
+        if left < MIN_VERIFICATION_SAMPLES:
+            instead = (
+                "leave validation out (a quarter of the calibration samples is then set aside) or pass other samples"
+            )
+            raise CalibrationError(
+                f"{shared}, so that what chooses would also verify; {'give that group other samples' if group else instead}"
+            )
+        notes.append(f"{shared} and are left out of the verification")
+    return Batches(kept, checks.notes, [*checks.warnings, *notes]) if notes else checks

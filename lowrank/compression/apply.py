@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from lowrank.calibration.batches import ForwardFn
+from lowrank.calibration.groups import read_samples
 from lowrank.calibration.metrics import METRICS
-from lowrank.calibration.preparing import prepare_batches
 from lowrank.calibration.untouched import borrowed, set_modes
 from lowrank.compression.options import MOST_SEED, Options, default_metric
 from lowrank.compression.plan import Plan
@@ -81,7 +81,7 @@ def apply_plan(
         batches = (
             None
             if calibration is None
-            else prepare_batches(original, calibration, output_fn=output_fn, forward_fn=forward_fn)
+            else read_samples(original, calibration, output_fn=output_fn, forward_fn=forward_fn)
         )
         split = split_again(batches, metadata) if batches is not None else None
         factored = any(entry.rank is not None for entry in plan.entries)

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from lowrank import checkpoint, kernels
 from lowrank.calibration.batches import Batch, ForwardFn
-from lowrank.calibration.preparing import prepare_batches
+from lowrank.calibration.groups import groups_of, read_samples
+from lowrank.calibration.metrics import METRICS, SampledMetric
 from lowrank.calibration.samples import without_shared
 from lowrank.calibration.untouched import borrowed, set_modes
 from lowrank.compression.accounting import compression_report, layer_rows
@@ -86,7 +87,7 @@ def compress_model(
     metric: Metric = "auto",
     higher_is_better: bool = False,
     calibration: Iterable[Any] | None = None,
-    validation: Iterable[Any] | None = None,
+    validation: Iterable[Any] | Mapping[str, Iterable[Any]] | None = None,
     formats: Sequence[str] | str = compressing_formats(),
     targets: Sequence[str] = target_names(),
     ignore: Sequence[str] = (),
@@ -124,8 +125,11 @@ def compress_model(
         higher_is_better: for a callable; the budget is its allowed relative loss.
         calibration: one tensor or array (samples along dimension 0), or batches: a tensor or tuple (positional arguments), a dict
             (keyword arguments), (inputs, labels) of a ``DataLoader``, nested lists and dicts of tensors, or what the model's one argument
-            takes. Only distinct samples count. The "weight" metric does not use them.
-        validation: batches for verification, none of them calibration samples; else a quarter of the calibration samples is set aside.
+            takes. Only distinct samples count. The "weight" metric does not use them. Or {group: such data}: the search then aims at
+            the budget in each group, and the promise holds in each where no ``validation`` is given.
+        validation: batches for verification, none of them calibration samples; else a quarter of the calibration samples (of each
+            group) is set aside. Or {group: batches}, such as {"news": …, "captions": …}: the budget then holds in *each* group, each
+            passing its own test, and the report shows each. Groups named like those of ``calibration`` let the search see them coming.
         formats: out of "int8", "lowrank", "lowrank-int8", or "all"; "dense" is always a candidate.
         targets: kinds of layers to compress.
         ignore: globs over module names to leave alone.
@@ -298,15 +302,15 @@ def prepare(
     # The "weight" metric needs no samples: its optimum is the plain SVD.
     blind = options.error_metric.weights_only
     called: dict[str, Any] = {"output_fn": options.output_fn, "forward_fn": options.forward_fn}
-    batches = (
-        prepare_batches(model, calibration, **called) if calibration is not None and (latency or not blind) else None
-    )
+    batches = read_samples(model, calibration, **called) if calibration is not None and (latency or not blind) else None
     calls = batches
     if blind:
+        _refuse_untested_groups((), validation, options)
         batches = validation = None
-    checks = prepare_batches(model, validation, "validation", **called) if validation is not None else None
+    checks = read_samples(model, validation, "validation", **called) if validation is not None else None
     if checks is not None and batches is not None:
         checks = without_shared(checks, batches)
+    _refuse_untested_groups([*(batches or ()), *(checks or ())], validation, options)
     warnings = [text for read in (batches, checks) if read is not None for text in read.warnings]
     notes += [*warnings, *(text for read in (batches, checks) if read is not None for text in read.notes)]
     split = split_samples(batches, checks, options)
@@ -324,6 +328,18 @@ def prepare(
     if options.strict and fallback_counts():
         raise NumericsError(f"strict: a decomposition did not converge and a fallback was used: {fallback_counts()}")
     return prepared, split.verification if split is not None else []
+
+
+def _refuse_untested_groups(batches: Sequence[Batch], validation: object, options: Options) -> None:
+    """Refuse to promise something of each group by a metric that measures nothing on samples."""
+    if isinstance(options.error_metric, SampledMetric):
+        return
+    if isinstance(validation, Mapping) or set(groups_of(batches)) - {""}:
+        named = ", ".join(name for name, each in METRICS.items() if isinstance(each, SampledMetric))
+        raise UsageError(
+            f"metric {options.error_metric.label!r}: is not measured sample by sample, so that it holds for no group by itself; "
+            f"choose {named}, or give the samples without groups"
+        )
 
 
 def _price(prepared: Preparation, model: nn.Module, batches: Sequence[Batch]) -> None:
