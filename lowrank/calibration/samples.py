@@ -13,8 +13,9 @@ from lowrank.calibration.batches import MIN_VERIFICATION_SAMPLES, Batch, Batches
 from lowrank.calibration.masks import MASK_NAMES
 from lowrank.calibration.outputs import tensors_in
 from lowrank.errors import CalibrationError
+from lowrank.io.digests import ALGORITHM
 
-__all__ = ["ENOUGH", "PROVES_NOTHING", "distinct", "leaves", "sample_digests", "without_shared"]
+__all__ = ["ENOUGH", "PROVES_NOTHING", "data_digest", "distinct", "leaves", "sample_digests", "without_shared"]
 
 ENOUGH = 4 * MIN_VERIFICATION_SAMPLES
 # In a warning it says that a bound on the error is none, whatever the test of the samples gives.
@@ -122,6 +123,35 @@ def _object_bytes(value: Any, floating: torch.dtype) -> bytes:
     if not tensors and not plain:
         return str(id(value)).encode()
     return repr(sorted(plain.items())).encode() + b"".join(_bytes(tensor, floating) for tensor in tensors)
+
+
+def data_digest(batches: Sequence[Batch]) -> str | None:
+    """Digest what a model reads of these samples, in their order; ``None`` where some are objects that show nothing of themselves.
+
+    Example:
+        >>> one, two = Batch((torch.ones(2, 3),), size=2), Batch((torch.ones(1, 3),))
+        >>> data_digest([one]) == data_digest([two, two]), data_digest([Batch((object(),))])
+        (True, None)
+    """
+    if any(_opaque(value) for batch in batches for value in (*batch.args, *batch.kwargs.values())):
+        return None
+    floating, found = coarsest_dtype(batches), hashlib.new(ALGORITHM)
+    for batch in batches:
+        for digest in sample_digests(batch, floating):
+            found.update(digest)
+    return found.hexdigest()
+
+
+def _opaque(value: Any) -> bool:
+    """Whether only an object's identity tells it from others."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        return any(map(_opaque, value))
+    if isinstance(value, (Tensor, *_PLAIN)):
+        return False
+    shown = any(isinstance(item, _PLAIN) for item in getattr(value, "__dict__", {}).values())
+    return not shown and next(iter(tensors_in(value)), None) is None
 
 
 def _only(batch: Batch, fresh: Sequence[int]) -> list[Batch]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from lowrank.calibration.metrics import METRICS, SampledMetric
 from lowrank.calibration.samples import without_shared
 from lowrank.calibration.untouched import borrowed, set_modes
 from lowrank.compression.accounting import compression_report, layer_rows
+from lowrank.compression.certificate import certificate_of, signed_for
 from lowrank.compression.choose import allocator_of, choose, measure_given
 from lowrank.compression.formats import FORMATS, compressing_formats
 from lowrank.compression.latency import speed_of
@@ -58,6 +59,9 @@ class CompressionResult:
         model: ready to run; of the original's class, in its mode and on its device.
         plan: plain data; ``apply_plan(model, plan, calibration)`` makes the same model again, but for what healing moved.
         report: rows and totals, see :class:`lowrank.CompressionReport`.
+        certificate: what was proved, as plain JSON: metric, budget, measured error and bound, confidence, method, samples, groups,
+            digests of the data's parts, of the plan and of the model's tensors, versions, processor; :meth:`save` writes it into
+            ``lowrank_config.json``, as long as the tensors are the ones that it is for.
         source: the directory whose tokenizer and processor files :meth:`save` copies; found by itself where transformers loaded the
             model from a local one.
     """
@@ -66,6 +70,7 @@ class CompressionResult:
     plan: Plan
     report: CompressionReport
     source: Path | None = None
+    certificate: dict[str, Any] = field(default_factory=dict)
 
     def save(self, directory: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Write model, plan and reports to a directory that :func:`lowrank.load_model` reads.
@@ -75,7 +80,13 @@ class CompressionResult:
             StorageError: writing failed; what was there before is untouched.
         """
         checkpoint.save_compressed(
-            self.model, Path(directory), plan=self.plan, report=self.report, overwrite=overwrite, source=self.source
+            self.model,
+            Path(directory),
+            plan=self.plan,
+            report=self.report,
+            overwrite=overwrite,
+            source=self.source,
+            certificate=self.certificate,
         )
 
 
@@ -211,6 +222,7 @@ def compress_model(
         result.model = copied.write_back(healed)
     set_modes(result.model, modes)
     guard_methods(result.model)
+    result.certificate = signed_for(result.certificate, result.model)
     return result
 
 
@@ -254,7 +266,8 @@ def _compressed(
                 error=report.totals["error_upper"],
             )
     batches = [] if prepared.split is None else [*verification, *prepared.split.search, *prepared.split.statistics]
-    result = CompressionResult(finished, outcome.chosen.plan, report, _local_source(original))
+    certificate = certificate_of(report.totals, options, outcome.chosen.plan, prepared.split)
+    result = CompressionResult(finished, outcome.chosen.plan, report, _local_source(original), certificate)
     return result, prepared.copy, healed, next(iter(batches), None)
 
 
