@@ -50,6 +50,7 @@ def read_samples(
             sample in common, a mapping that looks like one batch of keyword arguments.
 
     Example:
+        >>> import torch
         >>> found = read_samples(nn.Linear(3, 2), {"a": [torch.rand(4, 3)], "b": [torch.rand(5, 3)]}, "validation")
         >>> [(batch.group, batch.size) for batch in found]
         [('a', 4), ('b', 5)]
@@ -187,6 +188,7 @@ class GroupComparison(Comparison):
         groups: what was measured in each.
 
     Example:
+        >>> import torch
         >>> from lowrank.calibration.metrics import OUTPUT
         >>> from lowrank.calibration.measurement import Measurement
         >>> one = Measurement(OUTPUT, torch.tensor([1.0, 1.1, 0.9]), torch.tensor([100.0, 100.0, 100.0]))
@@ -278,6 +280,7 @@ class GroupEvaluator:
         evaluators: by group.
 
     Example:
+        >>> import torch
         >>> model = nn.Sequential(nn.Linear(3, 2))
         >>> batches = [Batch((torch.rand(4, 3),), size=4, group=name) for name in ("a", "b")]
         >>> list(evaluator_of(model, batches, "output").measure(model).groups)
@@ -301,6 +304,7 @@ def evaluator_of(
         UsageError, NumericsError: as :class:`lowrank.calibration.evaluation.Evaluator`.
 
     Example:
+        >>> import torch
         >>> type(evaluator_of(nn.Linear(3, 2), [Batch((torch.rand(4, 3),), size=4)], "output")).__name__
         'Evaluator'
     """
