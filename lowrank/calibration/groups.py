@@ -14,11 +14,11 @@ from lowrank.calibration.batches import MIN_VERIFICATION_SAMPLES, Batch, Batches
 from lowrank.calibration.binding import signature_of
 from lowrank.calibration.evaluation import CACHE_BYTES, Comparison, Evaluator
 from lowrank.calibration.measurement import named
-from lowrank.calibration.metrics import SampledMetric
+from lowrank.calibration.metrics import METRICS, ErrorMetric, SampledMetric
 from lowrank.calibration.outputs import OutputFn
 from lowrank.calibration.preparing import prepare_batches
 from lowrank.calibration.samples import coarsest_dtype, sample_digests
-from lowrank.errors import CalibrationError
+from lowrank.errors import CalibrationError, UsageError
 
 __all__ = [
     "GroupComparison",
@@ -28,6 +28,7 @@ __all__ = [
     "fewest",
     "groups_of",
     "read_samples",
+    "refuse_untested",
 ]
 
 LONGEST_NAME = 60
@@ -150,6 +151,30 @@ def _refuse_common(batches: Sequence[Batch], name: str) -> None:
             f"{name}: groups {one!r} and {other!r} have {count:,} {'sample' if count == 1 else 'samples'} in common (the first: distinct "
             f"sample {at} of {one!r} is sample {to} of {other!r}); take them out of one of the two"
         )
+
+
+def refuse_untested(metric: ErrorMetric, validation: object, batches: Sequence[Batch] = ()) -> None:
+    """Refuse to promise something of each group by a metric that measures nothing on samples.
+
+    Args:
+        metric: of the promise.
+        validation: as it was given.
+        batches: that were read.
+
+    Raises:
+        UsageError: there are groups, and the metric is no :class:`SampledMetric`.
+
+    Example:
+        >>> from lowrank.calibration.metrics import OUTPUT
+        >>> refuse_untested(OUTPUT, {"news": []})
+    """
+    if isinstance(metric, SampledMetric) or not (isinstance(validation, Mapping) or set(groups_of(batches)) - {""}):
+        return
+    choices = ", ".join(name for name, each in METRICS.items() if isinstance(each, SampledMetric))
+    raise UsageError(
+        f"metric {metric.label!r}: is not measured sample by sample, so that it holds for no group by itself; choose {choices}, or "
+        "give the samples without groups"
+    )
 
 
 def groups_of(batches: Sequence[Batch]) -> dict[str, list[Batch]]:

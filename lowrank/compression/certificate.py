@@ -21,7 +21,7 @@ from lowrank.compression.options import Options
 from lowrank.compression.plan import Plan
 from lowrank.io.digests import ALGORITHM, tensor_digest
 
-__all__ = ["certificate_of", "processor_flags", "signed_for"]
+__all__ = ["certificate_of", "plan_digest", "processor_flags", "signed_for"]
 
 CERTIFICATE_VERSION = 1
 # Of the processor's flags those on which products, and with them the last bits of a measured error, depend.
@@ -66,7 +66,7 @@ def certificate_of(totals: Mapping[str, Any], options: Options, plan: Plan, spli
         },
         "seed": options.seed,
         "algorithm": ALGORITHM,
-        "plan": hashlib.new(ALGORITHM, plan.to_json().encode()).hexdigest(),
+        "plan": plan_digest(plan),
         "data": {} if split is None else _data(split),
         "versions": {**totals["versions"], "python": platform.python_version()},
         "processor": {
@@ -76,6 +76,16 @@ def certificate_of(totals: Mapping[str, Any], options: Options, plan: Plan, spli
             "threads": torch.get_num_threads(),
         },
     }
+
+
+def plan_digest(plan: Plan) -> str:
+    """Digest a plan as ``plan.json`` holds it.
+
+    Example:
+        >>> len(plan_digest(Plan(())))
+        64
+    """
+    return hashlib.new(ALGORITHM, plan.to_json().encode()).hexdigest()
 
 
 def signed_for(certificate: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:

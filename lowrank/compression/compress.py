@@ -14,15 +14,22 @@ from torch import Tensor, nn
 
 from lowrank import checkpoint, kernels
 from lowrank.calibration.batches import Batch, ForwardFn
-from lowrank.calibration.groups import groups_of, read_samples
-from lowrank.calibration.metrics import METRICS, SampledMetric
+from lowrank.calibration.groups import read_samples, refuse_untested
 from lowrank.calibration.samples import without_shared
 from lowrank.calibration.untouched import borrowed, set_modes
 from lowrank.compression.accounting import compression_report, layer_rows
-from lowrank.compression.certificate import certificate_of, signed_for
+from lowrank.compression.certificate import certificate_of, plan_digest, signed_for
 from lowrank.compression.choose import allocator_of, choose, measure_given
 from lowrank.compression.formats import FORMATS, compressing_formats
 from lowrank.compression.latency import speed_of
+from lowrank.compression.lowered import (
+    geometries_of,
+    lowered_for,
+    plan_inside,
+    plan_outside,
+    put_into,
+    report_outside,
+)
 from lowrank.compression.options import Metric, Options, budget_of
 from lowrank.compression.plan import Plan
 from lowrank.compression.prepare import (
@@ -44,6 +51,7 @@ from lowrank.integrations.methods import guard_methods
 from lowrank.numerics.linalg import fallback_counts, reset_fallback_counts
 from lowrank.targets import target_names
 from lowrank.targets.copying import copy_model
+from lowrank.targets.lowering import Like, lowered_again, raised
 from lowrank.targets.model import unwrapped
 
 __all__ = ["CompressionResult", "compress_model", "plan_model", "prepare"]
@@ -110,7 +118,7 @@ def compress_model(
     activations: str = "auto",
     output_fn: Callable[[Any], Tensor] | None = None,
     forward_fn: ForwardFn | None = None,
-    like: Mapping[type[nn.Module], type[nn.Module]] | None = None,
+    like: Like | None = None,
     inplace: bool = False,
     device: torch.device | str | None = None,
     seed: int = 0,
@@ -158,7 +166,9 @@ def compress_model(
         activations: "int8" (integer products), "float" (weight-only), or "auto": integer, weight-only where that buys size.
         output_fn: picks the tensor to measure out of the model's output; else every floating tensor counts.
         forward_fn: ``forward_fn(model, batch) -> output`` calls the model with a batch of the data as it is: for models that take objects.
-        like: {MyConv: nn.Conv2d}: reserved for classes that pad and then are that layer; not built yet.
+        like: {MyConv: nn.Conv2d}: modules of this class pad (or do anything else that needs no weight) and then are that layer, one of
+            ``nn.Conv1d``, ``nn.Conv2d``, ``nn.Linear``: they then take every format, integer products too, inside their own forward.
+            Checked on the first calibration batch.
         inplace: replace the layers in the model itself.
         device: move a copy there first.
         seed: of the split; same input, seed and thread count give the same bytes.
@@ -180,11 +190,6 @@ def compress_model(
         >>> result.report.totals["error_upper"] <= 0.05, result.report.totals["size_ratio"] < 0.3
         (True, True)
     """
-    if like:
-        raise NotImplementedError(
-            "like: integer products and low rank for layers that pad first are not built yet; leave it out, and modules with a forward of "
-            "their own are kept in int8 and decoded into it"
-        )
     options = Options(
         error_budget=budget_of(error_budget, "error_budget"),
         size_budget=budget_of(size_budget, "size_budget"),
@@ -209,15 +214,32 @@ def compress_model(
     if plan is not None:
         options = planned(options, plan.metadata)
     original = _on_device(unwrapped(model), device)
+    geometries = {} if plan is None else geometries_of(plan)
+    if geometries and options.fold_batchnorm:
+        raise UsageError("fold_batchnorm: a plan with like has no place for it; make the plan without one of the two")
     with borrowed(original) as modes:
-        result, copied, healed, batch = _compressed(original, calibration, validation, options, plan, inplace=inplace)
-        if inplace:
+        working = original
+        if like and plan is None:
+            calibration, options, working, geometries = lowered_for(original, like, calibration, options)
+        elif geometries:
+            assert plan is not None
+            working, plan = lowered_again(original, geometries), plan_inside(plan, geometries)
+        # What is inside a forward is put into the caller's model at the end.
+        within = inplace and not geometries
+        result, copied, healed, batch = _compressed(working, calibration, validation, options, plan, inplace=within)
+        if geometries:
+            result.model, result.plan = raised(result.model), plan_outside(result.plan, geometries)
+            report_outside(result.report, geometries, original)
+            result.certificate["plan"] = plan_digest(result.plan)
+        if within:
             # The model shares its weights with the one that is in evaluation mode.
             rehearse(result.model, copied.reference, batch, None)
-    if not inplace:
+    if not within:
         # By now the original has lost what runs left on it, as what somebody loads into never had it.
-        rehearse(result.model, copied.reference, batch, modes)
-    if inplace:
+        rehearse(result.model, original if geometries else copied.reference, batch, modes)
+    if inplace and geometries:
+        result.model = put_into(original, result.model, healed=healed is not None)
+    elif inplace:
         # Only now: until here whatever was done to the caller's model is taken back.
         result.model = copied.write_back(healed)
     set_modes(result.model, modes)
@@ -318,12 +340,12 @@ def prepare(
     batches = read_samples(model, calibration, **called) if calibration is not None and (latency or not blind) else None
     calls = batches
     if blind:
-        _refuse_untested_groups((), validation, options)
+        refuse_untested(options.error_metric, validation)
         batches = validation = None
     checks = read_samples(model, validation, "validation", **called) if validation is not None else None
     if checks is not None and batches is not None:
         checks = without_shared(checks, batches)
-    _refuse_untested_groups([*(batches or ()), *(checks or ())], validation, options)
+    refuse_untested(options.error_metric, validation, [*(batches or ()), *(checks or ())])
     warnings = [text for read in (batches, checks) if read is not None for text in read.warnings]
     notes += [*warnings, *(text for read in (batches, checks) if read is not None for text in read.notes)]
     split = split_samples(batches, checks, options)
@@ -341,18 +363,6 @@ def prepare(
     if options.strict and fallback_counts():
         raise NumericsError(f"strict: a decomposition did not converge and a fallback was used: {fallback_counts()}")
     return prepared, split.verification if split is not None else []
-
-
-def _refuse_untested_groups(batches: Sequence[Batch], validation: object, options: Options) -> None:
-    """Refuse to promise something of each group by a metric that measures nothing on samples."""
-    if isinstance(options.error_metric, SampledMetric):
-        return
-    if isinstance(validation, Mapping) or set(groups_of(batches)) - {""}:
-        named = ", ".join(name for name, each in METRICS.items() if isinstance(each, SampledMetric))
-        raise UsageError(
-            f"metric {options.error_metric.label!r}: is not measured sample by sample, so that it holds for no group by itself; "
-            f"choose {named}, or give the samples without groups"
-        )
 
 
 def _price(prepared: Preparation, model: nn.Module, batches: Sequence[Batch]) -> None:

@@ -15,6 +15,7 @@ from lowrank.layers.linear import SVDCompressedLinear
 from lowrank.layers.linear_codes import QuantizedLinear
 from lowrank.layers.linear_factor_codes import QuantizedLowRankLayer
 from lowrank.layers.model import check_scales, compressed_layers
+from lowrank.layers.padded import Around, PaddedLayer
 from lowrank.layers.recurrent import (
     RECURRENT,
     QuantizedGRU,
@@ -51,6 +52,9 @@ __all__ = [
     "QuantizedLowRankEmbedding",
     # in place of any module that owns a matrix
     "DecodedLayer",
+    # around a layer, in place of a module that pads and then is that layer
+    "Around",
+    "PaddedLayer",
     # in place of recurrent layers and nn.MultiheadAttention
     "QuantizedGRU",
     "QuantizedGRUCell",
@@ -82,5 +86,6 @@ LAYER_KINDS: dict[str, type[CompressedLayer]] = {
         *RECURRENT.values(),
         QuantizedMultiheadAttention,
         DecodedLayer,
+        PaddedLayer,
     )
 }
