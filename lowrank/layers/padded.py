@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -274,67 +274,81 @@ class PaddedLayer(_Around, CompressedLayer):
         (torch.Size([1, 2]), 'int8', ['product.bias', 'product.codes', 'product.scale'])
     """
 
-    product: CompressedLayer
-
-    @property
-    def _geometry(self) -> Any:
-        return getattr(self.product, "geometry", None)
+    # Adapters go on the layer inside, which is the one that computes.
+    is_one_weight: ClassVar[bool] = False
 
     def __init__(self, product: CompressedLayer) -> None:
         super().__init__()
-        self.product = product
+        self.product: nn.Module = product
         self.__dict__["source"] = None
+        # For the time that a training form stands in the product's place.
+        self.__dict__["_known"] = product.shape, product.dtype, getattr(product, "geometry", None)
+
+    @property
+    def inner(self) -> CompressedLayer:
+        """The layer inside; where it carries an adapter, the one that is adapted."""
+        found = next((module for module in self.product.modules() if isinstance(module, CompressedLayer)), None)
+        if found is None:
+            raise UsageError(f"{self.kind}: its layer is being trained; this can be asked of it afterwards")
+        return found
+
+    @property
+    def _geometry(self) -> Any:
+        return self.__dict__["_known"][2]
 
     # What the layer inside says of itself.
 
     @property
     def format(self) -> str:
         """Of the layer inside."""
-        return self.product.format
+        return self.inner.format
 
     @property
     def bits(self) -> int | None:
         """Of the layer inside."""
-        return self.product.bits
+        return self.inner.bits
 
     @property
     def rank(self) -> int | None:
         """Of the layer inside."""
-        return self.product.rank
+        return self.inner.rank
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the layer inside."""
-        return self.product.shape
+        shape: tuple[int, ...] = self.__dict__["_known"][0]
+        return shape
 
     @property
     def spec(self) -> Any:
         """Of the layer inside."""
-        return self.product.spec
+        return self.inner.spec
 
     @property
     def groups(self) -> int:
         """Of the layer inside."""
-        return self.product.groups
+        return self.inner.groups
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the layer inside."""
-        return self.product.dtype
+        dtype: torch.dtype = self.__dict__["_known"][1]
+        return dtype
 
     @dtype.setter
     def dtype(self, value: torch.dtype) -> None:
-        self.product.dtype = value
+        shape, _, geometry = self.__dict__["_known"]
+        self.__dict__["_known"] = shape, value, geometry
 
     @property
     def activations(self) -> str | None:  # type: ignore[override]
         """Of the layer inside."""
-        return self.product.activations
+        return self.inner.activations
 
     @property
     def scheme(self) -> str | None:  # type: ignore[override]
         """Of the layer inside."""
-        return self.product.scheme
+        return self.inner.scheme
 
     @property
     def weight_names(self) -> tuple[str, ...]:
@@ -343,35 +357,35 @@ class PaddedLayer(_Around, CompressedLayer):
 
     def dense_weight(self) -> Tensor:
         """Of the layer inside."""
-        return self.product.dense_weight()
+        return self.inner.dense_weight()
 
     def exact_weight(self) -> Tensor:
         """Of the layer inside."""
-        return self.product.exact_weight()
+        return self.inner.exact_weight()
 
     def factors(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor] | None:
         """Of the layer inside."""
-        return self.product.factors(dtype)
+        return self.inner.factors(dtype)
 
     def with_weight(self, weight: Tensor) -> CompressedLayer:
         """See :meth:`CompressedLayer.with_weight`."""
-        return self._with(self.product.with_weight(weight))
+        return self._with(self.inner.with_weight(weight))
 
     def with_factors(self, left: Tensor, right: Tensor) -> CompressedLayer:
         """See :meth:`CompressedLayer.with_factors`."""
-        return self._with(self.product.with_factors(left, right))
+        return self._with(self.inner.with_factors(left, right))
 
     def appended(self, left: Tensor, right: Tensor, rows: Tensor | None = None) -> CompressedLayer:
         """See :meth:`CompressedLayer.appended`."""
-        return self._with(self.product.appended(left, right, rows))
+        return self._with(self.inner.appended(left, right, rows))
 
     def forget_source(self) -> None:
         """See :meth:`CompressedLayer.forget_source`."""
-        self.product.forget_source()
+        self.inner.forget_source()
 
     def dequantize(self) -> nn.Module:
         """Make the user's module again, with the weight that the layer stands for, in the dtype of the model."""
-        product: Any = self.product
+        product: Any = self.inner
         dense = product.dequantize() if hasattr(product, "dequantize") else product
         for name in ("to_linear", "to_conv1d", "to_conv2d"):
             if isinstance(dense, CompressedLayer) and hasattr(dense, name):
@@ -404,6 +418,7 @@ class PaddedLayer(_Around, CompressedLayer):
             for module in source.modules():
                 for name, buffer in module._buffers.items():
                     module._buffers[name] = None if buffer is None else fn(buffer)
+            self._bind()
         return self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -415,7 +430,7 @@ class PaddedLayer(_Around, CompressedLayer):
 
     def config(self) -> dict[str, Any]:
         """See :meth:`CompressedLayer.config`; the layer's inside stands under ``product``."""
-        own = {"activations": self.activations, "scheme": self.scheme, "product": self.product.config()}
+        own = {"activations": self.activations, "scheme": self.scheme, "product": self.inner.config()}
         return super().config() | own
 
     @classmethod
@@ -437,6 +452,8 @@ class PaddedLayer(_Around, CompressedLayer):
             # Models read what the module says of itself: its stride, its size.
             if self.__dict__.get("source") is None or name.startswith("__"):
                 raise
+            if name == "weight" and self.__dict__["_bound"] != self._place():
+                self._bind()
             return getattr(self.__dict__["source"], name)
 
     def extra_repr(self) -> str:

@@ -231,6 +231,20 @@ def test_copies_dtypes_and_threads(small: lowrank.CompressionResult) -> None:
         torch.testing.assert_close(double(x.double()).float(), small.model(x), rtol=1e-3, atol=1e-3)
 
 
+def test_adapters_go_on_the_layer_inside_and_healing_moves_it(small: lowrank.CompressionResult) -> None:
+    x = data(1)[0]
+    with pytest.raises(UsageError, match=r"the layer inside takes adapters: 3.product"):
+        lowrank.add_lora(small.model, lowrank.LoRAConfig(r=2, target_modules=["3"]))
+    adapted = lowrank.add_lora(small.model, lowrank.LoRAConfig(r=2, target_modules=["3.product", "8.product"]))
+    with torch.no_grad():
+        assert torch.equal(adapted(x), small.model(x))
+        adapted[3].product.lora_B["default"].weight.fill_(0.1)
+        assert not torch.equal(adapted(x), small.model(x))
+    healed = lowrank.heal(small.model, images(), data(), steps=2, progress=False).model
+    assert type(healed[3]) is PaddedLayer and healed[3].weight_decodings == 0
+    assert torch.isfinite(healed(x)).all()
+
+
 def test_gradients_reach_input_and_bias(small: lowrank.CompressionResult) -> None:
     model = copy.deepcopy(small.model)
     x = data(1)[0].requires_grad_()
