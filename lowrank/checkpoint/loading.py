@@ -212,7 +212,7 @@ def _read_all(
     manifest: Manifest, source: TensorSource, device: torch.device, dtype: torch.dtype | None
 ) -> dict[str, torch.Tensor]:
     roles = roles_of(manifest, str(source.path))
-    scales = {name for name, role in roles.items() if role.kind == SCALE}
+    scales = {name: role for name, role in roles.items() if role.kind == SCALE}
     # A packed byte holds several codes, so that every value of it is one.
     limits = {
         name: largest_code(role.bits)
@@ -227,8 +227,10 @@ def _read_all(
         label = f"{printable(source.path)}: tensor {printable(stored)!r}"
         raw = tensor
         if stored in scales:
-            if not bool((torch.isfinite(tensor) & (tensor > 0)).all()):
-                raise CheckpointError(f"{label}: every scale must be positive and finite; the file is damaged")
+            signed = scales[stored].signed
+            if not bool((torch.isfinite(tensor) & ((tensor != 0) if signed else (tensor > 0))).all()):
+                rule = "no scale may be zero, NaN or infinite" if signed else "every scale must be positive and finite"
+                raise CheckpointError(f"{label}: {rule}; the file is damaged")
         elif dtype is not None and tensor.is_floating_point() and tensor.element_size() > 1:
             tensor = tensor.to(dtype)
         limit = limits.get(stored)

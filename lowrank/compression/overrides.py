@@ -82,7 +82,7 @@ def _spelled(data: LayerData, format: WeightFormat, wanted: Mapping[str, Any], w
                 f"{where}: bits must be an integer from {LEAST_BITS} to {MOST_BITS}, for the formats {rounded}, got {bits!r}"
             )
         plain = [replace(spec, bits=bits) for spec in plain]
-    for name in ("group", "rounding"):
+    for name in ("group", "rounding", "zero_point"):
         if wanted.get(name) is not None and name not in format.fields:
             raise UsageError(f"{where}: format {format.name!r} has no {name}, got {wanted[name]!r}")
         if wanted.get(name) is not None:

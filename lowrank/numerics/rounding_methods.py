@@ -12,7 +12,17 @@ from torch import Tensor
 from lowrank.errors import NumericsError, RankError
 from lowrank.numerics.rounding import check_bits, require_finite
 
-__all__ = ["NEAREST", "ROUNDINGS", "Grid", "Rounded", "Rounding", "dequantize_groups", "nearest", "scale_dtype"]
+__all__ = [
+    "NEAREST",
+    "ROUNDINGS",
+    "Grid",
+    "Rounded",
+    "Rounding",
+    "codes_on",
+    "dequantize_groups",
+    "nearest",
+    "scale_dtype",
+]
 
 # Beyond what a scale may become by fitting it to less than the largest weight.
 _SHRINK = 4.0
@@ -132,6 +142,19 @@ def dequantize_groups(
     spread = _spread(scale.to(dtype), span, columns)
     offsets = float(grid.middle) if zero is None else _spread(zero.to(dtype), span, columns)
     return (codes.to(dtype) - offsets).mul_(spread)
+
+
+def codes_on(weight: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid) -> Rounded:
+    """Round each weight to the nearest level of scales and zeros that are given.
+
+    Example:
+        >>> codes_on(torch.tensor([[0.9, -9.0]]), torch.tensor([[0.5]]), None, Grid(4)).codes.tolist()
+        [[10, 0]]
+    """
+    span, columns = grid.span(weight.shape[1]), weight.shape[1]
+    offsets = float(grid.middle) if zero is None else _spread(zero.double(), span, columns)
+    codes = torch.round(weight.detach().double() / _spread(scale.double(), span, columns) + offsets)
+    return Rounded(codes.clamp_(0, grid.top).to(torch.uint8), scale, zero)
 
 
 def nearest(weight: Tensor, grid: Grid, moment: Tensor | None = None) -> Rounded:
