@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from lowrank.checkpoint.manifest import (
+    CERTIFICATE,
     MANIFEST_NAME,
     Manifest,
     build_layer,
@@ -276,6 +277,8 @@ def fill(
     model.load_state_dict(state, strict=True, assign=True)
     _tie(model, manifest)
     _move_unstored(model, manifest, device)
+    if isinstance(manifest.raw.get("certificate"), dict):
+        vars(model)[CERTIFICATE] = manifest.raw["certificate"]
     return guard_methods(model).eval()
 
 

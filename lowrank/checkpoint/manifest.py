@@ -18,6 +18,7 @@ from lowrank.layers import LAYER_KINDS, CompressedLayer, Role
 from lowrank.numerics.rounding import LEAST_BITS, MOST_BITS
 
 __all__ = [
+    "CERTIFICATE",
     "FORMAT_VERSION",
     "MANIFEST_NAME",
     "Manifest",
@@ -37,6 +38,8 @@ log = logging.getLogger("lowrank")
 
 MANIFEST_NAME = "lowrank_config.json"
 FORMAT_VERSION = 1
+# Of a model that was loaded: what its file says was proved, so that it goes along into the next one.
+CERTIFICATE = "lowrank_certificate"
 _QUANT_METHOD = PACKAGE
 # An entry takes about 300 bytes; the rest is room for long names and `extra`.
 _MANIFEST_BYTES = 1 << 20

@@ -4,79 +4,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank.errors import CheckpointError, UsageError
 from lowrank.layers.base import CompressedLayer
-from lowrank.layers.weight_view import WeightView
+from lowrank.layers.product_weight import GEOMETRY, ProductCall, ProductWeight
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-__all__ = ["PRODUCTS", "Around", "PaddedLayer", "ProductCall", "call_of"]
+__all__ = ["Around", "PaddedLayer"]
 
 _Layer = TypeVar("_Layer", bound="PaddedLayer")
-
-# The functions that layers of torch multiply with, by the class that calls them; their first three arguments have these meanings.
-PRODUCTS: dict[Any, type[nn.Module]] = {F.conv1d: nn.Conv1d, F.conv2d: nn.Conv2d, F.linear: nn.Linear}
-_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-_DEFAULTS: dict[str, Any] = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
-
-
-class ProductCall(NamedTuple):
-    """One call of a product.
-
-    Attributes:
-        geometry: stride, padding, dilation and groups of a convolution, sizes as tuples; empty for a linear layer.
-    """
-
-    input: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    geometry: Mapping[str, Any]
-
-
-def call_of(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> ProductCall:
-    """Read the arguments of one of :data:`PRODUCTS`.
-
-    Example:
-        >>> call_of(F.conv2d, (torch.ones(1, 2, 3, 3), torch.ones(4, 2, 1, 1)), {"stride": 2}).geometry["stride"]
-        (2, 2)
-    """
-    given = _DEFAULTS | dict(zip(_ARGUMENTS, args, strict=False)) | dict(kwargs)
-    dims = given["weight"].dim() - 2
-    geometry: dict[str, Any] = {}
-    if PRODUCTS[function] is not nn.Linear:
-        for name in ("stride", "padding", "dilation"):
-            value = given[name]
-            if isinstance(value, int):
-                value = (value,) * dims
-            elif not isinstance(value, str):
-                value = tuple(value) * (dims if len(value) == 1 else 1)
-            geometry[name] = value
-        geometry["groups"] = given["groups"]
-    return ProductCall(given["input"], given["weight"], given["bias"], geometry)
-
-
-class ProductWeight(WeightView):
-    """The weight that a module's own forward is given: the product with it is the inner layer's, all else decodes it."""
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Hand the product to the inner layer, where it is the one that the layer was made for."""
-        kwargs = kwargs or {}
-        if func in PRODUCTS:
-            call = call_of(func, args, kwargs)
-            weight = call.weight
-            if type(weight) is ProductWeight and weight._held is None and type(call.input) is not ProductWeight:
-                around: Any = weight._layer
-                if around.takes(func, call):
-                    return around.product(call.input)
-        return super().__torch_function__(func, types, args, kwargs)
 
 
 class _Around:
@@ -122,17 +61,9 @@ class _Around:
             tensor = next(iter(self.product.buffers()))
         return tensor.device, self.dtype  # type: ignore[attr-defined]
 
-    @property
-    def _geometry(self) -> Any:
-        """What has the geometry of the product as attributes."""
-        raise NotImplementedError
-
     def takes(self, function: Any, call: ProductCall) -> bool:
         """Tell whether a call of a product is the one that the inner layer makes."""
-        geometry = self._geometry if call.geometry else None
-        return call.bias is getattr(self.product, "bias", None) and all(
-            getattr(geometry, name) == value for name, value in call.geometry.items()
-        )
+        return call.bias is getattr(self.product, "bias", None) and call.geometry == self.geometry  # type: ignore[attr-defined]
 
     def _run(self, args: Any, kwargs: Any) -> Any:
         source = self.__dict__["source"]
@@ -184,6 +115,7 @@ class Around(_Around, nn.Module):
         product: a dense layer of torch's with the same parameters.
 
     Example:
+        >>> import torch.nn.functional as F
         >>> class Twice(nn.Linear):
         ...     def forward(self, x):
         ...         return F.linear(2 * x, self.weight, self.bias)
@@ -202,18 +134,13 @@ class Around(_Around, nn.Module):
         weight = product.weight
         assert isinstance(weight, Tensor)
         self.shape, self.dtype = tuple(weight.shape), weight.dtype
-        # Whatever is put in its place, training forms included; kept beside the children, and without tensors.
-        self.__dict__["dense"] = _stripped(product)
-        self.dense._parameters = {}
+        # Whatever is put in its place, training forms included.
+        self.geometry = {key: value for key, value in vars(product).items() if key in GEOMETRY}
         self.__dict__["source"] = None
         self.adopt(module, type(module).__name__)
         self.train(module.training)
 
     kind = "Around"
-
-    @property
-    def _geometry(self) -> Any:
-        return self.dense
 
     def dense_weight(self) -> Tensor:
         """Give the weight of the layer inside."""
@@ -264,6 +191,7 @@ class PaddedLayer(_Around, CompressedLayer):
 
     Example:
         >>> from lowrank.layers import QuantizedLinear
+        >>> import torch.nn.functional as F
         >>> class Twice(nn.Linear):
         ...     def forward(self, x):
         ...         return F.linear(2 * x, self.weight, self.bias)
@@ -282,7 +210,10 @@ class PaddedLayer(_Around, CompressedLayer):
         self.product: nn.Module = product
         self.__dict__["source"] = None
         # For the time that a training form stands in the product's place.
-        self.__dict__["_known"] = product.shape, product.dtype, getattr(product, "geometry", None)
+        self.geometry = (
+            {name: getattr(product.geometry, name) for name in GEOMETRY} if hasattr(product, "geometry") else {}
+        )
+        self.__dict__["_known"] = product.shape, product.dtype
 
     @property
     def inner(self) -> CompressedLayer:
@@ -291,10 +222,6 @@ class PaddedLayer(_Around, CompressedLayer):
         if found is None:
             raise UsageError(f"{self.kind}: its layer is being trained; this can be asked of it afterwards")
         return found
-
-    @property
-    def _geometry(self) -> Any:
-        return self.__dict__["_known"][2]
 
     # What the layer inside says of itself.
 
@@ -337,8 +264,7 @@ class PaddedLayer(_Around, CompressedLayer):
 
     @dtype.setter
     def dtype(self, value: torch.dtype) -> None:
-        shape, _, geometry = self.__dict__["_known"]
-        self.__dict__["_known"] = shape, value, geometry
+        self.__dict__["_known"] = self.shape, value
 
     @property
     def activations(self) -> str | None:  # type: ignore[override]

@@ -16,7 +16,7 @@ from lowrank.calibration.batches import Batch, evaluating
 from lowrank.calibration.outputs import tensors_in
 from lowrank.errors import UsageError
 from lowrank.layers import Around, CompressedLayer, PaddedLayer
-from lowrank.layers.padded import PRODUCTS, ProductCall, call_of
+from lowrank.layers.product_weight import PRODUCTS, ProductCall, call_of
 from lowrank.layers.source import is_plain
 from lowrank.targets.copying import become, same_module, sharing_copy
 
