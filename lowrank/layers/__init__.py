@@ -18,6 +18,7 @@ from lowrank.layers.linear_codes import QuantizedLinear
 from lowrank.layers.linear_factor_codes import QuantizedLowRankLayer
 from lowrank.layers.linear_packed import PackedLinear
 from lowrank.layers.model import check_scales, compressed_layers
+from lowrank.layers.padded import Around, PaddedLayer
 from lowrank.layers.recurrent import (
     RECURRENT,
     QuantizedGRU,
@@ -58,6 +59,9 @@ __all__ = [
     "QuantizedLowRankEmbedding",
     # in place of any module that owns a matrix
     "DecodedLayer",
+    # around a layer, in place of a module that pads and then is that layer
+    "Around",
+    "PaddedLayer",
     # in place of recurrent layers and nn.MultiheadAttention
     "QuantizedGRU",
     "QuantizedGRUCell",
@@ -93,5 +97,6 @@ LAYER_KINDS: dict[str, type[CompressedLayer]] = {
         *RECURRENT.values(),
         QuantizedMultiheadAttention,
         DecodedLayer,
+        PaddedLayer,
     )
 }
