@@ -9,6 +9,7 @@ from typing import Protocol
 from torch import nn
 
 from lowrank.calibration.evaluation import Comparison, Evaluator
+from lowrank.calibration.groups import GroupEvaluator
 from lowrank.compression.plan import Plan
 from lowrank.compression.working_copy import WorkingCopy
 from lowrank.training.healing import HealResult
@@ -41,7 +42,7 @@ class ErrorMeasure(Protocol):
 class SampledError:
     """Measure the error on samples, bounded with 95 % confidence."""
 
-    evaluator: Evaluator
+    evaluator: Evaluator | GroupEvaluator
     desc: str | None = None
 
     def __call__(self, model: nn.Module) -> Reading:
@@ -63,12 +64,13 @@ class ComputedError:
 Healer = Callable[[nn.Module], HealResult]
 
 
-@dataclass
+@dataclass(eq=False)
 class Trial:
     """A plan with what was measured on the search part and, where its turn came, on the verification part.
 
     Attributes:
         healed: the model of the plan after it was trained, where that is what was measured.
+        predicted: contributions that were foreseen, by what was known before it was measured.
     """
 
     label: str
@@ -76,6 +78,7 @@ class Trial:
     searched: Reading
     verified: Reading | None = None
     healed: HealResult | None = None
+    predicted: float | None = None
 
     def model(self, copy: WorkingCopy) -> nn.Module:
         """Give the model that is measured."""
@@ -84,9 +87,14 @@ class Trial:
 
 @dataclass
 class Outcome:
-    """The plan chosen, measured over predicted contributions, everything that was tried, and plans for other error budgets."""
+    """The plan chosen, measured over predicted contributions, everything that was tried, and plans for other error budgets.
+
+    Attributes:
+        neighbours: the next better and the next smaller plan that were measured, where there are any.
+    """
 
     chosen: Trial
     calibration: float
     trials: list[Trial] = field(default_factory=list)
     predicted: list[tuple[float, Plan]] = field(default_factory=list)
+    neighbours: tuple[Trial | None, Trial | None] = (None, None)
