@@ -13,6 +13,7 @@ from tqdm import tqdm
 from lowrank.compression.healed_plans import heal_plan, healed_plans
 from lowrank.compression.passes import Passes
 from lowrank.compression.plan import Plan, same_specs
+from lowrank.compression.probes import WEIGHT_ONLY_CHARGE
 from lowrank.compression.trial import ErrorMeasure, Healer, Outcome, Reading, Trial
 from lowrank.compression.working_copy import WorkingCopy
 from lowrank.errors import BudgetError
@@ -303,7 +304,7 @@ class Search:
             return False
         for safer in sequence:
             taken = (trial.searched.value - safer.searched.value) / budget
-            saved = (safer.plan.bytes - trial.plan.bytes) / max(self.rest_bytes + safer.plan.bytes, 1)
+            saved = (_charged(safer.plan) - _charged(trial.plan)) / max(self.rest_bytes + safer.plan.bytes, 1)
             if taken >= KNEE_SHARE and saved < KNEE_RATE * taken:
                 return True
         return False
@@ -406,6 +407,11 @@ def _neighbours(chosen: Trial, trials: Iterable[Trial]) -> tuple[Trial | None, T
     place = sequence.index(chosen)
     better = sequence[place - 1] if place else None
     return better, sequence[place + 1] if place + 1 < len(sequence) else None
+
+
+def _charged(plan: Plan) -> float:
+    """Bytes, with what weight-only ones are charged for: integer products are faster."""
+    return plan.bytes + (WEIGHT_ONLY_CHARGE - 1.0) * plan.weight_only_bytes
 
 
 def _size(plan: Plan) -> tuple[float, ...]:
