@@ -78,6 +78,12 @@ class Rounded(NamedTuple):
     scale: Tensor
     zero: Tensor | None = None
 
+    def to(self, device: torch.device) -> Rounded:
+        """Give the same on a device."""
+        return Rounded(
+            self.codes.to(device), self.scale.to(device), None if self.zero is None else self.zero.to(device)
+        )
+
 
 class Rounding(Protocol):
     """Choose codes and scales for a weight."""
