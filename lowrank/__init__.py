@@ -34,6 +34,10 @@ from lowrank.errors import (
 from lowrank.io.version import __version__
 from lowrank.layers import (
     LowRankEmbedding,
+    PackedConv1d,
+    PackedConv2d,
+    PackedEmbedding,
+    PackedLinear,
     QuantizedConv1d,
     QuantizedConv2d,
     QuantizedEmbedding,
@@ -103,6 +107,10 @@ __all__ = [
     "factorize",
     # Layers
     "LowRankEmbedding",
+    "PackedConv1d",
+    "PackedConv2d",
+    "PackedEmbedding",
+    "PackedLinear",
     "QuantizedConv1d",
     "QuantizedConv2d",
     "QuantizedEmbedding",

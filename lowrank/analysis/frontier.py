@@ -17,8 +17,8 @@ from tqdm import tqdm
 from lowrank.analysis.frontier_report import STATE_NAME, FrontierReport
 from lowrank.analysis.frontier_state import Done, State, arguments_of
 from lowrank.calibration.batches import Batch, sample_count
+from lowrank.calibration.groups import read_samples
 from lowrank.calibration.metrics import METRICS, metric_named
-from lowrank.calibration.preparing import prepare_batches
 from lowrank.calibration.samples import without_shared
 from lowrank.calibration.untouched import borrowed
 from lowrank.compression.accounting import TargetBytes, frontier_point
@@ -107,8 +107,8 @@ def measure_frontier(
     wanted, checked = _checked(budgets, points, options, calibrated=calibration is not None)
     # Read once here: an iterator may not be read twice.
     called: dict[str, Any] = {"output_fn": checked.output_fn, "forward_fn": checked.forward_fn}
-    batches = None if calibration is None else prepare_batches(original, calibration, **called)
-    checks = None if validation is None else prepare_batches(original, validation, "validation", **called)
+    batches = None if calibration is None else read_samples(original, calibration, **called)
+    checks = None if validation is None else read_samples(original, validation, "validation", **called)
     if batches is not None and checks is not None:
         checks = without_shared(checks, batches)
     arguments = arguments_of(original, batches, checks, wanted, checked)

@@ -55,6 +55,8 @@ def arguments_of(
 def _batch_items(batches: Sequence[Batch]) -> Iterator[tuple[str, Any]]:
     for batch in batches:
         yield "size", batch.size
+        if batch.group:
+            yield "group", batch.group
         yield from ((str(index), value) for index, value in enumerate(batch.args))
         yield from sorted(batch.kwargs.items())
 

@@ -33,6 +33,7 @@ class Batch:
         names: of the model's parameters that ``args`` fill, as far as they are known.
         forward_fn: calls the model with the only one of ``args``, in the user's own way.
         writes: the model has a decoder, which reads the labels where it is given nothing else.
+        group: of samples for which a promise is to hold by itself; "" where there are no groups.
     """
 
     args: tuple[Any, ...]
@@ -41,6 +42,7 @@ class Batch:
     names: tuple[str, ...] = ()
     forward_fn: ForwardFn | None = None
     writes: bool = False
+    group: str = ""
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -175,7 +177,8 @@ def split_batches(
     """Shuffle the samples with the seed and cut them in three: statistics (half), search and verification (a quarter each).
 
     With validation batches those are the verification part, and the calibration samples are cut two to one. Samples stay in batches
-    of the shape they came in. Without ``verify`` (a callable metric, whose own value counts) nothing is set aside.
+    of the shape they came in; each group of samples is cut by itself. Without ``verify`` (a callable metric, whose own value
+    counts) nothing is set aside.
 
     Raises:
         CalibrationError: too few samples.
@@ -185,31 +188,16 @@ def split_batches(
         >>> [sample_count(part) for part in (parts.statistics, parts.search, parts.verification)]
         [8, 4, 4]
     """
-    total = sample_count(batches)
-    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
-    if not verify:
-        verification, search = 0, max(total // 3, 1)
-        if total < 2:
-            raise CalibrationError(f"calibration: at least 2 samples (index of dimension 0) are needed, got {total}")
-    elif validation is None:
-        verification = total // 4
-        search = total // 4
-        if verification < MIN_VERIFICATION_SAMPLES:
-            raise CalibrationError(
-                f"calibration: {total} samples (index of dimension 0) leave {verification} for verification; at least "
-                f"{4 * MIN_VERIFICATION_SAMPLES} samples are needed, or pass validation batches"
-            )
-    else:
-        verification = 0
-        search = max(total // 3, 1)
-        if total < 2 or sample_count(validation) < MIN_VERIFICATION_SAMPLES:
-            raise CalibrationError(
-                f"calibration needs at least 2 samples and validation {MIN_VERIFICATION_SAMPLES}, "
-                f"got {total} and {sample_count(validation)}"
-            )
-    part = torch.zeros(total, dtype=torch.int64)
-    part[order[:verification]] = 2
-    part[order[verification : verification + search]] = 1
+    generator = torch.Generator().manual_seed(seed)
+    part = torch.zeros(sample_count(batches), dtype=torch.int64)
+    owners = [batch.group for batch in batches for _ in range(batch.size)]
+    for group in dict.fromkeys(owners):
+        places = torch.tensor([index for index, owner in enumerate(owners) if owner == group])
+        where = f"calibration, group {group!r}" if group else "calibration"
+        verification, search = _sizes(len(places), validation, where, verify=verify)
+        order = places[torch.randperm(len(places), generator=generator)]
+        part[order[:verification]] = 2
+        part[order[verification : verification + search]] = 1
     parts: tuple[list[Batch], ...] = ([], [], [])
     start = 0
     for batch in batches:
@@ -222,6 +210,27 @@ def split_batches(
     if validation is None and verify:
         return Split(parts[0], parts[1], parts[2])
     return Split(parts[0], parts[1], list(validation or ()), ways=2)
+
+
+def _sizes(total: int, validation: Sequence[Batch] | None, where: str, *, verify: bool) -> tuple[int, int]:
+    """Samples of so many for verification and for the search."""
+    if not verify:
+        if total < 2:
+            raise CalibrationError(f"{where}: at least 2 samples (index of dimension 0) are needed, got {total}")
+        return 0, max(total // 3, 1)
+    if validation is None:
+        if total // 4 < MIN_VERIFICATION_SAMPLES:
+            raise CalibrationError(
+                f"{where}: {total} samples (index of dimension 0) leave {total // 4} for verification; at least "
+                f"{4 * MIN_VERIFICATION_SAMPLES} samples are needed, or pass validation batches"
+            )
+        return total // 4, total // 4
+    if total < 2 or sample_count(validation) < MIN_VERIFICATION_SAMPLES:
+        raise CalibrationError(
+            f"{where} needs at least 2 samples and validation {MIN_VERIFICATION_SAMPLES}, "
+            f"got {total} and {sample_count(validation)}"
+        )
+    return 0, max(total // 3, 1)
 
 
 @contextlib.contextmanager

@@ -29,7 +29,7 @@ class Evaluator:
     """The original model's outputs on some batches, and the error of other models against them.
 
     Args:
-        original: the model to compare with; its outputs are cached up to 1 GiB.
+        original: the model to compare with; its outputs are cached up to ``cache_bytes``.
         batches: from :func:`lowrank.calibration.preparing.prepare_batches`.
         metric: one that is measured on samples, or its name: "output", "variation", "kl", "perplexity".
         output_fn: picks the tensor out of the model's output; else every floating tensor counts, or for metrics of logits the main one.
@@ -50,6 +50,8 @@ class Evaluator:
         batches: Sequence[Batch],
         metric: SampledMetric | str,
         output_fn: OutputFn | None = None,
+        *,
+        cache_bytes: int = CACHE_BYTES,
     ) -> None:
         self.original = original
         self.batches = list(batches)
@@ -68,7 +70,7 @@ class Evaluator:
                 self.metric.check(tensor, batch)
                 size += tensor.nbytes
             self._add_to_centres(outputs, batch)
-            self._cache.append(outputs if size <= CACHE_BYTES else None)
+            self._cache.append(outputs if size <= cache_bytes else None)
         self._metrics = {path: self.metric.fitted(centre, named(path)) for path, centre in self._centres.items()}
 
     def _add_to_centres(self, outputs: Mapping[str, Tensor], batch: Batch) -> None:

@@ -181,8 +181,13 @@ class Comparison:
 
     @property
     def samples(self) -> int:
-        """How many samples the output with the fewest was measured on."""
+        """How many samples the output (and the group) with the fewest was measured on."""
         return min(len(part.numerators) for part in self.parts.values())
+
+    @property
+    def counted(self) -> int:
+        """How many samples were measured on."""
+        return max(len(part.numerators) for part in self.parts.values())
 
     def upper(self, confidence: float = 0.95) -> float:
         """One-sided upper bound that holds for every output."""
@@ -204,6 +209,20 @@ class Comparison:
             if not part.passes(budget, confidence)
         ]
         return None if None in needed else max((count for count in needed if count is not None), default=None)
+
+    def standing(self, budget: float) -> str:
+        """Say, after an error, in which output it is, where there are several; "" where there is one."""
+        return f" in {named(self.worst)}, the worst of {len(self.parts)}" if len(self.parts) > 1 else ""
+
+    def too_few(self, budget: float) -> str:
+        """Say that the samples are too few to prove that the budget is kept, and how many would do; "" where that is not the reason."""
+        needed = None if self.passes(budget) else self.samples_needed(budget)
+        if needed is None:
+            return ""
+        return (
+            f"the {self.samples:,} verification samples are too few, or too unlike, to prove that it keeps the budget: about "
+            f"{needed:,} like them would settle it (four times as many calibration samples, of which a quarter verifies)"
+        )
 
     def figures(self) -> dict[str, Any]:
         """Give what a report says beside the error and its bound, as plain JSON.

@@ -144,7 +144,7 @@ def _prepared(
     notes += told
     if repeats:
         return Batches(listed, notes)
-    kept, warnings = distinct(listed, name, MIN_VERIFICATION_SAMPLES if name == "validation" else ENOUGH)
+    kept, warnings = distinct(listed, name, MIN_VERIFICATION_SAMPLES if name.startswith("validation") else ENOUGH)
     return Batches(kept, notes, warnings)
 
 
@@ -225,10 +225,10 @@ def _sized(batch: Batch) -> Batch:
     values = [*batch.args, *batch.kwargs.values()]
     for value in values:
         if isinstance(value, (list, tuple)) and value and not any(leaves(item) for item in value):
-            return Batch(batch.args, batch.kwargs, len(value), batch.names, batch.forward_fn)
+            return dataclasses.replace(batch, size=len(value))
     tensors = leaves(values)
     size = tensors[0].shape[0] if tensors and tensors[0].ndim else 1
-    return Batch(batch.args, batch.kwargs, size, batch.names, batch.forward_fn)
+    return dataclasses.replace(batch, size=size)
 
 
 def _whole_where_needed(

@@ -13,8 +13,9 @@ from lowrank.calibration.batches import MIN_VERIFICATION_SAMPLES, Batch, Batches
 from lowrank.calibration.masks import MASK_NAMES
 from lowrank.calibration.outputs import tensors_in
 from lowrank.errors import CalibrationError
+from lowrank.io.digests import ALGORITHM
 
-__all__ = ["ENOUGH", "PROVES_NOTHING", "distinct", "leaves", "sample_digests", "without_shared"]
+__all__ = ["ENOUGH", "PROVES_NOTHING", "data_digest", "distinct", "leaves", "sample_digests", "without_shared"]
 
 ENOUGH = 4 * MIN_VERIFICATION_SAMPLES
 # In a warning it says that a bound on the error is none, whatever the test of the samples gives.
@@ -124,6 +125,35 @@ def _object_bytes(value: Any, floating: torch.dtype) -> bytes:
     return repr(sorted(plain.items())).encode() + b"".join(_bytes(tensor, floating) for tensor in tensors)
 
 
+def data_digest(batches: Sequence[Batch]) -> str | None:
+    """Digest what a model reads of these samples, in their order; ``None`` where some are objects that show nothing of themselves.
+
+    Example:
+        >>> one, two = Batch((torch.ones(2, 3),), size=2), Batch((torch.ones(1, 3),))
+        >>> data_digest([one]) == data_digest([two, two]), data_digest([Batch((object(),))])
+        (True, None)
+    """
+    if any(_opaque(value) for batch in batches for value in (*batch.args, *batch.kwargs.values())):
+        return None
+    floating, found = coarsest_dtype(batches), hashlib.new(ALGORITHM)
+    for batch in batches:
+        for digest in sample_digests(batch, floating):
+            found.update(digest)
+    return found.hexdigest()
+
+
+def _opaque(value: Any) -> bool:
+    """Whether only an object's identity tells it from others."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        return any(map(_opaque, value))
+    if isinstance(value, (Tensor, *_PLAIN)):
+        return False
+    shown = any(isinstance(item, _PLAIN) for item in getattr(value, "__dict__", {}).values())
+    return not shown and next(iter(tensors_in(value)), None) is None
+
+
 def _only(batch: Batch, fresh: Sequence[int]) -> list[Batch]:
     """The batch of these samples; none where there are none, and the batch itself where all are kept."""
     if len(fresh) == batch.size:
@@ -171,7 +201,7 @@ def without_shared(checks: Batches, batches: Sequence[Batch]) -> Batches:
     """Take out of validation batches the samples that are among the calibration samples too.
 
     Raises:
-        CalibrationError: fewer than 4 remain.
+        CalibrationError: fewer than 4 remain, in all or of a group.
 
     Example:
         >>> own, other = (Batches([Batch((torch.arange(k, k + 8.0)[:, None],), size=8)]) for k in (0, 4))
@@ -180,18 +210,26 @@ def without_shared(checks: Batches, batches: Sequence[Batch]) -> Batches:
     """
     floating = coarsest_dtype([*batches, *checks])
     known = {digest for batch in batches for digest in sample_digests(batch, floating)}
-    total = sample_count(checks)
     kept: list[Batch] = []
+    # By group, of which there may be one without a name: samples, and those of them that are left.
+    totals: dict[str, list[int]] = {}
     for batch in checks:
         fresh = [index for index, digest in enumerate(sample_digests(batch, floating)) if digest not in known]
+        counts = totals.setdefault(batch.group, [0, 0])
+        counts[0], counts[1] = counts[0] + batch.size, counts[1] + len(fresh)
         kept += _only(batch, fresh)
-    left = sample_count(kept)
-    if left == total:
-        return checks
-    if left < MIN_VERIFICATION_SAMPLES:
-        raise CalibrationError(
-            f"validation: {total - left:,} of {total:,} samples are calibration samples too, so that what chooses would also verify; leave "
-            "validation out (a quarter of the calibration samples is then set aside) or pass other samples"
-        )
-    note = f"validation: {total - left:,} of {total:,} samples are calibration samples too and are left out of the verification"
-    return Batches(kept, checks.notes, [*checks.warnings, note])
+    notes = []
+    for group, (total, left) in totals.items():
+        if left == total:
+            continue
+        where = f"validation, group {group!r}" if group else "validation"
+        shared = f"{where}: {total - left:,} of {total:,} samples are calibration samples too"
+        if left < MIN_VERIFICATION_SAMPLES:
+            instead = (
+                "leave validation out (a quarter of the calibration samples is then set aside) or pass other samples"
+            )
+            raise CalibrationError(
+                f"{shared}, so that what chooses would also verify; {'give that group other samples' if group else instead}"
+            )
+        notes.append(f"{shared} and are left out of the verification")
+    return Batches(kept, checks.notes, [*checks.warnings, *notes]) if notes else checks

@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from lowrank.checkpoint.manifest import check_documents, open_checkpoint
+from lowrank.checkpoint.manifest import Manifest, certified_digest, check_documents, open_checkpoint
 from lowrank.errors import CheckpointError
 from lowrank.io import printable, read_json
 
@@ -24,7 +24,8 @@ def describe(directory: str | Path) -> dict[str, Any]:
     Returns:
         Plain JSON: ``directory``, ``model_class``, ``versions``, ``tensor_bytes`` and ``file_bytes``, ``tensors`` and
         ``ties`` (counts), ``layers`` (count), ``formats`` and ``kinds`` (name -> count), ``ranks`` (lowest and highest,
-        or ``None``), and ``totals`` from ``report.json`` (``None`` without a report).
+        or ``None``), ``totals`` from ``report.json`` (``None`` without a report), and ``certificate`` (``None`` where there is none of
+        these tensors).
 
     Raises:
         CheckpointError, ResourceError, StorageError: the directory would not load either.
@@ -58,7 +59,16 @@ def describe(directory: str | Path) -> dict[str, Any]:
         "kinds": dict(sorted(Counter(printable(config.get("kind")) for config in configs).items())),
         "ranks": [min(ranks), max(ranks)] if ranks else None,
         "totals": totals,
+        "certificate": _certificate(manifest),
     }
+
+
+def _certificate(manifest: Manifest) -> dict[str, Any] | None:
+    """What the manifest says was proved, where it is of the tensors beside it."""
+    found = manifest.raw.get("certificate")
+    if not isinstance(found, dict) or found.get("tensors") != certified_digest(manifest.digests, manifest.guard):
+        return None
+    return found
 
 
 def _totals(path: Path) -> dict[str, Any] | None:

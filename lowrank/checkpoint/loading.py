@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from lowrank.checkpoint.manifest import (
+    CERTIFICATE,
     MANIFEST_NAME,
     Manifest,
     build_layer,
@@ -24,7 +25,7 @@ from lowrank.checkpoint.manifest import (
 from lowrank.errors import CheckpointError, UsageError
 from lowrank.integrations.methods import guard_methods
 from lowrank.io import TensorSource, printable
-from lowrank.layers import LAYER_KINDS, CompressedLayer, DecodedLayer, call_every_layer
+from lowrank.layers import LAYER_KINDS, CompressedLayer, DecodedLayer, PaddedLayer, call_every_layer
 from lowrank.layers.roles import CODES, SCALE
 from lowrank.numerics.convolutions import ConvGeometry
 from lowrank.numerics.rounding import largest_code
@@ -142,7 +143,10 @@ def _check_fit(skeleton: nn.Module, manifest: Manifest, source: TensorSource, wh
             raise CheckpointError(
                 f"{where}: layer {printable(name)!r} is {list(found)} in the model, but {config['shape']} in the file"
             )
-        compared = isinstance(module, (nn.Conv1d, nn.Conv2d)) and LAYER_KINDS[config["kind"]] is not DecodedLayer
+        compared = isinstance(module, (nn.Conv1d, nn.Conv2d)) and LAYER_KINDS[config["kind"]] not in (
+            DecodedLayer,
+            PaddedLayer,
+        )
         geometry = ConvGeometry.of(module).to_json() if compared else {}
         for option, value in geometry.items():
             stored = (config.get("geometry") or {}).get(option)
@@ -209,7 +213,7 @@ def _read_all(
     manifest: Manifest, source: TensorSource, device: torch.device, dtype: torch.dtype | None
 ) -> dict[str, torch.Tensor]:
     roles = roles_of(manifest, str(source.path))
-    scales = {name for name, role in roles.items() if role.kind == SCALE}
+    scales = {name: role for name, role in roles.items() if role.kind == SCALE}
     # A packed byte holds several codes, so that every value of it is one.
     limits = {
         name: largest_code(role.bits)
@@ -224,8 +228,10 @@ def _read_all(
         label = f"{printable(source.path)}: tensor {printable(stored)!r}"
         raw = tensor
         if stored in scales:
-            if not bool((torch.isfinite(tensor) & (tensor > 0)).all()):
-                raise CheckpointError(f"{label}: every scale must be positive and finite; the file is damaged")
+            signed = scales[stored].signed
+            if not bool((torch.isfinite(tensor) & ((tensor != 0) if signed else (tensor > 0))).all()):
+                rule = "no scale may be zero, NaN or infinite" if signed else "every scale must be positive and finite"
+                raise CheckpointError(f"{label}: {rule}; the file is damaged")
         elif dtype is not None and tensor.is_floating_point() and tensor.element_size() > 1:
             tensor = tensor.to(dtype)
         limit = limits.get(stored)
@@ -259,7 +265,7 @@ def fill(
         if dtype is not None:
             config = {**config, "dtype": str(dtype).removeprefix("torch.")}
         layer = build_layer(name, config, printable(origin), torch.device("meta"))
-        if isinstance(layer, DecodedLayer):
+        if isinstance(layer, (DecodedLayer, PaddedLayer)):
             layer.adopt(modules[name], printable(name))
         layers[id(modules[name])] = layer
     model = _replace(skeleton, layers)
@@ -271,6 +277,8 @@ def fill(
     model.load_state_dict(state, strict=True, assign=True)
     _tie(model, manifest)
     _move_unstored(model, manifest, device)
+    if isinstance(manifest.raw.get("certificate"), dict):
+        vars(model)[CERTIFICATE] = manifest.raw["certificate"]
     return guard_methods(model).eval()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,10 +18,12 @@ from lowrank.layers import LAYER_KINDS, CompressedLayer, Role
 from lowrank.numerics.rounding import LEAST_BITS, MOST_BITS
 
 __all__ = [
+    "CERTIFICATE",
     "FORMAT_VERSION",
     "MANIFEST_NAME",
     "Manifest",
     "build_layer",
+    "certified_digest",
     "check_documents",
     "check_tensor",
     "enclosing",
@@ -31,8 +34,12 @@ __all__ = [
     "sealed",
 ]
 
+log = logging.getLogger("lowrank")
+
 MANIFEST_NAME = "lowrank_config.json"
 FORMAT_VERSION = 1
+# Of a model that was loaded: what its file says was proved, so that it goes along into the next one.
+CERTIFICATE = "lowrank_certificate"
 _QUANT_METHOD = PACKAGE
 # An entry takes about 300 bytes; the rest is room for long names and `extra`.
 _MANIFEST_BYTES = 1 << 20
@@ -123,15 +130,36 @@ def open_checkpoint(directory: Path) -> tuple[Manifest, TensorSource]:
 def sealed(
     document: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    """Add the digests to a manifest: of each tensor, of ``config.json`` without what points here, and of itself."""
+    """Add the digests to a manifest: of each tensor, of ``config.json`` without what points here, and of itself.
+
+    A certificate that is for other tensors is left out, with a message on the logger "lowrank".
+    """
     digests: dict[str, Any] = {
         "algorithm": ALGORITHM,
         "tensors": {name: tensor_digest(tensor) for name, tensor in sorted(tensors.items())},
     }
     if config is not None:
         digests["config"] = _config_digest(config)
+    certificate = document.get("certificate")
+    if certificate is not None and certificate.get("tensors") != certified_digest(
+        digests["tensors"], document.get("guard")
+    ):
+        log.warning(
+            "save: the model was changed after it was measured: its certificate is for other tensors and is left out"
+        )
+        document = {key: value for key, value in document.items() if key != "certificate"}
     whole = {**document, "digests": digests}
     return {**whole, "digest": document_digest(whole)}
+
+
+def certified_digest(digests: Mapping[str, str], guard: str | None = None) -> str:
+    """Digest the digests of a model's tensors, whose guard is none of its own: what a certificate names.
+
+    Example:
+        >>> certified_digest({"a": "1", "guard": "2"}, "guard") == certified_digest({"a": "1"})
+        True
+    """
+    return document_digest({name: digest for name, digest in digests.items() if name != guard})
 
 
 def _config_digest(config: Mapping[str, Any]) -> str:

@@ -12,7 +12,14 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from lowrank.checkpoint.manifest import FORMAT_VERSION, MANIFEST_NAME, manifest_limit_bytes, prefix_of, sealed
+from lowrank.checkpoint.manifest import (
+    CERTIFICATE,
+    FORMAT_VERSION,
+    MANIFEST_NAME,
+    manifest_limit_bytes,
+    prefix_of,
+    sealed,
+)
 from lowrank.errors import CheckpointError, UsageError
 from lowrank.io import (
     INDEX_NAME,
@@ -150,6 +157,7 @@ def save_compressed(
     overwrite: bool = False,
     source: str | Path | None = None,
     extra: Mapping[str, Any] | None = None,
+    certificate: Mapping[str, Any] | None = None,
     max_shard_bytes: int = _SHARD_BYTES,
 ) -> Path:
     """Write a compressed model; ``directory`` appears complete or stays as it was.
@@ -163,6 +171,7 @@ def save_compressed(
         overwrite: replace a directory that is not empty, in one step.
         source: the directory of the original model, whose tokenizer and processor files are copied.
         extra: plain JSON for ``lowrank_config.json``, under ``"extra"``; the same for the same run.
+        certificate: what was proved of the model, by default what came with it from a file; written where its digest is of these tensors.
         max_shard_bytes: more than this and the tensors are spread over several files.
 
     Returns:
@@ -200,9 +209,11 @@ def save_compressed(
         tensors = {guard: torch.empty(0), **tensors}
     # As a reader finds it: what JSON makes of it is what is digested.
     written = None if config is None else json.loads(_to_json(config, "config.json"))
-    manifest = sealed(
-        json.loads(_to_json(_manifest(model, layers, ties, guard, extra), MANIFEST_NAME)), tensors, written
-    )
+    document = _manifest(model, layers, ties, guard, extra)
+    certificate = certificate or vars(model).get(CERTIFICATE)
+    if certificate:
+        document["certificate"] = dict(certificate)
+    manifest = sealed(json.loads(_to_json(document, MANIFEST_NAME)), tensors, written)
     manifest_text = _to_json(manifest, MANIFEST_NAME)
     if len(manifest_text.encode()) > manifest_limit_bytes(len(tensors)):
         raise UsageError(f"{MANIFEST_NAME} would have {len(manifest_text)} characters; pass less in extra=")

@@ -8,10 +8,10 @@ from typing import Any
 import click
 
 from lowrank.analysis.frontier import POINTS, STATE_NAME, measure_frontier
-from lowrank.cli import data as cli_data
-from lowrank.cli.models import model_batches, open_model
-from lowrank.cli.options import Fraction, choice_options, common_options, data_options
-from lowrank.cli.paths import INPUT, OUTPUT_DIRECTORY, OUTPUT_FILE, Command
+from lowrank.cli.groups import check_files, read_files
+from lowrank.cli.models import open_model
+from lowrank.cli.options import Fraction, calibration_options, choice_options, common_options, data_options
+from lowrank.cli.paths import INPUT, OUTPUT_DIRECTORY, OUTPUT_FILE, Command, DataFile
 from lowrank.cli.shell import STANDARD_OUTPUT, check_file, emit_report, note
 from lowrank.compression.options import metric_choices, metric_of
 from lowrank.errors import UsageError
@@ -22,10 +22,7 @@ __all__ = ["frontier_command"]
 
 @click.command("frontier", cls=Command, short_help="Size against error: what several budgets give, each measured.")
 @click.argument("source", type=INPUT)
-@click.option("--calibration", type=INPUT, help="A .txt, .npz or .safetensors file of typical inputs.")
-@click.option(
-    "--validation", type=INPUT, help="Inputs to measure on; else a quarter of the calibration is kept for it."
-)
+@calibration_options
 @click.option(
     "-o",
     "--output",
@@ -53,8 +50,8 @@ __all__ = ["frontier_command"]
 @common_options
 def frontier_command(
     source: Path,
-    calibration: Path | None,
-    validation: Path | None,
+    calibration: tuple[DataFile, ...],
+    validation: tuple[DataFile, ...],
     output: Path | None,
     budgets: str | None,
     formats: str,
@@ -78,25 +75,26 @@ def frontier_command(
     for path in (json_file, html_file):
         if path is not None and path != STANDARD_OUTPUT:
             check_file(path)
-    if calibration is None and metric_of(options["metric"], calibrated=False).needs_data:
+    check_files("--calibration", calibration)
+    check_files("--validation", validation)
+    if not calibration and metric_of(options["metric"], calibrated=False).needs_data:
         raise UsageError(
             f"--metric {options['metric']}: needs --calibration; without data only weight errors are known"
         )
-    if validation is not None and calibration is None:
+    if validation and not calibration:
         raise UsageError("--validation: needs --calibration too; plans must not see the data that they are measured on")
     if budgets is not None and options["points"] is not None:
         raise UsageError("--budgets or --points: give one of them; --points spreads budgets of its own")
     wanted = None if budgets is None else _numbers(budgets)
     if output is not None:
-        inputs = [path for path in (source, calibration, validation) if path is not None]
+        inputs = [source, *(file.path for file in (*calibration, *validation))]
         check_destination(output, overwrite or (output / STATE_NAME).is_file(), inputs)
-    data = None if calibration is None else cli_data.read_data(calibration)
-    checks = None if validation is None else cli_data.read_data(validation)
+    data, checks = read_files(calibration), read_files(validation)
     model = open_model(source, device, quiet, compressed=False)
     report = measure_frontier(
         model,
-        calibration=model_batches(data, calibration, model, source, max_tokens, batch_size),
-        validation=model_batches(checks, validation, model, source, max_tokens, batch_size),
+        calibration=data.batches(model, source, max_tokens, batch_size),
+        validation=checks.batches(model, source, max_tokens, batch_size),
         budgets=wanted,
         directory=output,
         overwrite=overwrite,

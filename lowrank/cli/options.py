@@ -9,11 +9,12 @@ from typing import Any, TypeVar
 import click
 import torch
 
+from lowrank.cli.paths import DATA
 from lowrank.compression.formats import compressing_formats
 from lowrank.io.numbers import number_of
 from lowrank.layers.base import ACTIVATIONS
 
-__all__ = ["Fraction", "choice_options", "common_options", "data_options"]
+__all__ = ["Fraction", "calibration_options", "choice_options", "common_options", "data_options"]
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -80,6 +81,29 @@ def choice_options(command: _Command) -> _Command:
             default=",".join(compressing_formats()),
             show_default=True,
             help="Formats to choose from; dense always is one.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def calibration_options(command: _Command) -> _Command:
+    """Options of the commands that choose by some samples and measure on others: files, or a file a group."""
+    for option in (
+        click.option(
+            "--validation",
+            type=DATA,
+            metavar="[NAME=]FILE",
+            multiple=True,
+            help="Inputs to verify on; else a quarter of the calibration is kept for it. Repeated as NAME=FILE: the budget holds in "
+            "each group.",
+        ),
+        click.option(
+            "--calibration",
+            type=DATA,
+            metavar="[NAME=]FILE",
+            multiple=True,
+            help="A .txt, .npz or .safetensors file of typical inputs; of each group, as NAME=FILE.",
         ),
     ):
         command = option(command)

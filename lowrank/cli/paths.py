@@ -10,6 +10,7 @@ import os
 import stat
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,63 @@ from lowrank.errors import UsageError
 from lowrank.io import printable
 from lowrank.io.ownership import overlaps
 
-__all__ = ["INPUT", "OUTPUT_DIRECTORY", "OUTPUT_FILE", "Command", "InputPath", "OutputPath", "refuse_overlaps"]
+__all__ = [
+    "DATA",
+    "INPUT",
+    "OUTPUT_DIRECTORY",
+    "OUTPUT_FILE",
+    "Command",
+    "DataFile",
+    "DataPath",
+    "InputPath",
+    "OutputPath",
+    "refuse_overlaps",
+]
 
 
 class InputPath(click.Path):
     """A file or directory that is read and stays as it is."""
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """A data file that a command is given, and the group that its samples are.
+
+    Attributes:
+        group: "" where it was given without a name.
+    """
+
+    group: str
+    path: Path
+
+    def __fspath__(self) -> str:
+        return os.fspath(self.path)
+
+
+class DataPath(InputPath):
+    """A data file, as ``FILE`` or, where its samples are a group by themselves, as ``NAME=FILE``.
+
+    Example:
+        >>> DataPath(path_type=Path).convert("news=texts/a=b.txt", None, None)
+        DataFile(group='news', path=PosixPath('texts/a=b.txt'))
+        >>> DataPath(path_type=Path).convert("./a=b.txt", None, None).group
+        ''
+    """
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Take the name off; a path with a slash before its first "=" has none."""
+        text = os.fspath(value)
+        name, equals, rest = text.partition("=")
+        if not equals or os.sep in name:
+            return DataFile("", Path(os.fsdecode(super().convert(text, param, ctx))))
+        if not name.strip() or not rest:
+            self.fail(
+                f"{printable(text)}: a group of samples is given as NAME=FILE, such as news=news.txt; a file whose own name has a '=' is "
+                f"given as .{os.sep}{printable(text)}",
+                param,
+                ctx,
+            )
+        return DataFile(name.strip(), Path(os.fsdecode(super().convert(rest, param, ctx))))
 
 
 class OutputPath(click.Path):
@@ -32,6 +85,7 @@ class OutputPath(click.Path):
 
 
 INPUT = InputPath(path_type=Path)
+DATA = DataPath(path_type=Path)
 OUTPUT_FILE = OutputPath(path_type=Path)
 OUTPUT_DIRECTORY = OutputPath(path_type=Path)
 

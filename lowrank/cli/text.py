@@ -95,6 +95,10 @@ def info_text(found: dict[str, Any]) -> str:
     for key, name in errors:
         if totals.get(key) is not None:
             rows.append((name, f"{totals[key]:.4g} ({printable(totals.get('metric'))})"))
+    if found.get("certificate") is not None:
+        groups = found["certificate"].get("groups")
+        told = f"; in each of {', '.join(map(printable, groups))}" if isinstance(groups, dict) and groups else ""
+        rows.append(("certificate", f"for these tensors{told}"))
     return tabulate(rows, tablefmt="plain", disable_numparse=True)
 
 

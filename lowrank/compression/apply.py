@@ -9,15 +9,17 @@ from typing import Any
 from torch import Tensor, nn
 
 from lowrank.calibration.batches import ForwardFn
+from lowrank.calibration.groups import read_samples
 from lowrank.calibration.metrics import METRICS
-from lowrank.calibration.preparing import prepare_batches
 from lowrank.calibration.untouched import borrowed, set_modes
+from lowrank.compression.lowered import geometries_of, plan_inside
 from lowrank.compression.options import MOST_SEED, Options, default_metric
 from lowrank.compression.plan import Plan
 from lowrank.compression.prepare import fold_and_find, gather, planned, split_again
 from lowrank.compression.working_copy import WorkingCopy
 from lowrank.errors import CheckpointError, is_whole
 from lowrank.integrations.methods import guard_methods
+from lowrank.targets.lowering import lowered_again, raised
 from lowrank.targets.model import unwrapped
 
 __all__ = ["apply_plan"]
@@ -77,17 +79,20 @@ def apply_plan(
         log.warning("apply_plan: the plan's model was healed afterwards, which applying the plan does not repeat")
     original = unwrapped(model)
     with borrowed(original) as modes:
-        working, found, _ = fold_and_find(original, options)
+        geometries = geometries_of(plan)
+        inner = lowered_again(original, geometries) if geometries else original
+        plan = plan_inside(plan, geometries)
+        working, found, _ = fold_and_find(inner, options)
         batches = (
             None
             if calibration is None
-            else prepare_batches(original, calibration, output_fn=output_fn, forward_fn=forward_fn)
+            else read_samples(original, calibration, output_fn=output_fn, forward_fn=forward_fn)
         )
         split = split_again(batches, metadata) if batches is not None else None
         factored = any(entry.rank is not None for entry in plan.entries)
         copied = WorkingCopy(working, gather(working, found, split, options, factored=factored)[0])
         copied.install_plan(plan)
-        finished = copied.release()
+        finished = raised(copied.release())
     set_modes(finished, modes)
     return guard_methods(finished)
 

@@ -8,8 +8,8 @@ from dataclasses import replace
 
 from torch import nn
 
-from lowrank.calibration.batches import Batch, sample_count
-from lowrank.calibration.evaluation import Evaluator
+from lowrank.calibration.batches import Batch
+from lowrank.calibration.groups import evaluator_of, fewest, groups_of
 from lowrank.calibration.metrics import CallableMetric, SampledMetric
 from lowrank.compression.accounting import TargetBytes
 from lowrank.compression.allocation import Allocator
@@ -61,7 +61,8 @@ def search_of(
         measure,
         verify,
         options.contribution,
-        verify_samples=sample_count(verification),
+        verify_samples=fewest(verification),
+        foreseen=prepared.split is None or set(groups_of(verification)) <= {"", *groups_of(prepared.split.search)},
         heal=_healer(prepared, options),
         progress=options.progress,
         reasons=lambda scale: prepared.refused | _unrefused(prepared, scale, options),
@@ -98,8 +99,8 @@ def _measures(
         weight = ComputedError(lambda model: weight_error_of(copy))
         return weight, weight
     desc = "measuring" if options.progress else None
-    search = Evaluator(copy.reference, prepared.split.search, metric, options.output_fn)
-    verify = Evaluator(copy.reference, verification, metric, options.output_fn)
+    search = evaluator_of(copy.reference, prepared.split.search, metric, options.output_fn)
+    verify = evaluator_of(copy.reference, verification, metric, options.output_fn)
     return SampledError(search, desc), SampledError(verify, desc)
 
 
@@ -194,9 +195,10 @@ def measure_given(prepared: Preparation, plan: Plan, verification: Sequence[Batc
     )
     plan = replace(plan, entries=sized)
     if options.error_budget is not None and not reading.upper <= options.error_budget:
+        standing = "" if reading.comparison is None else reading.comparison.standing(options.error_budget)
         raise BudgetError(
             f"error budget {options.error_budget:g}: the given plan reaches {beside(reading.value, options.error_budget)}, "
-            f"at most {beside(reading.upper, options.error_budget)} with 95 % confidence",
+            f"at most {beside(reading.upper, options.error_budget)} with 95 % confidence{standing}",
             plan=plan,
             error=reading.upper,
         )

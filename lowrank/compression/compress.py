@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,22 @@ from torch import Tensor, nn
 
 from lowrank import checkpoint, kernels
 from lowrank.calibration.batches import Batch, ForwardFn
-from lowrank.calibration.preparing import prepare_batches
+from lowrank.calibration.groups import read_samples, refuse_untested
 from lowrank.calibration.samples import without_shared
 from lowrank.calibration.untouched import borrowed, set_modes
 from lowrank.compression.accounting import compression_report, layer_rows
+from lowrank.compression.certificate import certificate_of, plan_digest, signed_for
 from lowrank.compression.choose import allocator_of, choose, measure_given
 from lowrank.compression.formats import FORMATS, compressing_formats
 from lowrank.compression.latency import speed_of
+from lowrank.compression.lowered import (
+    geometries_of,
+    lowered_for,
+    plan_inside,
+    plan_outside,
+    put_into,
+    report_outside,
+)
 from lowrank.compression.options import Metric, Options, budget_of
 from lowrank.compression.plan import Plan
 from lowrank.compression.prepare import (
@@ -42,6 +51,7 @@ from lowrank.integrations.methods import guard_methods
 from lowrank.numerics.linalg import fallback_counts, reset_fallback_counts
 from lowrank.targets import target_names
 from lowrank.targets.copying import copy_model
+from lowrank.targets.lowering import Like, lowered_again, raised
 from lowrank.targets.model import unwrapped
 
 __all__ = ["CompressionResult", "compress_model", "plan_model", "prepare"]
@@ -57,6 +67,9 @@ class CompressionResult:
         model: ready to run; of the original's class, in its mode and on its device.
         plan: plain data; ``apply_plan(model, plan, calibration)`` makes the same model again, but for what healing moved.
         report: rows and totals, see :class:`lowrank.CompressionReport`.
+        certificate: what was proved, as plain JSON: metric, budget, measured error and bound, confidence, method, samples, groups,
+            digests of the data's parts, of the plan and of the model's tensors, versions, processor; :meth:`save` writes it into
+            ``lowrank_config.json``, as long as the tensors are the ones that it is for.
         source: the directory whose tokenizer and processor files :meth:`save` copies; found by itself where transformers loaded the
             model from a local one.
     """
@@ -65,6 +78,7 @@ class CompressionResult:
     plan: Plan
     report: CompressionReport
     source: Path | None = None
+    certificate: dict[str, Any] = field(default_factory=dict)
 
     def save(self, directory: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Write model, plan and reports to a directory that :func:`lowrank.load_model` reads.
@@ -74,7 +88,13 @@ class CompressionResult:
             StorageError: writing failed; what was there before is untouched.
         """
         checkpoint.save_compressed(
-            self.model, Path(directory), plan=self.plan, report=self.report, overwrite=overwrite, source=self.source
+            self.model,
+            Path(directory),
+            plan=self.plan,
+            report=self.report,
+            overwrite=overwrite,
+            source=self.source,
+            certificate=self.certificate,
         )
 
 
@@ -86,7 +106,7 @@ def compress_model(
     metric: Metric = "auto",
     higher_is_better: bool = False,
     calibration: Iterable[Any] | None = None,
-    validation: Iterable[Any] | None = None,
+    validation: Iterable[Any] | Mapping[str, Iterable[Any]] | None = None,
     formats: Sequence[str] | str = compressing_formats(),
     targets: Sequence[str] = target_names(),
     ignore: Sequence[str] = (),
@@ -98,7 +118,7 @@ def compress_model(
     activations: str = "auto",
     output_fn: Callable[[Any], Tensor] | None = None,
     forward_fn: ForwardFn | None = None,
-    like: Mapping[type[nn.Module], type[nn.Module]] | None = None,
+    like: Like | None = None,
     inplace: bool = False,
     device: torch.device | str | None = None,
     seed: int = 0,
@@ -124,8 +144,11 @@ def compress_model(
         higher_is_better: for a callable; the budget is its allowed relative loss.
         calibration: one tensor or array (samples along dimension 0), or batches: a tensor or tuple (positional arguments), a dict
             (keyword arguments), (inputs, labels) of a ``DataLoader``, nested lists and dicts of tensors, or what the model's one argument
-            takes. Only distinct samples count. The "weight" metric does not use them.
-        validation: batches for verification, none of them calibration samples; else a quarter of the calibration samples is set aside.
+            takes. Only distinct samples count. The "weight" metric does not use them. Or {group: such data}: the search then aims at
+            the budget in each group, and the promise holds in each where no ``validation`` is given.
+        validation: batches for verification, none of them calibration samples; else a quarter of the calibration samples (of each
+            group) is set aside. Or {group: batches}, such as {"news": …, "captions": …}: the budget then holds in *each* group, each
+            passing its own test, and the report shows each. Groups named like those of ``calibration`` let the search see them coming.
         formats: out of "int8", "lowrank", "lowrank-int8", or "all"; "dense" is always a candidate.
         targets: kinds of layers to compress.
         ignore: globs over module names to leave alone.
@@ -143,7 +166,9 @@ def compress_model(
         activations: "int8" (integer products), "float" (weight-only), or "auto": integer, weight-only where that buys size.
         output_fn: picks the tensor to measure out of the model's output; else every floating tensor counts.
         forward_fn: ``forward_fn(model, batch) -> output`` calls the model with a batch of the data as it is: for models that take objects.
-        like: {MyConv: nn.Conv2d}: reserved for classes that pad and then are that layer; not built yet.
+        like: {MyConv: nn.Conv2d}: modules of this class pad (or do anything else that needs no weight) and then are that layer, one of
+            ``nn.Conv1d``, ``nn.Conv2d``, ``nn.Linear``: they then take every format, integer products too, inside their own forward.
+            Checked on the first calibration batch.
         inplace: replace the layers in the model itself.
         device: move a copy there first.
         seed: of the split; same input, seed and thread count give the same bytes.
@@ -165,11 +190,6 @@ def compress_model(
         >>> result.report.totals["error_upper"] <= 0.05, result.report.totals["size_ratio"] < 0.3
         (True, True)
     """
-    if like:
-        raise NotImplementedError(
-            "like: integer products and low rank for layers that pad first are not built yet; leave it out, and modules with a forward of "
-            "their own are kept in int8 and decoded into it"
-        )
     options = Options(
         error_budget=budget_of(error_budget, "error_budget"),
         size_budget=budget_of(size_budget, "size_budget"),
@@ -194,19 +214,37 @@ def compress_model(
     if plan is not None:
         options = planned(options, plan.metadata)
     original = _on_device(unwrapped(model), device)
+    geometries = {} if plan is None else geometries_of(plan)
+    if geometries and options.fold_batchnorm:
+        raise UsageError("fold_batchnorm: a plan with like has no place for it; make the plan without one of the two")
     with borrowed(original) as modes:
-        result, copied, healed, batch = _compressed(original, calibration, validation, options, plan, inplace=inplace)
-        if inplace:
+        working = original
+        if like and plan is None:
+            calibration, options, working, geometries = lowered_for(original, like, calibration, options)
+        elif geometries:
+            assert plan is not None
+            working, plan = lowered_again(original, geometries), plan_inside(plan, geometries)
+        # What is inside a forward is put into the caller's model at the end.
+        within = inplace and not geometries
+        result, copied, healed, batch = _compressed(working, calibration, validation, options, plan, inplace=within)
+        if geometries:
+            result.model, result.plan = raised(result.model), plan_outside(result.plan, geometries)
+            report_outside(result.report, geometries, original)
+            result.certificate["plan"] = plan_digest(result.plan)
+        if within:
             # The model shares its weights with the one that is in evaluation mode.
             rehearse(result.model, copied.reference, batch, None)
-    if not inplace:
+    if not within:
         # By now the original has lost what runs left on it, as what somebody loads into never had it.
-        rehearse(result.model, copied.reference, batch, modes)
-    if inplace:
+        rehearse(result.model, original if geometries else copied.reference, batch, modes)
+    if inplace and geometries:
+        result.model = put_into(original, result.model, healed=healed is not None)
+    elif inplace:
         # Only now: until here whatever was done to the caller's model is taken back.
         result.model = copied.write_back(healed)
     set_modes(result.model, modes)
     guard_methods(result.model)
+    result.certificate = signed_for(result.certificate, result.model)
     return result
 
 
@@ -250,7 +288,8 @@ def _compressed(
                 error=report.totals["error_upper"],
             )
     batches = [] if prepared.split is None else [*verification, *prepared.split.search, *prepared.split.statistics]
-    result = CompressionResult(finished, outcome.chosen.plan, report, _local_source(original))
+    certificate = certificate_of(report.totals, options, outcome.chosen.plan, prepared.split)
+    result = CompressionResult(finished, outcome.chosen.plan, report, _local_source(original), certificate)
     return result, prepared.copy, healed, next(iter(batches), None)
 
 
@@ -298,15 +337,15 @@ def prepare(
     # The "weight" metric needs no samples: its optimum is the plain SVD.
     blind = options.error_metric.weights_only
     called: dict[str, Any] = {"output_fn": options.output_fn, "forward_fn": options.forward_fn}
-    batches = (
-        prepare_batches(model, calibration, **called) if calibration is not None and (latency or not blind) else None
-    )
+    batches = read_samples(model, calibration, **called) if calibration is not None and (latency or not blind) else None
     calls = batches
     if blind:
+        refuse_untested(options.error_metric, validation)
         batches = validation = None
-    checks = prepare_batches(model, validation, "validation", **called) if validation is not None else None
+    checks = read_samples(model, validation, "validation", **called) if validation is not None else None
     if checks is not None and batches is not None:
         checks = without_shared(checks, batches)
+    refuse_untested(options.error_metric, validation, [*(batches or ()), *(checks or ())])
     warnings = [text for read in (batches, checks) if read is not None for text in read.warnings]
     notes += [*warnings, *(text for read in (batches, checks) if read is not None for text in read.notes)]
     split = split_samples(batches, checks, options)

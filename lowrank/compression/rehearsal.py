@@ -16,7 +16,7 @@ from lowrank.calibration.outputs import tensors_in
 from lowrank.calibration.untouched import set_modes
 from lowrank.checkpoint.rebuilding import rebuilt
 from lowrank.errors import UsageError
-from lowrank.layers.decoded import DecodedLayer
+from lowrank.layers import DecodedLayer, PaddedLayer
 from lowrank.targets.references import other_ways, reachable
 
 __all__ = ["rehearse"]
@@ -84,9 +84,10 @@ def rehearse(finished: nn.Module, original: nn.Module, batch: Batch | None, mode
 def _refuse_strangers(finished: nn.Module, original: nn.Module, batch: Batch) -> None:
     """Refuse where the finished model calls modules of the original, or unregistered ones with weights, or reads the original's weights."""
     own = {id(module) for module in finished.modules()}
-    # The forward of a decoded layer is its module's own, which it keeps beside its codes.
+    # The forward of a decoded or padded layer is its module's own, which it keeps beside its codes.
+    own_forward = (DecodedLayer, PaddedLayer)
     kept = [
-        module.source for module in finished.modules() if isinstance(module, DecodedLayer) and module.source is not None
+        module.source for module in finished.modules() if isinstance(module, own_forward) and module.source is not None
     ]
     own |= {id(module) for source in kept for module in source.modules()}
     foreign = {id(module): name for name, module in original.named_modules() if id(module) not in own}

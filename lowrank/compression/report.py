@@ -12,8 +12,10 @@ from lowrank.compression.formats import is_plain_rounding
 from lowrank.compression.rows import (
     ARITHMETICS,
     COLUMNS,
+    GROUP_COLUMNS,
     TRIAL_COLUMNS,
     LayerRow,
+    group_texts,
     row_from_json,
     row_texts,
     same_total,
@@ -142,14 +144,22 @@ class CompressionReport(Report):
         totals, lines = self.totals, []
         show = recorded_metric(str(totals.get("metric"))).show
         outputs = totals.get("outputs") or {}
+        groups = totals.get("groups") or {}
+        if groups and totals.get("error_budget") is not None:
+            few = "one group" if len(groups) == 1 else f"each of {len(groups)} groups by itself"
+            lines.append(f"The budget holds in {few}: {', '.join(map(one_line, groups))}.")
         if len(outputs) > 1:
             each = ", ".join(
                 f"{one_line(name)} {show(item['error'])}" for name, item in outputs.items() if item["error"] is not None
             )
             lines.append(f"{len(outputs)} outputs were measured, and the budget holds for each: {each}.")
         if totals.get("error_worst") is not None:
+            told = f"Pooled over {counted(totals.get('samples', 0), 'sample')}"
+            if groups:
+                worst = str(totals.get("worst_group"))
+                told = f"In {one_line(worst)}, {counted(groups.get(worst, {}).get('samples', 0), 'sample')}"
             line = (
-                f"Pooled over {counted(totals.get('samples', 0), 'sample')}; of the samples' own errors the median is "
+                f"{told}; of the samples' own errors the median is "
                 f"{show(totals['error_median'])}, the worst tenth begins at {show(totals['error_worst_tenth'])}, the worst is "
                 f"{show(totals['error_worst'])}"
             )
@@ -164,14 +174,17 @@ class CompressionReport(Report):
         name, show = metric if metric == "error" else known.title, known.show
         phrases = []
         if totals.get("error_measured") is not None:
-            phrases.append(f"{name} {show(totals['error_measured'])} measured")
+            groups = totals.get("groups") or {}
+            where = f" in {one_line(str(totals.get('worst_group')))}, the worst of {len(groups)} groups"
+            phrases.append(f"{name} {show(totals['error_measured'])} measured{where if len(groups) > 1 else ''}")
         elif totals.get("error_predicted") is not None:
             phrases.append(f"{name} {show(totals['error_predicted'])} predicted, not measured")
         if totals.get("error_upper") is not None and totals.get("error_upper") != totals.get("error_measured"):
             upper, budget = totals["error_upper"], totals.get("error_budget")
             bound = show(upper) if budget is None or metric == "error" else known.show_beside(upper, budget)
             sure = totals.get("confidence", 0.95) is not None
-            phrases.append(f"at most {bound} with 95 % confidence" if sure else "proved for no other samples")
+            each = " in each" if len(totals.get("groups") or {}) > 1 else ""
+            phrases.append(f"at most {bound} with 95 % confidence{each}" if sure else "proved for no other samples")
         if totals.get("error_budget") is not None:
             shown = show if metric == "error" else known.show_limit
             phrases.append(f"budget {shown(totals['error_budget'])}")
@@ -206,7 +219,7 @@ class CompressionReport(Report):
         if not full:
             footnotes = self._footnotes()
             rows = [[*cells[:-1], footnotes.get(cells[-1], cells[-1])] for cells in rows]
-        return [Table(COLUMNS, rows, total_texts(self.rows)), *self._plans_tried()]
+        return [*self._groups(), Table(COLUMNS, rows, total_texts(self.rows)), *self._plans_tried()]
 
     def _remarks(self, full: bool) -> list[str]:
         return [] if full else [f"{mark} {text}" for text, mark in self._footnotes().items()]
@@ -216,13 +229,23 @@ class CompressionReport(Report):
         long = dict.fromkeys(text for row in self.rows if len(text := row_texts(row)[-1]) > WIDEST_REMARK)
         return {text: f"[{number}]" for number, text in enumerate(long, start=1)}
 
+    def _groups(self) -> list[Table]:
+        metric = recorded_metric(str(self.totals.get("metric")))
+        rows = group_texts(self.totals, metric.show_beside, metric.show)
+        return [Table(GROUP_COLUMNS, rows, title="Groups of samples", named=False)] if rows else []
+
     def _plans_tried(self) -> list[Table]:
         tried = trial_texts(self.totals, recorded_metric(str(self.totals.get("metric"))).show_beside)
         return [Table(TRIAL_COLUMNS, tried, title="Plans that were measured", named=False)] if tried else []
 
     def _sections(self) -> list[str]:
-        tried = [html.section(table.title, table.to_html()) for table in self._plans_tried()]
-        return page.sections(self.rows, self.totals, self.answer, self.frontier) + tried
+        groups, tried = (
+            [html.section(table.title, table.to_html()) for table in tables]
+            for tables in (self._groups(), self._plans_tried())
+        )
+        # The tiles stand first.
+        first, *others = page.sections(self.rows, self.totals, self.answer, self.frontier)
+        return [first, *groups, *others, *tried]
 
     def _footer(self) -> list[str]:
         seed = self.totals.get("seed")

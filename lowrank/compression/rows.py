@@ -15,9 +15,11 @@ from lowrank.reporting.text import Column, counted, human_bytes, one_line, perce
 __all__ = [
     "ARITHMETICS",
     "COLUMNS",
+    "GROUP_COLUMNS",
     "TRIAL_COLUMNS",
     "Arithmetic",
     "LayerRow",
+    "group_texts",
     "trial_texts",
     "row_from_json",
     "row_texts",
@@ -71,6 +73,16 @@ TRIAL_COLUMNS = (
     Column("error (verified)", numeric=True),
     Column("at most (95 %)", numeric=True),
     Column("outcome"),
+)
+
+GROUP_COLUMNS = (
+    Column("group", keep="left", least=12),
+    Column("samples", numeric=True),
+    Column("error (verified)", numeric=True),
+    Column("at most (95 %)", numeric=True),
+    Column("median sample", numeric=True, drop=1),
+    Column("worst sample", numeric=True, drop=2),
+    Column("budget"),
 )
 
 
@@ -216,6 +228,34 @@ def trial_texts(totals: Mapping[str, Any], show: Callable[[float, float], str]) 
         ]
         for item in totals.get("finalists") or ()
     ]
+
+
+def group_texts(
+    totals: Mapping[str, Any], beside: Callable[[float, float], str], show: Callable[[float], str]
+) -> list[list[str]]:
+    """Write the cells under :data:`GROUP_COLUMNS` of the groups of samples, where the totals tell of any.
+
+    Args:
+        totals: of a report; ``totals["groups"]`` holds maps of ``samples``, ``error`` and ``upper``.
+        beside: an error as text, with the digits that tell it from the budget.
+        show: an error as text.
+    """
+    budget = totals.get("error_budget")
+    rows = []
+    for name, item in (totals.get("groups") or {}).items():
+        error, upper = item.get("error"), item.get("upper")
+        kept = upper is not None and budget is not None and upper <= budget
+        rows.append(
+            [
+                one_line(name),
+                f"{item.get('samples', 0):,}",
+                "inf" if error is None else beside(error, budget or 0.0),
+                "no bound" if upper is None else beside(upper, budget or 0.0),
+                *("" if item.get(key) is None else show(item[key]) for key in ("error_median", "error_worst")),
+                "" if budget is None else "kept" if kept else "not kept",
+            ]
+        )
+    return rows
 
 
 def row_from_json(item: object, source: str) -> LayerRow:

@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from lowrank.calibration.measurement import named
 from lowrank.compression.healed_plans import heal_plan, healed_plans
 from lowrank.compression.plan import Plan, same_specs
 from lowrank.compression.trial import ErrorMeasure, Healer, Outcome, Reading, Trial
@@ -61,6 +60,7 @@ class Search:
         verify: the error on the verification part, from which no plan is made.
         total: from a value of the metric to the unit in which predicted contributions add up.
         verify_samples: how many samples ``verify`` measures on; 0 where that means nothing.
+        foreseen: the search part holds samples of every group that is verified, so that what is far within the budget there will pass.
         heal: trains the model of a plan; healed models are tried too. It may see neither part that is measured on.
         progress: bars on standard error.
         reasons: from the scale to why each layer would stay dense, for the error that says so.
@@ -75,6 +75,7 @@ class Search:
     verify: ErrorMeasure
     total: Callable[[float], float]
     verify_samples: int = 0
+    foreseen: bool = True
     heal: Healer | None = None
     progress: bool = False
     reasons: Callable[[float], Mapping[str, str]] = lambda scale: {}
@@ -202,7 +203,7 @@ class Search:
     def _verify(self, budget: float) -> Trial:
         """Test the trials from the safest to the smallest, and give the last that passes before the first that fails."""
         sequence = _safe_to_small(self.trials)
-        sure = [item for item in sequence if item.searched.upper <= SURE_SHARE * budget]
+        sure = [item for item in sequence if self.foreseen and item.searched.upper <= SURE_SHARE * budget]
         sequence = sequence[max(len(sure) - 1, 0) :]
         passed: Trial | None = None
         for trial in tqdm(sequence, desc="verifying plans", delay=2, disable=not self.progress):
@@ -224,16 +225,11 @@ class Search:
             f"{first.plan.bytes:,} bytes in the targets) reaches {beside(value, budget)}{bound}"
         )
         comparison = first.verified.comparison
-        if comparison is not None and len(comparison.parts) > 1:
-            text += f" in {named(comparison.worst)}, the worst of {len(comparison.parts)}"
         if comparison is not None:
-            text += "".join(f"; {note}" for note in comparison.notes())
-        needed = None if comparison is None else comparison.samples_needed(budget)
-        if comparison is not None and needed is not None:
-            text += (
-                f"; the {comparison.samples:,} verification samples are too few, or too unlike, to prove that it keeps the budget: about "
-                f"{needed:,} like them would settle it (four times as many calibration samples, of which a quarter verifies)"
-            )
+            text += comparison.standing(budget) + "".join(f"; {note}" for note in comparison.notes())
+        few = "" if comparison is None else comparison.too_few(budget)
+        if few:
+            text += f"; {few}"
         elif not math.isfinite(upper) and value <= budget:
             text += "; the verification samples are too few, or too unlike each other, to bound it: give more samples"
         elif math.isfinite(value):

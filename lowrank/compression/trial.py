@@ -9,6 +9,7 @@ from typing import Protocol
 from torch import nn
 
 from lowrank.calibration.evaluation import Comparison, Evaluator
+from lowrank.calibration.groups import GroupEvaluator
 from lowrank.compression.plan import Plan
 from lowrank.compression.working_copy import WorkingCopy
 from lowrank.training.healing import HealResult
@@ -41,7 +42,7 @@ class ErrorMeasure(Protocol):
 class SampledError:
     """Measure the error on samples, bounded with 95 % confidence."""
 
-    evaluator: Evaluator
+    evaluator: Evaluator | GroupEvaluator
     desc: str | None = None
 
     def __call__(self, model: nn.Module) -> Reading:

@@ -8,13 +8,17 @@ from lowrank.layers.base import CompressedLayer, Role, declare_format
 from lowrank.layers.conv import SVDCompressedConv1d, SVDCompressedConv2d
 from lowrank.layers.conv_codes import QuantizedConv1d, QuantizedConv2d
 from lowrank.layers.conv_factor_codes import QuantizedLowRankConv1d, QuantizedLowRankConv2d
+from lowrank.layers.conv_packed import PackedConv1d, PackedConv2d
 from lowrank.layers.decoded import DecodedLayer
 from lowrank.layers.embedding import LowRankEmbedding
 from lowrank.layers.embedding_codes import QuantizedEmbedding, QuantizedLowRankEmbedding
+from lowrank.layers.embedding_packed import PackedEmbedding
 from lowrank.layers.linear import SVDCompressedLinear
 from lowrank.layers.linear_codes import QuantizedLinear
 from lowrank.layers.linear_factor_codes import QuantizedLowRankLayer
+from lowrank.layers.linear_packed import PackedLinear
 from lowrank.layers.model import check_scales, compressed_layers
+from lowrank.layers.padded import Around, PaddedLayer
 from lowrank.layers.recurrent import (
     RECURRENT,
     QuantizedGRU,
@@ -35,10 +39,13 @@ __all__ = [
     "compressed_layers",
     "declare_format",
     # in place of nn.Linear
+    "PackedLinear",
     "QuantizedLinear",
     "QuantizedLowRankLayer",
     "SVDCompressedLinear",
     # in place of nn.Conv1d and nn.Conv2d
+    "PackedConv1d",
+    "PackedConv2d",
     "QuantizedConv1d",
     "QuantizedConv2d",
     "QuantizedLowRankConv1d",
@@ -47,10 +54,14 @@ __all__ = [
     "SVDCompressedConv2d",
     # in place of nn.Embedding
     "LowRankEmbedding",
+    "PackedEmbedding",
     "QuantizedEmbedding",
     "QuantizedLowRankEmbedding",
     # in place of any module that owns a matrix
     "DecodedLayer",
+    # around a layer, in place of a module that pads and then is that layer
+    "Around",
+    "PaddedLayer",
     # in place of recurrent layers and nn.MultiheadAttention
     "QuantizedGRU",
     "QuantizedGRUCell",
@@ -70,6 +81,10 @@ LAYER_KINDS: dict[str, type[CompressedLayer]] = {
         SVDCompressedLinear,
         QuantizedLowRankLayer,
         QuantizedLinear,
+        PackedLinear,
+        PackedEmbedding,
+        PackedConv1d,
+        PackedConv2d,
         LowRankEmbedding,
         QuantizedEmbedding,
         QuantizedLowRankEmbedding,
@@ -82,5 +97,6 @@ LAYER_KINDS: dict[str, type[CompressedLayer]] = {
         *RECURRENT.values(),
         QuantizedMultiheadAttention,
         DecodedLayer,
+        PaddedLayer,
     )
 }

@@ -11,7 +11,7 @@ from torch.fx.proxy import Proxy
 
 from lowrank.errors import UsageError
 from lowrank.layers.checks import ACTIVATIONS, FLOAT_ACTIVATIONS, INTEGER_ACTIVATIONS, dtype_from_name
-from lowrank.layers.roles import CODES, FLOAT, SCALE, Role
+from lowrank.layers.roles import CODES, FLOAT, SCALE, Role, ScaleForm
 from lowrank.layers.spec import LayerSpec
 from lowrank.layers.tracing import recorded
 from lowrank.layers.weight_view import WeightView, no_other_weight
@@ -153,8 +153,8 @@ class CompressedLayer(nn.Module):
         """Names of the layer's own tensors that make its weight: all but biases, and but those of layers inside."""
         raise NotImplementedError
 
-    def scale_lengths(self) -> dict[str, int]:
-        """Give how many numbers each scale of this layer has, by its name; empty for float factors."""
+    def scales(self) -> dict[str, ScaleForm]:
+        """Say what each scale of this layer looks like, by its name; empty for float factors."""
         return {}
 
     def roles(self) -> dict[str, Role]:
@@ -173,7 +173,7 @@ class CompressedLayer(nn.Module):
         """Say what the layer's own tensors are that are no floats."""
         if self.bits is None:
             return {}
-        scales = self.scale_lengths()
+        scales = self.scales()
         return {name: Role(SCALE) if name in scales else Role(CODES, self.bits) for name in self.weight_names}
 
     def share_tensors(self, owner: CompressedLayer) -> None:
@@ -360,12 +360,12 @@ class CompressedLayer(nn.Module):
         """Take over what a configuration holds beside the constructor's arguments."""
 
     def _apply(self: _Layer, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Layer:
-        before = {name: buffer for name, buffer in self._buffers.items() if name in self.scale_lengths()}
+        before = {name: buffer for name, buffer in self._buffers.items() if name in self.scales()}
         super()._apply(fn, recurse)
         scale = None
         for name, scale in before.items():
             moved = self._buffers.get(name)
-            if scale is not None and moved is not None and moved.dtype != torch.float32:
+            if scale is not None and moved is not None and moved.dtype != scale.dtype:
                 # ``.half()`` and ``.to(torch.bfloat16)`` are meant for the model's numbers; a scale in them would move
                 # every weight.
                 self._buffers[name] = scale.to(moved.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ class IntegerLinear(LinearLayer, IntegerLayer):
         """Give the codes in the order of the products."""
         raise NotImplementedError
 
-    def derive(self) -> IntegerWeight:
+    def derive(self) -> Any:
         """See :meth:`IntegerLayer.derive`."""
         return IntegerWeight(self.codes_to_multiply(), self.codes_and_scale()[-1])
 
@@ -66,10 +67,19 @@ class IntegerLinear(LinearLayer, IntegerLayer):
             x = x.to(working)
         if bias is not None and bias.dtype is not working:
             bias = bias.to(working)
+        result = self._multiply(x, bias, dtype)
+        return result if result.dtype is dtype else result.to(dtype)
+
+    def _multiply(self, x: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """The product of tokens in the dtype that is computed in, which came in ``dtype``."""
         result: Tensor = self.prepared().product(
             x, bias, 0 if self.activations == INTEGER_ACTIVATIONS else pieces_for(dtype)
         )
-        return result if result.dtype is dtype else result.to(dtype)
+        return result
+
+    def gradient_through(self) -> Callable[..., Tensor]:
+        """Give what computes :meth:`input_gradient` of the tensors of :meth:`codes_and_scale`."""
+        return type(self).input_gradient
 
     def extra_repr(self) -> str:
         """Say what ``repr`` shows."""
@@ -86,7 +96,7 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: IntegerLinear, *tensors: Tensor) -> Tensor:
         ctx.save_for_backward(*tensors)
-        ctx.layer_type = type(layer)
+        ctx.gradient_through = layer.gradient_through()
         ctx.bias_dtype = None if bias is None else bias.dtype
         return layer._product(x, bias)
 
@@ -97,7 +107,7 @@ class _StraightThrough(torch.autograd.Function):
         # Read once: checkpointing without reentry unpacks each time, and forbids a second.
         saved = ctx.saved_tensors
         if ctx.needs_input_grad[0]:
-            to_input = ctx.layer_type.input_gradient(rows, *saved)
+            to_input = ctx.gradient_through(rows, *saved)
             to_input = to_input.view(*gradient.shape[:-1], to_input.shape[-1])
         if ctx.needs_input_grad[1]:
             to_bias = rows.sum(dim=0).to(ctx.bias_dtype)

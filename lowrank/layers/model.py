@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from lowrank.errors import CheckpointError
 from lowrank.layers.base import CompressedLayer
+from lowrank.layers.roles import ScaleForm
 
 __all__ = ["check_scales", "compressed_layers"]
 
@@ -44,22 +45,22 @@ def check_scales(layer: nn.Module, name: str) -> None:
     """
     for prefix, module in layer.named_modules(prefix=name):
         if isinstance(module, CompressedLayer):
-            for leaf, length in module.scale_lengths().items():
-                _check_scale(getattr(module, leaf, None), prefix, leaf, length)
+            for leaf, form in module.scales().items():
+                _check_scale(getattr(module, leaf, None), prefix, leaf, form)
 
 
-def _check_scale(scale: object, name: str, leaf: str, length: int) -> None:
+def _check_scale(scale: object, name: str, leaf: str, form: ScaleForm) -> None:
     if not isinstance(scale, Tensor):
         raise CheckpointError(
             f"layer {name}: has integer codes but no {leaf}; the file is damaged, compress the model again"
         )
-    if scale.shape != (length,) or scale.dtype != torch.float32:
+    if scale.shape != form.shape or scale.dtype != form.dtype:
+        wanted = str(form.dtype).removeprefix("torch.")
         raise CheckpointError(
-            f"layer {name}: {leaf} must be float32 of shape ({length},), got {scale.dtype} of shape {tuple(scale.shape)}"
+            f"layer {name}: {leaf} must be {wanted} of shape {form.shape}, got {scale.dtype} of shape {tuple(scale.shape)}"
         )
-    wrong = ~(torch.isfinite(scale) & (scale > 0))
+    wrong = ~(torch.isfinite(scale) & ((scale != 0) if form.signed else (scale > 0)))
     if bool(wrong.any()):
-        index = int(torch.nonzero(wrong)[0])
-        raise CheckpointError(
-            f"layer {name}: {leaf}[{index}] is {float(scale[index])}; every scale must be positive and finite"
-        )
+        index = [int(at) for at in torch.nonzero(wrong)[0]]
+        rule = "no scale may be zero, NaN or infinite" if form.signed else "every scale must be positive and finite"
+        raise CheckpointError(f"layer {name}: {leaf}{index} is {float(scale[tuple(index)])}; {rule}")

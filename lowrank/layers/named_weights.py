@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lowrank.layers.base import CompressedLayer
 from lowrank.layers.checks import FLOAT_ACTIVATIONS
+from lowrank.layers.roles import ScaleForm
 from lowrank.layers.weights import joined, split
 from lowrank.numerics.rounding import dequantize_rows, quantize_rows
 
@@ -61,9 +62,9 @@ class NamedWeights(CompressedLayer):
         """See :meth:`CompressedLayer.weight_names`."""
         return tuple(f"{self._prefix(name)}{part}" for name in self.weight_shapes for part in ("codes", "scale"))
 
-    def scale_lengths(self) -> dict[str, int]:
-        """See :meth:`CompressedLayer.scale_lengths`."""
-        return {f"{self._prefix(name)}scale": self._rows(name) for name in self.weight_shapes}
+    def scales(self) -> dict[str, ScaleForm]:
+        """See :meth:`CompressedLayer.scales`."""
+        return {f"{self._prefix(name)}scale": ScaleForm((self._rows(name),)) for name in self.weight_shapes}
 
     def _matrix(self, name: str) -> tuple[Tensor, Tensor]:
         """Codes (rows, the rest) and scale of a weight."""

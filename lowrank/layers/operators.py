@@ -15,12 +15,15 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lowrank.kernels import IntegerConv
+from lowrank.kernels.packed import PackedWeight
 from lowrank.layers.conv_integer import input_gradient
 from lowrank.layers.embedding_codes import QuantizedLowRankEmbedding
 from lowrank.layers.linear_codes import QuantizedLinear
 from lowrank.layers.linear_factor_codes import QuantizedLowRankLayer
 from lowrank.layers.linear_integer import IntegerLinear
+from lowrank.layers.linear_packed import packed_input_gradient
 from lowrank.numerics.convolutions import ConvGeometry
+from lowrank.numerics.rounding_methods import Grid
 
 __all__: list[str] = []
 
@@ -29,15 +32,15 @@ __all__: list[str] = []
 _made: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def _kept(build: Callable[..., Any], *tensors: Tensor, more: tuple[Any, ...] = ()) -> Any:
-    """``build(*tensors, *more)``, made anew when a tensor is another one or was written to."""
+def _kept(build: Callable[..., Any], *tensors: Tensor, more: tuple[Any, ...] = (), key: Any = None) -> Any:
+    """``build(*tensors, *more)``, made anew when a tensor is another one or was written to; known by ``key``, or by build and more."""
     entries = _made.setdefault(tensors[0], {})
     state = [(tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
-    kept = entries.get((build, more))
+    kept = entries.get(key or (build, more))
     if kept is None or kept[0] != state:
         aliases = [tensor.detach() for tensor in tensors]
         # The aliases keep the memory, so that its address stays a name for it.
-        entries[(build, more)] = kept = (state, build(*aliases, *more), aliases)
+        entries[key or (build, more)] = kept = (state, build(*aliases, *more), aliases)
     return kept[1]
 
 
@@ -68,6 +71,68 @@ def lowrank_int8_linear(
 ) -> Tensor:
     """:class:`QuantizedLowRankLayer`: (..., in) to (..., out) of the same dtype."""
     return _linear(QuantizedLowRankLayer.from_tensors, x, (left_codes, right_codes, scale), bias, activations)
+
+
+@torch.library.custom_op("lowrank::packed_linear", mutates_args=())
+def packed_linear(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    group: int,
+    activations: str,
+) -> Tensor:
+    """:class:`PackedLinear`: (..., in) to (..., out) of the same dtype; a group of 0 is a whole row."""
+    columns = x.shape[-1]
+
+    def build(codes: Tensor, scale: Tensor, *zero: Tensor) -> PackedWeight:
+        given = zero[0] if zero else None
+        return PackedWeight(codes, scale, given, bits=bits, group=group or None, columns=columns)
+
+    tensors = (codes, scale) if zero_point is None else (codes, scale, zero_point)
+    weight: PackedWeight = _kept(build, *tensors, key=("packed", bits, group, columns))
+    with torch.no_grad():
+        working = x if x.dtype in (torch.float32, torch.float64) else x.float()
+        cast = None if bias is None else bias.to(working.dtype)
+        return _own(weight.product(working, cast, activations).to(x.dtype))
+
+
+@packed_linear.register_fake
+def _(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    group: int,
+    activations: str,
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], codes.shape[0])
+
+
+def _remember_packed(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, codes, scale, zero_point, bias, bits, group, _ = inputs
+    ctx.save_for_backward(codes, scale, zero_point)
+    ctx.columns, ctx.bias_dtype = x.shape[-1], None if bias is None else bias.dtype
+    ctx.grid = Grid(bits, group or None, zero_point is not None)
+
+
+def _packed_derivative(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    codes, scale, zero_point = ctx.saved_tensors
+    rows = gradient.reshape(-1, gradient.shape[-1])
+    to_input = to_bias = None
+    if ctx.needs_input_grad[0]:
+        to_input = packed_input_gradient(rows, codes, scale, zero_point, ctx.grid, ctx.columns)
+        to_input = to_input.reshape(*gradient.shape[:-1], ctx.columns)
+    if ctx.bias_dtype is not None and ctx.needs_input_grad[4]:
+        to_bias = rows.sum(dim=0).to(ctx.bias_dtype)
+    return to_input, None, None, None, to_bias, None, None, None
+
+
+packed_linear.register_autograd(_packed_derivative, setup_context=_remember_packed)
 
 
 @torch.library.custom_op("lowrank::lowrank_int8_embedding", mutates_args=())

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lowrank.errors import RankError, UsageError
 from lowrank.layers.base import CompressedLayer
 from lowrank.layers.factors import balanced, dense_product, round_factors, rounded_in_best_basis
+from lowrank.layers.roles import ScaleForm
 from lowrank.numerics.factors import Factors, factorize
 from lowrank.numerics.rounding import check_bits, dequantize_rows, largest_code, quantize_rows, rounding_bound
 
@@ -199,9 +200,9 @@ class RowCodes(Codes):
         """See :meth:`CompressedLayer.weight_names`."""
         return "codes", "scale"
 
-    def scale_lengths(self) -> dict[str, int]:
-        """See :meth:`CompressedLayer.scale_lengths`."""
-        return {"scale": self.shape[0]}
+    def scales(self) -> dict[str, ScaleForm]:
+        """See :meth:`CompressedLayer.scales`."""
+        return {"scale": ScaleForm((self.shape[0],))}
 
     def codes_and_scale(self) -> tuple[Tensor, ...]:
         """Give codes and scale."""
@@ -270,9 +271,9 @@ class FactorCodes(FactoredWeight, Codes):
         """See :meth:`CompressedLayer.weight_names`."""
         return "left_codes", "right_codes", "scale"
 
-    def scale_lengths(self) -> dict[str, int]:
-        """See :meth:`CompressedLayer.scale_lengths`."""
-        return {"scale": self.rank * self.groups}
+    def scales(self) -> dict[str, ScaleForm]:
+        """See :meth:`CompressedLayer.scales`."""
+        return {"scale": ScaleForm((self.rank * self.groups,))}
 
     def codes_and_scale(self) -> tuple[Tensor, ...]:
         """Give left codes, right codes and scale."""

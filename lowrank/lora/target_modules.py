@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.errors import AdapterError, UsageError
-from lowrank.layers import CompressedLayer
+from lowrank.layers import CompressedLayer, PaddedLayer
 from lowrank.layers.source import is_conv1d
 from lowrank.lora.adapter_layer import LoRALayer
 from lowrank.lora.bases import family
@@ -207,6 +207,8 @@ def _unfit(place: Place) -> str | None:
         return "nn.MultiheadAttention reads this weight without calling the layer"
     if isinstance(parent, nn.TransformerEncoderLayer) and parent.activation_relu_or_gelu != 0:
         return "the fast path of nn.TransformerEncoderLayer reads this weight without calling the layer"
+    if isinstance(module, PaddedLayer):
+        return f"pads in a forward of its own; the layer inside takes adapters: {place.names[0]}.product"
     if family(module) is None:
         return f"no adapter fits a {type(module).__name__}"
     if isinstance(module, CompressedLayer):

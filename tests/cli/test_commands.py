@@ -556,3 +556,58 @@ def test_every_path_of_every_command_says_whether_it_is_read_or_written() -> Non
         for parameter in command.params:
             if isinstance(parameter.type, click.Path):
                 assert isinstance(parameter.type, InputPath | OutputPath), (command.name, parameter.name)
+
+
+# groups of samples
+
+
+def test_a_budget_in_each_group(room: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    make_text(tmp_path / "a=b.txt", 24, seed=5)
+    texts, held, other = str(room / "texts.txt"), str(room / "held-out.txt"), str(tmp_path / "a=b.txt")
+    arguments = ["compress", str(room / "model"), "-o", str(tmp_path / "out"), "--error-budget", "10%", "-q"]
+    arguments += ["--calibration", texts, "--validation", f"news={held}", "--validation", f"captions={other}"]
+    assert main(arguments) == 0
+    assert "in each of 2 groups by itself: news, captions" in " ".join(capfd.readouterr().out.split())
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert {name: item["samples"] for name, item in report["totals"]["groups"].items()} == {"news": 24, "captions": 24}
+    evaluated = ["evaluate", str(tmp_path / "out"), "--against", str(room / "model"), "-q"]
+    assert main([*evaluated, "--data", f"news={held}", "--data", f"captions={other}", "--json"]) == 0
+    found = json.loads(capfd.readouterr().out)["groups"]
+    for name, item in found.items():
+        assert math.isclose(item["output_error"]["value"], report["totals"]["groups"][name]["error"], rel_tol=1e-6)
+    assert main([*evaluated, "--data", f"captions={other}"]) == 0
+    assert capfd.readouterr().out.startswith("captions:\nmeasure")
+    # A path with a slash before its "=" has no name.
+    assert main([*evaluated, "--data", other]) == 0
+    assert capfd.readouterr().out.startswith("measure")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["news=x.txt", "news=y.txt"], "--validation: group 'news' is given twice (x.txt and y.txt)"),
+        (["x.txt", "y.txt"], "given 2 times (x.txt and y.txt): put all samples into one file"),
+        (["news=x.txt", "y.txt"], "--validation NAME=FILE"),
+        (["=x.txt"], "given as NAME=FILE"),
+        (["news="], "given as NAME=FILE"),
+        ([f"{'n' * 61}=x.txt"], "1 to 60 characters"),
+    ],
+)
+def test_files_that_cannot_be_groups(
+    room: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], options: list[str], words: str
+) -> None:
+    arguments = ["compress", str(room / "model"), "-o", str(tmp_path / "out"), "--error-budget", "10%"]
+    arguments += ["--calibration", str(room / "texts.txt")]
+    code, error = failure([*arguments, *(part for file in options for part in ("--validation", file))], capfd)
+    assert code == 2 and words in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_groups_file_is_never_written_over(room: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "data").mkdir()
+    make_text(tmp_path / "data" / "news.txt", 24)
+    arguments = ["compress", str(room / "model"), "-o", str(tmp_path / "data"), "--error-budget", "10%", "--overwrite"]
+    arguments += ["--calibration", str(room / "texts.txt"), "--validation", f"news={tmp_path / 'data' / 'news.txt'}"]
+    code, error = failure(arguments, capfd)
+    assert code == 2 and "lie in one another" in error
+    assert (tmp_path / "data" / "news.txt").exists()

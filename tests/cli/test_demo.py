@@ -11,6 +11,7 @@ pytest.importorskip("transformers", reason="the extra hf is not installed")
 from tiny_models import make_tokenizer
 
 from lowrank.cli import demo
+from lowrank.cli.sentences import everyday_sentences
 from lowrank.errors import UsageError
 
 
@@ -45,15 +46,34 @@ def test_the_texts_are_many_different_and_english() -> None:
     assert demo.demo_texts(10) == texts[:10]
 
 
+def test_the_sentences_are_many_different_and_of_many_lengths() -> None:
+    sentences = everyday_sentences()
+    words = sorted(len(sentence.split()) for sentence in sentences)
+    assert len(sentences) == len(set(sentences)) >= 200
+    assert words[0] <= 6 and words[-1] >= 20 and all(sentence == sentence.strip() for sentence in sentences)
+    # No two begin alike, as sentences out of a mould would.
+    begins = [" ".join(sentence.split()[:3]) for sentence in sentences]
+    assert len(set(begins)) > 0.9 * len(begins)
+
+
 def test_the_demo_shows_sizes_errors_and_what_came_back(tiny: Path, capfd: pytest.CaptureFixture[str]) -> None:
     folder = demo.run_demo(progress=False)
     assert folder == tiny / "lowrank-demo"
     out, err = capfd.readouterr()
     assert err == ""
-    for words in ("of the original size", "similarity of", "the same to the last bit", "report.html", str(folder)):
+    for words in (
+        "in each of 2 groups by itself",
+        "other text can differ",
+        "of the original size",
+        "similarity of",
+        "the same to the last bit",
+        "report.html",
+        str(folder),
+    ):
         assert words in out, words
     totals = json.loads((folder / "report.json").read_text())["totals"]
     assert totals["error_upper"] <= demo.ERROR_BUDGET
+    assert set(totals["groups"]) == {"documentation", "everyday"}
     assert (folder / "tokenizer.json").is_file()
 
 

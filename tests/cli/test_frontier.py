@@ -85,7 +85,8 @@ def test_other_arguments_exit_with_3(
         (["-o", "{room}"], "lie in one another", 2),
         (["-o", "{room}/none/out"], "parent directory does not exist", 5),
         (["--html", "{room}/none/a.html"], "does not exist", 5),
-        (["--calibration", "{room}/none.txt"], "none.txt", 3),
+        (["--validation", "{room}/none.txt"], "none.txt", 3),
+        (["--calibration", "{room}/none.txt"], "--calibration: given 2 times", 2),
     ],
 )
 def test_what_cannot_be_is_refused_before_the_work(

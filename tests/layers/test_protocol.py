@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.errors import RankError, UsageError
-from lowrank.layers import LAYER_KINDS, RECURRENT, CompressedLayer, Role, declare_format
+from lowrank.layers import LAYER_KINDS, RECURRENT, CompressedLayer, PaddedLayer, Role, declare_format
 from lowrank.layers.factors import rounded_in_best_basis
 from lowrank.layers.spec import LayerSpec
 
@@ -51,6 +51,7 @@ LAYERS: dict[str, Callable[[], CompressedLayer]] = {
     },
     "any module": lambda: _layer("DecodedLayer", nn.ConvTranspose1d(8, 12, 5)),
     "any module, several": lambda: _layer("DecodedLayer", nn.Bilinear(6, 40, 9)),
+    "Around, codes": lambda: PaddedLayer(_layer("QuantizedLinear", nn.Linear(9, 7))),
     "attention": lambda: _layer("QuantizedMultiheadAttention", nn.MultiheadAttention(8, 2)),
     "attention, unlike sides": lambda: _layer("QuantizedMultiheadAttention", nn.MultiheadAttention(8, 2, kdim=6)),
 }

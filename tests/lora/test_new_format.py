@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import lowrank
 from lowrank.layers.base import CompressedLayer
+from lowrank.layers.roles import ScaleForm
 from lowrank.lora import set_form
 from lowrank.lora.bases import base_of
 from lowrank.numerics.rounding import quantize_rows
@@ -40,8 +41,8 @@ class GroupedSixBitLinear(CompressedLayer):
     def shape(self) -> tuple[int, ...]:
         return tuple(self.codes.shape)
 
-    def scale_lengths(self) -> dict[str, int]:
-        return {"scale": self.scale.numel()}
+    def scales(self) -> dict[str, ScaleForm]:
+        return {"scale": ScaleForm(tuple(self.scale.shape))}
 
     def exact_weight(self) -> Tensor:
         return (self.codes.double().view(-1, GROUP) * self.scale.double()[:, None]).view(self.shape)

@@ -100,7 +100,7 @@ class WeightFormat(ABC):
         dense: whether layers stay as they are.
     """
 
-    name: ClassVar[str]
+    name: str
     fields: ClassVar[tuple[str, ...]] = ()
     layers: ClassVar[Mapping[str, tuple[type[CompressedLayer], ...]]] = {}
     colour: ClassVar[str] = "4"

@@ -20,7 +20,7 @@ DENSE = LayerSpec("dense")
 class Dense(WeightFormat):
     """Leave a layer alone: no error, and the bytes it has."""
 
-    name: ClassVar[str] = DENSE.format
+    name = DENSE.format
     colour: ClassVar[str] = "3"
     careful: ClassVar[bool] = True
     dense: ClassVar[bool] = True

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 from torch import nn
 
-from lowrank.compression.formats.base import Measured, Measurements, Request, WeightFormat
+from lowrank.compression.formats.base import Measured, Measurements, Request, WeightFormat, shown
+from lowrank.compression.formats.packed import Packed
 from lowrank.compression.layer_data import LayerData
+from lowrank.errors import RankError
 from lowrank.layers import (
     RECURRENT,
     CompressedLayer,
     DecodedLayer,
+    PackedConv1d,
+    PackedConv2d,
+    PackedEmbedding,
+    PackedLinear,
     QuantizedConv1d,
     QuantizedConv2d,
     QuantizedEmbedding,
@@ -20,6 +26,7 @@ from lowrank.layers import (
     QuantizedMultiheadAttention,
 )
 from lowrank.layers.base import FLOAT_ACTIVATIONS, INTEGER_ACTIVATIONS
+from lowrank.layers.packed import PackedCodes
 from lowrank.layers.spec import LayerSpec
 from lowrank.numerics.conv_factors import ConvFactors
 from lowrank.numerics.factors import Factors
@@ -31,25 +38,34 @@ __all__ = ["Int8"]
 BITS = 8
 
 
-class Int8(WeightFormat):
-    """Round every weight to the nearest of 255 levels, fewer with fewer bits (each code is stored in a byte all the same)."""
+class Int8(Packed):
+    """Round every weight to the nearest of 255 levels of its row, fewer with fewer bits (each code is stored in a byte all the same).
 
-    name: ClassVar[str] = "int8"
-    fields: ClassVar[tuple[str, ...]] = ("bits", "activations")
+    In groups of inputs it is :class:`Packed` of 8 bits.
+    """
+
     colour: ClassVar[str] = "1"
-    careful: ClassVar[bool] = True
     layers: ClassVar[Mapping[str, tuple[type[CompressedLayer], ...]]] = {
-        "linear": (QuantizedLinear,),
-        "conv": (QuantizedConv1d, QuantizedConv2d),
-        "embedding": (QuantizedEmbedding,),
+        "linear": (QuantizedLinear, PackedLinear),
+        "conv": (QuantizedConv1d, QuantizedConv2d, PackedConv1d, PackedConv2d),
+        "embedding": (QuantizedEmbedding, PackedEmbedding),
         "recurrent": tuple(RECURRENT.values()),
         "attention": (QuantizedMultiheadAttention,),
         **{kind.name: (DecodedLayer,) for kind in DECODED},
     }
 
+    def __init__(self) -> None:
+        super().__init__(BITS)
+
+    def holds(self, layer: CompressedLayer) -> bool:
+        """Tell packed layers by their bits; those with a byte a code are all of this format."""
+        return not isinstance(layer, PackedCodes) or super().holds(layer)
+
     def specs(self, data: LayerData, request: Request) -> list[LayerSpec]:
-        """List 8 bits in each way of taking the activations."""
-        return [self.spec(mode) for mode in data.modes(request.activations)]
+        """List rows of 8 bits in each way of taking the activations, then groups."""
+        rows = [self.spec(mode) for mode in data.modes(request.activations)]
+        groups = super().specs(data, request) if self.packs(data.target) else []
+        return [*rows, *(spec for spec in groups if spec.group is not None)]
 
     def spec(self, activations: str | None) -> LayerSpec:
         """Give 8 bits with these activations."""
@@ -60,13 +76,17 @@ class Int8(WeightFormat):
         return self.spec(data.modes(FLOAT_ACTIVATIONS)[0])
 
     def stored_bytes(self, data: LayerData, spec: LayerSpec) -> int:
-        """Count a byte a weight and four a row."""
+        """Count a byte a weight and four a row; of groups what they take."""
+        if spec.group is not None:
+            return super().stored_bytes(data, spec)
         return data.other_bytes + sum(
             stack.numel() + 4 * stack.shape[0] * stack.shape[1] for stack in data.stacks.values()
         )
 
     def local_error(self, data: LayerData, spec: LayerSpec) -> float:
         """Compute what rounding to 8 bits loses, and estimate fewer bits: half a step is 2 to the missing bits as much."""
+        if spec.group is not None:
+            return super().local_error(data, spec)
         exact = data.remembered((self.name, "rounding"), lambda: self._rounded(data))
         return exact * coarser(spec)
 
@@ -85,11 +105,50 @@ class Int8(WeightFormat):
             found.integer = max(measurements.measure(self.spec(INTEGER_ACTIVATIONS)) - found.rounding, 0.0)
 
     def predict(self, found: Measured, data: LayerData, spec: LayerSpec) -> float:
-        """Predict the measured cost; of fewer bits in proportion to the squared step."""
+        """Predict the measured cost; of fewer bits in proportion to the squared step, of groups by their local error."""
+        if spec.group is not None:
+            return super().predict(found, data, spec)
         return found.rounding * coarser(spec) + (found.integer if spec.activations == INTEGER_ACTIVATIONS else 0.0)
+
+    def build(self, data: LayerData, spec: LayerSpec) -> dict[str, nn.Module]:
+        """Round rows to the nearest, groups as :class:`Packed` does."""
+        return super().build(data, spec) if spec.group is not None else WeightFormat.build(self, data, spec)
+
+    def completed(self, spec: LayerSpec, kind: str, shape: Sequence[int]) -> LayerSpec:
+        """Leave rows as they are."""
+        return spec if spec.group is None else super().completed(spec, kind, shape)
+
+    def check_fields(self, spec: LayerSpec, kind: str, shape: Sequence[int], where: str) -> None:
+        """Refuse for rows what only groups have."""
+        if spec.group is None:
+            for name in ("rounding", "zero_point"):
+                if getattr(spec, name) is not None:
+                    raise RankError(
+                        f"{where}: {name} of format {self.name} needs a group, got {shown(getattr(spec, name))}"
+                    )
+        elif kind not in self.packed_layers:
+            raise RankError(
+                f"{where}: a {kind} layer has no groups of inputs, got group {shown(spec.group)}; leave it null"
+            )
+        super().check_fields(spec, kind, shape, where)
+
+    def _check_bits(self, spec: LayerSpec, where: str) -> None:
+        if spec.group is None:
+            WeightFormat._check_bits(self, spec, where)
+        else:
+            super()._check_bits(spec, where)
+
+    def check(self, data: LayerData, spec: LayerSpec) -> None:
+        """Refuse a plan's spec that this target cannot become."""
+        if spec.group is None:
+            WeightFormat.check(self, data, spec)
+        else:
+            super().check(data, spec)
 
     def build_layer(self, module: nn.Module, spec: LayerSpec, factors: Factors | ConvFactors | None) -> CompressedLayer:
         """Round a module's weights."""
+        if spec.group is not None:
+            return super().build_layer(module, spec, factors)
         bits, activations = spec.bits or BITS, spec.activations or INTEGER_ACTIVATIONS
         if kind_of(module) in DECODED:
             return DecodedLayer.from_module(module, bits=bits)

@@ -27,7 +27,7 @@ __all__ = ["LowRank", "factored_layer"]
 class LowRank(FactoredFormat):
     """Keep the best factors of a rank, in the weight's dtype."""
 
-    name: ClassVar[str] = "lowrank"
+    name = "lowrank"
     colour: ClassVar[str] = "4"
     layers: ClassVar[Mapping[str, tuple[type[CompressedLayer], ...]]] = {
         "linear": (SVDCompressedLinear,),

@@ -42,7 +42,7 @@ class LowRankInt8(FactoredFormat):
         reference: the format of dense codes, whose measured cost of rounding is scaled to that of factors.
     """
 
-    name: ClassVar[str] = "lowrank-int8"
+    name = "lowrank-int8"
     fields: ClassVar[tuple[str, ...]] = ("rank", "bits", "activations", "scheme")
     colour: ClassVar[str] = "2"
     layers: ClassVar[Mapping[str, tuple[type[CompressedLayer], ...]]] = {

@@ -23,7 +23,7 @@ __all__ = [
 
 FORMATS: dict[str, WeightFormat] = {}
 # Names that a later version will know.
-LATER_FORMATS = ("int4", "int4+lowrank", "lowrank-int4")
+LATER_FORMATS = ("int4+lowrank", "int3+lowrank", "int2+lowrank", "lowrank-int4", "pruned")
 _Format = TypeVar("_Format", bound=WeightFormat)
 
 
@@ -48,7 +48,7 @@ def compressing_formats() -> tuple[str, ...]:
 
     Example:
         >>> compressing_formats()
-        ('int8', 'lowrank', 'lowrank-int8')
+        ('int8', 'int7', 'int6', 'int5', 'int4', 'int3', 'int2', 'lowrank', 'lowrank-int8')
     """
     return tuple(name for name, format in FORMATS.items() if not format.dense)
 
