@@ -31,6 +31,7 @@ def gptq(
     weight: Tensor,
     grid: Grid,
     moment: Moment | FactoredMoment | None = None,
+    gradients: Tensor | None = None,
     *,
     damping: float = DAMPING,
     sweeps: int = SWEEPS,
@@ -49,6 +50,7 @@ def gptq(
         grid: the levels.
         moment: Σ, (in, in), or (blocks, in, in) for as many equal runs of rows; or the rows it is made of, which are taken a few hundred
             columns at a time. ``None``, or all zeros: nearest levels.
+        gradients: not used; see :func:`lowrank.numerics.two_sided.two_sided`.
         damping: added to Σ's diagonal, relative to its mean, and more where Σ is not positive definite with it: it never fails.
         sweeps: see above.
         name: for messages.

@@ -16,8 +16,9 @@ from lowrank.numerics.sampled_moments import Moment, SampledMoment
 
 __all__ = ["OUTPUT_DAMPING", "two_sided"]
 
-# Relative to the mean diagonal of C, as for Σ. C is known from fewer and noisier directions.
-OUTPUT_DAMPING = 0.03
+# Relative to the mean diagonal of C: more than of Σ, as C is known from random directions. On MiniLM at 3 bits the drift was 0.0249 without
+# C, 0.0222 with 0.03, 0.0218 with 0.1 and 0.0215 with 0.3.
+OUTPUT_DAMPING = 0.3
 # Rows rounded together, which do not make up for each other. Fewer would be better by little, and slower.
 ROWS = 32
 

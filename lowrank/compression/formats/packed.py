@@ -153,9 +153,14 @@ class Packed(WeightFormat):
     def build(self, data: LayerData, spec: LayerSpec) -> dict[str, nn.Module]:
         """Round once, and make each member of it; tied members share the tensors."""
         rounded = self.chosen(data, spec)
+        shift = _bias_shift(data, rounded, grid_of(spec))
         built: dict[str, nn.Module] = {}
         for member in data.target.members:
             layer = _layer_of(member.module, rounded, spec)
+            if shift is not None:
+                bias = layer.get_parameter("bias")
+                with torch.no_grad():
+                    bias.copy_(bias.double() + shift)
             for first in list(built.values())[:1]:
                 assert isinstance(first, CompressedLayer)
                 layer.share_tensors(first)
@@ -173,7 +178,7 @@ class Packed(WeightFormat):
             raise CheckpointError(
                 f"plan: layer {data.name}: rounding {method!r} needs what flows into the layer; pass calibration=, or set rounding to null"
             )
-        return ROUNDINGS[method](data.weight, grid, data.moments)
+        return ROUNDINGS[method](data.weight, grid, data.moments, data.gradients)
 
     def build_layer(self, module: nn.Module, spec: LayerSpec, factors: Factors | ConvFactors | None) -> CompressedLayer:
         """Round a module's weight to the nearest levels."""
@@ -219,6 +224,16 @@ def _layer_of(module: nn.Module, rounded: Rounded, spec: LayerSpec) -> Compresse
         return PackedConv2d.from_rounded(rounded, module, grid=grid)
     activations = spec.activations or FLOAT_ACTIVATIONS
     return PackedLinear.from_rounded(rounded, module, grid=grid, activations=activations)
+
+
+def _bias_shift(data: LayerData, rounded: Rounded, grid: Grid) -> Tensor | None:
+    """``(W − Ŵ) μ``, (out,) float64, where the bias takes the mean of the error: the moments that codes are chosen by are centred there."""
+    if data.inputs is None or not data.centred:
+        return None
+    lost = data.weight.to(torch.float64) - dequantize_groups(*rounded, grid, torch.float64)
+    mean = data.inputs.mean.to(lost.device).view(data.blocks, -1, 1)
+    shift: Tensor = (lost.view(data.blocks, -1, data.columns) @ mean).flatten()
+    return shift
 
 
 def _sampled_error(data: LayerData, grid: Grid, method: str) -> float:
