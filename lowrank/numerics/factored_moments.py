@@ -21,14 +21,15 @@ class FactoredMoment:
 
     Attributes:
         diagonal: of Σ as it was given, (blocks, columns) float64.
-        metric: Σ damped, (blocks, columns, columns) float32 with a mean diagonal of about 1; the identity of a block that nothing reached.
         order: columns by their diagonal, the largest first, (blocks, columns).
-        upper: I + U with rows and columns in that order, float32.
+        metric: Σ damped, in that order, (blocks, columns, columns) float32 with a mean diagonal of about 1; the identity of a block
+            that nothing reached.
+        upper: I + U of the metric, float32.
     """
 
     diagonal: Tensor
-    metric: Tensor
     order: Tensor
+    metric: Tensor
     upper: Tensor
 
     @classmethod
@@ -51,25 +52,28 @@ class FactoredMoment:
         diagonal = metric.diagonal(dim1=1, dim2=2).clone()
         order = torch.argsort(diagonal, dim=1, descending=True, stable=True)
         mean = diagonal.mean(dim=1)[:, None, None]
-        eye = torch.eye(metric.shape[1], dtype=torch.float64)
         reached = mean > 0.0
-        metric = torch.where(reached, (metric + metric.transpose(1, 2)) / torch.where(reached, 2.0 * mean, 1.0), eye)
-        strength = torch.full_like(mean, damping)
+        metric = permuted(metric, order)
+        metric = (metric + metric.transpose(1, 2)) / torch.where(reached, 2.0 * mean, 1.0)
+        own = metric.diagonal(dim1=1, dim2=2)
+        own += torch.where(reached[:, :, 0], 0.0, 1.0)
+        strength = torch.full_like(mean[:, 0], damping)
+        own += strength
         while True:
-            damped = metric + strength * eye
             # Of the reversed matrix the lower factor is the upper one.
-            lower, info = torch.linalg.cholesky_ex(permuted(damped, order).flip(1, 2))
-            failed = (info != 0) | ~torch.isfinite(lower).all(dim=2).all(dim=1)
+            lower, info = torch.linalg.cholesky_ex(metric.flip(1, 2))
+            failed = (info != 0) | ~torch.isfinite(lower.diagonal(dim1=1, dim2=2)).all(dim=1)
             if not bool(failed.any()):
                 break
-            strength = torch.where(failed[:, None, None], 10.0 * strength.clamp_min(1e-8), strength)
-        upper = lower.flip(1, 2)
-        upper = upper / upper.diagonal(dim1=1, dim2=2)[:, None, :]
-        return cls(diagonal, damped.to(torch.float32), order, upper.to(torch.float32))
+            more = torch.where(failed[:, None], 9.0 * strength.clamp_min(1e-8), 0.0)
+            own += more
+            strength += more
+        upper = lower.flip(1, 2).to(torch.float32)
+        return cls(diagonal, order, metric.to(torch.float32), upper / upper.diagonal(dim1=1, dim2=2)[:, None, :])
 
     def to(self, device: torch.device) -> FactoredMoment:
         """Give the same on a device."""
-        return FactoredMoment(*(each.to(device) for each in (self.diagonal, self.metric, self.order, self.upper)))
+        return FactoredMoment(*(each.to(device) for each in (self.diagonal, self.order, self.metric, self.upper)))
 
     def block(self, index: int) -> FactoredMoment:
         """Cut out one block.
@@ -79,7 +83,7 @@ class FactoredMoment:
             torch.Size([1, 2, 2])
         """
         own = slice(index, index + 1)
-        return FactoredMoment(self.diagonal[own], self.metric[own], self.order[own], self.upper[own])
+        return FactoredMoment(self.diagonal[own], self.order[own], self.metric[own], self.upper[own])
 
 
 def permuted(stacked: Tensor, order: Tensor) -> Tensor:
@@ -89,5 +93,7 @@ def permuted(stacked: Tensor, order: Tensor) -> Tensor:
         >>> permuted(torch.tensor([[[1, 2], [3, 4]]]), torch.tensor([[1, 0]])).tolist()
         [[[4, 3], [2, 1]]]
     """
+    if stacked.shape[0] == 1:
+        return stacked[0][order[0]][:, order[0]][None]
     size = stacked.shape
     return stacked.gather(1, order[:, :, None].expand(size)).gather(2, order[:, None, :].expand(size))

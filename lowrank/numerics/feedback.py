@@ -9,8 +9,8 @@ from torch import Tensor
 
 from lowrank.errors import RankError
 from lowrank.numerics.column_loops import Columns
-from lowrank.numerics.factored_moments import DAMPING, FactoredMoment, permuted
-from lowrank.numerics.grids import Grid, Rounded, dequantize_groups, in_groups, scale_dtype, spread
+from lowrank.numerics.factored_moments import DAMPING, FactoredMoment
+from lowrank.numerics.grids import Grid, Rounded, dequantize_groups, scale_dtype, spread
 from lowrank.numerics.linalg import check_finite, power_of_two_scale
 from lowrank.numerics.ranges import fitted_ranges, rounded_to, storable
 from lowrank.numerics.sampled_moments import Moment, SampledMoment, moment_squares
@@ -133,33 +133,36 @@ def rounded_by_feedback(
     """Round a finite weight by a factored moment, from scales and zeros that were chosen; see :func:`gptq`."""
     blocks, columns = moment.metric.shape[0], weight.shape[1]
     span = grid.span(columns)
-    metric, order, back = moment.metric, moment.order, torch.argsort(moment.order, dim=1)
+    order, back = moment.order, torch.argsort(moment.order, dim=1)
+    metric, upper = _squeezed(moment.metric), _squeezed(moment.upper)
     # A power of two off everything, so that float32 holds weights of any size.
     unit = 2.0 ** -power_of_two_scale(weight)
-    rows = (weight.to(torch.float64) * unit).to(torch.float32)
 
     def ordered(values: Tensor) -> Tensor:
         """(rows, columns) by columns, in order."""
         stacked = values.expand(-1, columns).reshape(blocks, -1, columns).transpose(1, 2)
-        return _squeezed(stacked.gather(1, order[:, :, None].expand(-1, -1, stacked.shape[2])))
+        if blocks == 1:
+            return stacked[0][order[0]]
+        return stacked.gather(1, order[:, :, None].expand(-1, -1, stacked.shape[2]))
 
     def by_rows(values: Tensor) -> Tensor:
         """Undo :func:`ordered`: (rows, columns)."""
-        stacked = values.view(blocks, columns, -1)
-        return stacked.gather(1, back[:, :, None].expand_as(stacked)).transpose(1, 2).reshape(weight.shape)
+        if blocks == 1:
+            return values[back[0]].T.contiguous()
+        return values.gather(1, back[:, :, None].expand_as(values)).transpose(1, 2).reshape(weight.shape)
 
     def steps_of(scale: Tensor) -> Tensor:
         return ordered(spread((scale.to(torch.float64) * unit).to(torch.float32), span, columns))
 
     middle = torch.full_like(scale, grid.middle, dtype=torch.float32) if zero is None else zero.to(torch.float32)
     zeros = spread(middle, span, columns)
+    rows = (weight.to(torch.float64) * unit).to(torch.float32)
     state = Columns(ordered(rows), steps_of(scale), -ordered(zeros), grid.top)
-    state.first_pass(_squeezed(moment.upper))
-    in_order = _squeezed(permuted(metric, order))
+    state.first_pass(upper)
     for _ in range(sweeps):
-        scale = _refitted(rows, by_rows(state.codes), metric, scale, unit, span)
+        scale = _refitted(state, metric, torch.div(order, span, rounding_mode="floor"), scale, unit)
         state.steps = steps_of(scale)
-        state.descend(in_order)
+        state.descend(metric)
     return Rounded((by_rows(state.codes) + zeros).to(torch.uint8), scale, zero)
 
 
@@ -168,35 +171,44 @@ def _squeezed(stacked: Tensor) -> Tensor:
     return stacked[0] if stacked.shape[0] == 1 else stacked
 
 
-def _refitted(rows: Tensor, codes: Tensor, metric: Tensor, scale: Tensor, unit: float, span: int) -> Tensor:
+def _refitted(state: Columns, metric: Tensor, groups_of: Tensor, scale: Tensor, unit: float) -> Tensor:
     """Fit the scales of each row by least squares in the metric, codes as they are; a row that storing makes worse keeps its own.
 
-    Of a row with scales s: ``sᵀ A s − 2 bᵀ s`` with ``A_gh = q_gᵀ Σ_gh q_h`` and ``b_g = q_gᵀ (Σ w)_g``.
+    Scales that change by d change the error by ``dᵀ A d − 2 bᵀ d`` with ``A_gh = q_gᵀ Σ_gh q_h`` and ``b_g = q_gᵀ (Σ e)_g``.
+
+    Args:
+        groups_of: the group of each column, (blocks, columns).
+        scale: (rows, groups), as it is stored.
+        unit: what weights were multiplied by.
     """
-    groups, blocks = scale.shape[1], metric.shape[0]
-    size = rows.shape
-    codes, rows = codes.view(blocks, -1, size[1]), rows.view(blocks, -1, size[1])
+    groups, blocks = scale.shape[1], groups_of.shape[0]
+    slopes = (metric @ state.error) * state.codes
+    found = []
+    for block, own in enumerate(scale.chunk(blocks)):
+        codes, slope, known = (each if blocks == 1 else each[block] for each in (state.codes, slopes, metric))
+        member = torch.nn.functional.one_hot(groups_of[block], groups).T.to(torch.float32)
+        right = (member @ slope).T.to(torch.float64)
+        left = torch.empty(groups, groups, own.shape[0])
+        for index in range(groups):
+            inside = torch.nonzero(member[index]).flatten()
+            left[index] = member @ ((known[inside].T @ codes[inside]) * codes)
+        found.append(_least_squares(left.permute(2, 0, 1).to(torch.float64), right, own, unit))
+    return torch.cat(found)
 
-    def summed(products: Tensor) -> Tensor:
-        return in_groups(products.view(size), span).sum(dim=2, dtype=torch.float64)
 
-    right = summed((rows @ metric) * codes)
-    left = right.new_empty(size[0], groups, groups)
-    for index in range(groups):
-        inside = slice(index * span, min((index + 1) * span, size[1]))
-        left[:, index] = summed((codes[:, :, inside] @ metric[:, inside]) * codes)
-    left = (left + left.transpose(1, 2)) / 2.0
+def _least_squares(left: Tensor, right: Tensor, scale: Tensor, unit: float) -> Tensor:
+    """Solve for each row what :func:`_refitted` says: (rows, groups, groups), (rows, groups) and the scales that were."""
     before = scale.to(torch.float64) * unit
     ridge = _SCALE_RIDGE * left.diagonal(dim1=1, dim2=2).mean(dim=1)[:, None]
     ridge = torch.where(ridge > 0.0, ridge, 1.0)
-    fitted, info = torch.linalg.solve_ex(left + torch.diag_embed(ridge.expand(-1, groups)), right + ridge * before)
-    fits = (info == 0)[:, None] & torch.isfinite(fitted) & (fitted.abs() < 4.0 * before.abs())
-    stored = storable(torch.where(fits, fitted, before) / unit, scale.dtype)
-
-    def cost(scale: Tensor) -> Tensor:
-        return ((left @ scale[:, :, None]).squeeze(2) * scale - 2.0 * right * scale).sum(dim=1, keepdim=True)
-
-    return torch.where(cost(stored.to(torch.float64) * unit) < cost(before), stored, scale)
+    change, info = torch.linalg.solve_ex(
+        (left + left.transpose(1, 2)) / 2.0 + torch.diag_embed(ridge.expand_as(right)), right
+    )
+    fits = (info == 0)[:, None] & torch.isfinite(change) & (change.abs() < 3.0 * before.abs())
+    stored = storable((before + torch.where(fits, change, 0.0)) / unit, scale.dtype)
+    moved = (stored.to(torch.float64) * unit - before)[:, :, None]
+    gained = (moved.transpose(1, 2) @ left @ moved)[:, :, 0] - 2.0 * (right[:, None, :] @ moved)[:, :, 0]
+    return torch.where(gained < 0.0, stored, scale)
 
 
 def _by_parts(

@@ -21,6 +21,7 @@ __all__ = ["OUTPUT_DAMPING", "two_sided"]
 OUTPUT_DAMPING = 0.3
 # Rows rounded together, which do not make up for each other. Fewer would be better by little, and slower.
 ROWS = 32
+SWEEPS = 1
 
 
 def two_sided(
@@ -32,6 +33,7 @@ def two_sided(
     damping: float = DAMPING,
     output_damping: float = OUTPUT_DAMPING,
     rows_at_once: int = ROWS,
+    sweeps: int = SWEEPS,
     name: str = "weight",
 ) -> Rounded:
     """Round rows one after the other, a few at a time, each aimed at what the errors of those before it cost the model.
@@ -48,6 +50,7 @@ def two_sided(
             share is left out. ``None``, or all zeros: rounded by Σ alone.
         damping, output_damping: of Σ and of C, relative to their mean diagonals.
         rows_at_once: which share no error.
+        sweeps: of each few rows, as there.
         name: for messages.
 
     Raises:
@@ -80,14 +83,20 @@ def two_sided(
     for index in range(blocks):
         own = slice(index * height, (index + 1) * height)
         costs = FactoredMoment.of(gradients[own, own].cpu(), output_damping, name=f"{name} (gradients)")
-        found.append(_one_block(matrix[own], grid, inputs.block(index), costs, rows_at_once, dtype))
+        found.append(_one_block(matrix[own], grid, inputs.block(index), costs, rows_at_once, sweeps, dtype))
     zero = None if found[0].zero is None else torch.cat([each.zero for each in found if each.zero is not None])
     codes, scale = torch.cat([each.codes for each in found]), torch.cat([each.scale for each in found])
     return Rounded(codes, scale, zero).to(weight.device)
 
 
 def _one_block(
-    weight: Tensor, grid: Grid, inputs: FactoredMoment, costs: FactoredMoment, rows_at_once: int, dtype: torch.dtype
+    weight: Tensor,
+    grid: Grid,
+    inputs: FactoredMoment,
+    costs: FactoredMoment,
+    rows_at_once: int,
+    sweeps: int,
+    dtype: torch.dtype,
 ) -> Rounded:
     order, upper = costs.order[0], costs.upper[0].to(torch.float64)
     lost = torch.zeros_like(weight)
@@ -101,7 +110,7 @@ def _one_block(
         sent = torch.linalg.solve_triangular(upper[places][:, places], upper[before][:, places], upper=True, left=False)
         aim = weight[rows] + sent.T @ lost[order[before]]
         scale, zero = fitted_ranges(aim, grid, dtype, importance(aim, inputs))
-        part = rounded_by_feedback(aim, grid, inputs, scale, zero)
+        part = rounded_by_feedback(aim, grid, inputs, scale, zero, sweeps)
         codes[rows], scales[rows] = part.codes, part.scale
         if zeros is not None and part.zero is not None:
             zeros[rows] = part.zero
