@@ -244,7 +244,11 @@ def _sampled_error(data: LayerData, grid: Grid, method: str) -> float:
     weight = data.weight[rows]
     rounded = ROUNDINGS[method](weight, grid, moment)
     difference = weight.to(torch.float64) - dequantize_groups(*rounded, grid, torch.float64)
-    squares = difference.square().sum(dim=1) if moment is None else moment_squares(difference, moment)
+    if moment is None:
+        squares = difference.square().sum(dim=1)
+    else:
+        parts = difference.view(data.blocks, -1, difference.shape[1]) if data.blocks > 1 else difference
+        squares = moment_squares(parts, moment).flatten()
     lost = float((squares * _row_costs(data)[rows]).sum()) * data.rows / len(rows)
     return max(lost, 0.0) / data.weighed_energy
 
