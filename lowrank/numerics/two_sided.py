@@ -21,7 +21,9 @@ __all__ = ["OUTPUT_DAMPING", "two_sided"]
 OUTPUT_DAMPING = 0.3
 # Rows rounded together, which do not make up for each other. Fewer would be better by little, and slower.
 ROWS = 32
+# Of each few rows; a second one pays where levels are few.
 SWEEPS = 1
+FEW_BITS, SWEEPS_OF_FEW = 2, 2
 
 
 def two_sided(
@@ -33,7 +35,7 @@ def two_sided(
     damping: float = DAMPING,
     output_damping: float = OUTPUT_DAMPING,
     rows_at_once: int = ROWS,
-    sweeps: int = SWEEPS,
+    sweeps: int | None = None,
     name: str = "weight",
 ) -> Rounded:
     """Round rows one after the other, a few at a time, each aimed at what the errors of those before it cost the model.
@@ -50,7 +52,7 @@ def two_sided(
             share is left out. ``None``, or all zeros: rounded by Σ alone.
         damping, output_damping: of Σ and of C, relative to their mean diagonals.
         rows_at_once: which share no error.
-        sweeps: of each few rows, as there.
+        sweeps: of each few rows, as there; ``None``: two at 2 bits, else one.
         name: for messages.
 
     Raises:
@@ -77,6 +79,8 @@ def two_sided(
     inputs = moment if isinstance(moment, FactoredMoment) else FactoredMoment.of(moment.cpu(), damping, name=name)
     check_moment(weight, inputs, name)
     matrix, dtype = require_finite(weight.detach().cpu(), name).to(torch.float64), scale_dtype(weight, grid)
+    if sweeps is None:
+        sweeps = SWEEPS_OF_FEW if grid.bits <= FEW_BITS else SWEEPS
     blocks = inputs.metric.shape[0]
     height = outputs // blocks
     found = []

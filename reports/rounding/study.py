@@ -37,8 +37,8 @@ from lowrank.calibration.gradients import output_gradients
 from lowrank.calibration.preparing import prepare_batches
 from lowrank.numerics.factored_moments import FactoredMoment
 from lowrank.numerics.feedback import gptq
-from lowrank.numerics.propagation import Propagated, choose_propagation
-from lowrank.numerics.rounding_methods import Grid, Rounded, dequantize_groups, nearest
+from lowrank.numerics.propagation import Propagated, choose_propagation, propagated_aim
+from lowrank.numerics.rounding_methods import Grid, dequantize_groups, nearest
 from lowrank.numerics.two_sided import two_sided
 
 HERE = Path(__file__).resolve().parent
@@ -53,7 +53,16 @@ STAGES = (
     ("intermediate.dense",),
     ("output.dense",),
 )
-METHODS = ("nearest", "gptq", "two-sided", "qronos", "gptq, one pass", "gptq, no bias", "table, nearest")
+METHODS = (
+    "nearest",
+    "gptq",
+    "two-sided",
+    "qronos",
+    "qronos, two-sided",
+    "gptq, one pass",
+    "gptq, no bias",
+    "table, nearest",
+)
 
 
 @dataclass(frozen=True)
@@ -76,13 +85,13 @@ def cases() -> list[Case]:
     """Every case, the ones that matter most first."""
     main = [(4, 64, True), (3, 64, True), (2, 32, False)]
     found = [Case(method, *grid) for grid in main for method in METHODS[:3]]
-    found += [Case("qronos", *grid) for grid in main]
-    found += [Case(method, *grid, seed) for grid in main for seed in SEEDS[1:] for method in METHODS[1:3]]
+    found += [Case(method, *grid) for grid in main for method in METHODS[3:5]]
+    found += [Case(method, *main[1]) for method in METHODS[5:7]]
+    found += [Case(METHODS[7], bits, 64, True) for bits in (6, 5, 4, 3, 2)]
+    found += [Case(method, *grid, seed) for seed in SEEDS[1:] for grid in main[1:] for method in METHODS[1:4]]
+    found += [Case(method, bits, 64, False) for bits in (4, 3) for method in METHODS[1:3]]
     found += [Case(method, bits, 64, True) for bits in (2, 5, 6, 8) for method in METHODS[:3]]
-    found += [Case(method, bits, 64, False) for bits in (4, 3) for method in METHODS[:3]]
-    found += [Case(method, *grid) for grid in main for method in METHODS[4:6]]
     found += [Case("gptq", bits, group, True) for bits in (4, 3) for group in (32, 128, None)]
-    found += [Case(METHODS[6], bits, 64, True) for bits in (6, 5, 4, 3, 2)]
     return found
 
 
@@ -213,7 +222,7 @@ def round_each(subject: Subject, case: Case) -> nn.Module:
     """Round every layer by what flows into it in the dense model."""
     model = copy.deepcopy(subject.model)
     grid = case.grid
-    if case.method == METHODS[6]:
+    if case.method == METHODS[7]:
         table = model.embeddings.word_embeddings.weight
         table.data.copy_(dequantize_groups(*nearest(table, grid), grid))
         return model
@@ -224,8 +233,7 @@ def round_each(subject: Subject, case: Case) -> nn.Module:
             continue
         plain = case.method == "gptq, no bias"
         moment, mean = subject.moments[f"{name}, uncentred" if plain else name]
-        rounded: Rounded
-        if case.method == "two-sided":
+            if case.method == "two-sided":
             rounded = two_sided(weight, grid, moment, subject.gradients[name], name=name)
         else:
             rounded = gptq(weight, grid, moment, sweeps=0 if case.method == "gptq, one pass" else 2, name=name)
@@ -245,15 +253,21 @@ def round_in_order(subject: Subject, case: Case) -> tuple[nn.Module, dict[str, i
             seen, _ = flow(layer, subject.calibration, hidden, stage[0])
             parts = []
             means = torch.cat(original[stage[0]]).double().mean(dim=0), torch.cat(seen[stage[0]]).double().mean(dim=0)
-            for held in (False, True):
-                places = [at for at in range(len(hidden)) if (at % HELD_OUT == 0) == held]
+            for wanted in ((False,), (True,), (False, True)):
+                places = [at for at in range(len(hidden)) if (at % HELD_OUT == 0) in wanted]
                 x = torch.cat([original[stage[0]][at] for at in places]).double() - means[0]
                 other = torch.cat([seen[stage[0]][at] for at in places]).double() - means[1]
                 parts.append(Propagated(other.T @ other / len(x), x.T @ other / len(x)))
+            fitted, held_out, whole = parts
+            factored = FactoredMoment.of(whole.moment)
             for name in stage:
                 module = layer.get_submodule(name)
                 weight = module.weight.detach().double()
-                ridge, rounded = choose_propagation(weight, case.grid, parts[0], parts[1], name=name)
+                ridge, _ = choose_propagation(weight, case.grid, fitted, held_out, name=name)
+                # What was held out to choose is rounded by as well.
+                aim = weight if ridge is None else propagated_aim(weight, whole, ridge)
+                cost = subject.gradients[f"encoder.layer.{index}.{name}"] if "two-sided" in case.method else None
+                rounded = two_sided(aim, case.grid, factored, cost, name=name)
                 made = dequantize_groups(*rounded, case.grid, torch.float64)
                 put(module, made, weight @ means[0] - made @ means[1])
                 key = "GPTQ" if ridge is None else f"ridge {ridge:g}"
@@ -276,7 +290,7 @@ def run_case(subject: Subject, case: Case) -> dict[str, Any]:
     _ = subject.reference, subject.moments, subject.gradients
     started = time.perf_counter()
     chosen = None
-    if case.method == "qronos":
+    if case.method.startswith("qronos"):
         model, chosen = round_in_order(subject, case)
     else:
         model = round_each(subject, case)
@@ -327,12 +341,12 @@ def render(results: dict[str, Any]) -> str:
     order = {method: place for place, method in enumerate(METHODS)}
     rows = sorted(
         results["rows"],
-        key=lambda row: (row["method"] == METHODS[6], -row["bits_per_weight"], order[row["method"]], row["seed"]),
+        key=lambda row: (row["method"] == METHODS[7], -row["bits_per_weight"], order[row["method"]], row["seed"]),
     )
     body = [
         [
             f"{row['bits']} bits, {'row' if row['group'] is None else row['group']}{', zero' if row['zero_point'] else ''}",
-            f"{row['bits_per_weight']:.2f}" if row["method"] != METHODS[6] else "",
+            f"{row['bits_per_weight']:.2f}" if row["method"] != METHODS[7] else "",
             row["method"],
             str(row["seed"]),
             f"{row['output_error']:.2%}",

@@ -44,14 +44,11 @@ def test_the_rest_is_worth_its_rank(grid: Grid, known: bool) -> None:
     assert found.error <= by_hand * (1 + 1e-9) < lost_energy(weight, plain, grid, moment)
 
 
-def test_more_ways_and_rounds_are_never_worse() -> None:
+def test_more_rounds_are_never_worse() -> None:
     weight, rows, grid = weight_of(), rows_of(60), Grid(2, 32)
     moment = rows.T @ rows / len(rows)
-    errors = [corrected_codes(weight, grid, 6, moment, rounds=rounds).error for rounds in (1, 2, 4)]
-    assert errors[0] >= errors[1] >= errors[2]
-    loud = weight.clone()
-    loud[:, :3] *= 30.0
-    assert corrected_codes(loud, grid, 6, moment).start in ("split", "columns")
+    errors = [corrected_codes(weight, grid, 6, moment, rounds=rounds).error for rounds in (1, 2, 6)]
+    assert errors[0] > errors[1] >= errors[2]
 
 
 def test_rows_that_stand_for_a_moment_do_as_well() -> None:

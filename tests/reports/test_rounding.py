@@ -26,6 +26,8 @@ def test_what_the_default_rests_on() -> None:
     for row in results_of("rounding")["rows"]:
         key = (row["bits"], row["group"], row["zero_point"], row["seed"])
         drifts.setdefault(key, {})[row["method"]] = row["drift"]
-    compared = [found for key, found in drifts.items() if {"gptq", "two-sided"} <= found.keys() and int(str(key[0])) <= 4]
+    compared = [
+        found for key, found in drifts.items() if {"gptq", "two-sided"} <= found.keys() and int(str(key[0])) <= 4
+    ]
     assert len(compared) >= 3
     assert all(found["two-sided"] < found["gptq"] for found in compared)
