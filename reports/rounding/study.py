@@ -233,7 +233,7 @@ def round_each(subject: Subject, case: Case) -> nn.Module:
             continue
         plain = case.method == "gptq, no bias"
         moment, mean = subject.moments[f"{name}, uncentred" if plain else name]
-            if case.method == "two-sided":
+        if case.method == "two-sided":
             rounded = two_sided(weight, grid, moment, subject.gradients[name], name=name)
         else:
             rounded = gptq(weight, grid, moment, sweeps=0 if case.method == "gptq, one pass" else 2, name=name)
