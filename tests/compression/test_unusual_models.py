@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -146,3 +147,38 @@ def test_wrappers_are_refused_by_name(wrap: Any, words: str) -> None:
         wrapped = wrap(mlp())
     with pytest.raises(UsageError, match=words):
         compress(wrapped)
+
+
+class Odd(nn.Module):
+    """Holds numbers of every kind beside two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(1)
+        self.fc, self.head = nn.Linear(48, 64), nn.Linear(64, 8)
+        self.register_buffer("ids", torch.arange(7))
+        self.register_buffer("flags", torch.arange(6) > 2)
+        self.register_buffer("short", torch.arange(5).to(torch.uint16))
+        self.register_buffer("coarse", torch.randn(16, 16, generator=generator).to(torch.float8_e4m3fn))
+        self.waves = nn.Parameter(torch.randn(4, 4, generator=generator, dtype=torch.complex64))
+        self.table = nn.Embedding(5, 8)
+        self.table.weight = nn.Parameter(torch.randint(0, 9, (5, 8), generator=generator), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.fc(x)))
+
+
+def test_numbers_of_other_kinds_are_copied_bit_for_bit_and_listed(tmp_path: Path) -> None:
+    model = Odd().eval()
+    result = compress(model)
+    rows = {row.name: row for row in result.report.rows}
+    assert not rows[""].compressed and not rows["table"].compressed and "dtype torch.int64" in str(rows["table"].reason)
+    result.save(tmp_path / "out")
+    loaded = lowrank.load_model(tmp_path / "out", model=Odd).state_dict()
+    for name in ("ids", "flags", "short", "coarse", "waves", "table.weight"):
+        before, after = model.state_dict()[name], loaded[name]
+        assert before.dtype == after.dtype and before.shape == after.shape
+        if name == "coarse":
+            # NumPy has no such numbers.
+            before, after = before.view(torch.uint8), after.view(torch.uint8)
+        assert before.numpy(force=True).tobytes() == after.numpy(force=True).tobytes()
