@@ -85,8 +85,9 @@ def _spelled(data: LayerData, format: WeightFormat, wanted: Mapping[str, Any], w
     for name in ("group", "rounding", "zero_point"):
         if wanted.get(name) is not None and name not in format.fields:
             raise UsageError(f"{where}: format {format.name!r} has no {name}, got {wanted[name]!r}")
-        if wanted.get(name) is not None:
-            plain = [replace(spec, **{name: wanted[name]}) for spec in plain]
+        if name in wanted and name in format.fields:
+            # Also None: a whole row, no zero point, the format's own rounding.
+            plain = list(dict.fromkeys(replace(spec, **{name: wanted[name]}) for spec in plain))
     for spec in plain:
         format.check_fields(spec, data.kind.name, data.target.shape, where)
     return [replace(spec, activations=mode) for spec in plain for mode in modes]

@@ -1,6 +1,7 @@
 """Products with weights that stay packed: codes of 2 to 8 bits in groups of inputs, decoded piece by piece.
 
-``weight[r, k] = scale[r, k // group] · (code[r, k] − zero[r, k // group])``. The codes lie as in the file (:mod:`lowrank.numerics.packing`).
+``weight[r, k] = scale[r, k // group] · (code[r, k] − zero[r, k // group])``. The codes lie as in the file:
+:mod:`lowrank.numerics.packing`.
 """
 
 from __future__ import annotations

@@ -16,8 +16,9 @@ from lowrank.layers.roles import CODES, SCALE, ZERO_POINT, Role, ScaleForm
 from lowrank.layers.spec import LayerSpec
 from lowrank.layers.weights import Codes, matrix_for
 from lowrank.numerics.packing import pack_rows, row_bytes, unpack_rows
+from lowrank.numerics.ranges import rounded_to
 from lowrank.numerics.rounding import check_bits
-from lowrank.numerics.rounding_methods import Grid, Rounded, codes_on, dequantize_groups, nearest
+from lowrank.numerics.rounding_methods import Grid, Rounded, dequantize_groups, nearest
 
 __all__ = ["PackedCodes", "check_group", "packed_bytes"]
 
@@ -196,7 +197,7 @@ class PackedCodes(Codes):
     def _nearest_here(self, weight: Tensor) -> Rounded:
         """The nearest levels of the scales that the layer has: rounding what it stands for gives its own codes."""
         _, scale, zero = self.unpacked()
-        return codes_on(weight.detach().reshape(self.matrix_shape), scale, zero, self.grid)
+        return Rounded(rounded_to(weight.detach().reshape(self.matrix_shape), scale, zero, self.grid), scale, zero)
 
     def _rounded_weights(self, floats: Any) -> dict[str, Tensor]:
         weight: Tensor = floats.get_parameter("weight")
@@ -207,7 +208,7 @@ class PackedCodes(Codes):
         """See :meth:`CompressedLayer.config`."""
         return super().config() | {
             "group": self.grid.group,
-            "zero_point": self.grid.zero_point,
+            "zero_point": True if self.grid.zero_point else None,
             "scale_dtype": str(self.scale.dtype).removeprefix("torch."),
         }
 

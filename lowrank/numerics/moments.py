@@ -152,7 +152,7 @@ class InputStatistics:
         found = SampledMoment(self._joined(), self.mean if centred else None)
         if not ridge:
             return found
-        diagonal = sum(float(part.square().sum()) for part in found._parts()) / max(self.count, 1) / self.n_features
+        diagonal = sum(float(part.square().sum()) for part in found.parts()) / max(self.count, 1) / self.n_features
         return SampledMoment(found.rows, found.mean, ridge * diagonal)
 
     def block_metric(self, blocks: int, *, centred: bool) -> Moment:

@@ -82,14 +82,14 @@ class SampledMoment:
     def seen(self, matrix: Tensor) -> Tensor:
         """Compute ``matrix · Xᵀ``, (…, count) float64: the layer's outputs on the rows."""
         matrix = matrix.to(torch.float64)
-        parts = [matrix @ part.transpose(-1, -2) for part in self._parts()]
+        parts = [matrix @ part.transpose(-1, -2) for part in self.parts()]
         return torch.cat(parts, dim=-1)
 
     def times(self, matrix: Tensor) -> Tensor:
         """Compute ``matrix · Σ``, of the matrix's shape, float64."""
         matrix = matrix.to(torch.float64)
         product = self.ridge * matrix
-        for part in self._parts():
+        for part in self.parts():
             product = product + (matrix @ part.transpose(-1, -2)) @ part / self.count
         return product
 
@@ -104,7 +104,7 @@ class SampledMoment:
         seen = self.seen(matrix)
         return seen @ seen.transpose(-1, -2) / self.count + self.ridge * (matrix @ matrix.transpose(-1, -2))
 
-    def _parts(self) -> Iterator[Tensor]:
+    def parts(self) -> Iterator[Tensor]:
         """The rows, a few at a time, as float64 and centred."""
         blocks = self.rows.shape[0] if self.rows.ndim == 3 else 1
         for part in self.rows.split(max(_CHUNK // (self.rows.shape[-1] * blocks), 1), dim=-2):

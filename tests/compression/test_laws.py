@@ -25,7 +25,7 @@ from lowrank.compression.probes import stored_bytes
 from lowrank.errors import AdapterError, LowRankError, UsageError
 from lowrank.layers import CompressedLayer, compressed_layers
 from lowrank.layers.base import ACTIVATIONS, INTEGER_ACTIVATIONS
-from lowrank.layers.spec import SPEC_FIELDS, LayerSpec
+from lowrank.layers.spec import LayerSpec
 from lowrank.lora import LoRAConfig
 from lowrank.numerics.moments import InputStatistics, TokenCounts
 from lowrank.targets import kind_of, layer_kinds
@@ -285,13 +285,21 @@ def test_overrides_ask_for_it_by_name(case: Case) -> None:
     offered = forced_specs({"layer": case.format.name}, layers)[case.data.name]
     assert {spec.format for spec in offered} == {case.format.name}
     for spec in case.specs:
-        wanted = {name: value for name in SPEC_FIELDS if (value := getattr(spec, name)) is not None}
+        wanted = {"format": spec.format} | {name: getattr(spec, name) for name in case.format.fields}
         assert forced_specs({"layer": wanted}, layers)[case.data.name] == [spec]
 
 
 @every_case
 def test_fields_that_it_does_not_take_are_refused(case: Case) -> None:
-    wrong = {"rank": 10**6, "bits": 9, "activations": "int3", "scheme": "odd", "group": -1, "rounding": "odd"}
+    wrong = {
+        "rank": 10**6,
+        "bits": 9,
+        "activations": "int3",
+        "scheme": "odd",
+        "group": -1,
+        "rounding": "odd",
+        "zero_point": "odd",
+    }
     assert set(wrong) == {item.name for item in fields(LayerSpec)} - {"format"}
     for name, value in wrong.items():
         with pytest.raises(LowRankError, match=name):
@@ -322,7 +330,9 @@ def test_adapters_on_it_merge_to_the_sum_or_say_why_not(case: Case) -> None:
             return
         merged = lowrank.merge_lora(adapted, requantize=True)
         distance = float((merged(case.inputs) - separate).norm() / separate.norm())
-        assert distance <= 0.05
+        # The sum is rounded anew, with steps that double with each bit less.
+        bits = case.specs[-1].bits or 8
+        assert distance <= max(0.05, 1.5 * 2.0**-bits)
         lowrank.unmerge_lora(adapted)
         assert_same_state(adapted, before)
 

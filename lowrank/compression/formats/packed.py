@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import ClassVar
 
@@ -18,11 +18,20 @@ from lowrank.layers.packed import GROUPS, packed_bytes
 from lowrank.layers.spec import LayerSpec
 from lowrank.numerics.conv_factors import ConvFactors
 from lowrank.numerics.factors import Factors
-from lowrank.numerics.rounding_methods import NEAREST, ROUNDINGS, Grid, Rounded, dequantize_groups, scale_dtype
+from lowrank.numerics.rounding_methods import (
+    DEFAULT_ROUNDING,
+    NEAREST,
+    ROUNDINGS,
+    Grid,
+    Rounded,
+    dequantize_groups,
+    scale_dtype,
+)
+from lowrank.numerics.sampled_moments import moment_squares
 from lowrank.targets import kind_of
 from lowrank.targets.survey import Target
 
-__all__ = ["Packed", "grid_of"]
+__all__ = ["Packed", "grid_of", "method_of"]
 
 # What an override or a plan gets that names the format alone.
 DEFAULT_GROUP = 64
@@ -30,8 +39,6 @@ DEFAULT_GROUP = 64
 MOST_BITS_WITH_ZERO = 4
 # Rows of a weight that errors are estimated on: those of one layer are much alike.
 SAMPLED_ROWS = 256
-# Error feedback, where the moment of the inputs is known.
-FEEDBACK = "gptq"
 # The grid on which it is found out what feedback brings a layer; so much the same on others.
 _PROBED = Grid(4, 64)
 
@@ -45,6 +52,13 @@ def grid_of(spec: LayerSpec) -> Grid:
     """
     assert spec.bits is not None
     return Grid(spec.bits, spec.group, bool(spec.zero_point))
+
+
+def method_of(data: LayerData, spec: LayerSpec) -> str:
+    """Name the rounding of a spec: the one it asks for, else error feedback where the moment of the inputs is known."""
+    if spec.rounding is not None:
+        return spec.rounding
+    return NEAREST if data.moments is None else DEFAULT_ROUNDING
 
 
 class Packed(WeightFormat):
@@ -100,16 +114,8 @@ class Packed(WeightFormat):
     def packed_spec(
         self, data: LayerData, group: int | None, zero_point: bool | None, activations: str | None
     ) -> LayerSpec:
-        """Give a spec with the rounding that suits what is known of the layer."""
-        rounding = FEEDBACK if FEEDBACK in ROUNDINGS and isinstance(data.moments, Tensor) else None
-        return LayerSpec(
-            self.name,
-            bits=self.width,
-            activations=activations,
-            group=group,
-            rounding=rounding,
-            zero_point=zero_point,
-        )
+        """Give a spec with the format's own rounding: error feedback where the inputs are known, else to the nearest."""
+        return LayerSpec(self.name, bits=self.width, activations=activations, group=group, zero_point=zero_point)
 
     def uniform_spec(self, data: LayerData, activations: str | None) -> LayerSpec:
         """Give the spec of plans that round every layer alike: groups of 64 where the row is longer."""
@@ -136,11 +142,11 @@ class Packed(WeightFormat):
 
     def local_error(self, data: LayerData, spec: LayerSpec) -> float:
         """Estimate what rounding loses on some rows: to the nearest level, times what feedback brings this layer."""
-        grid = grid_of(spec)
+        grid, method = grid_of(spec), method_of(data, spec)
         nearest = data.remembered(("packed", grid), lambda: _sampled_error(data, grid, NEAREST))
-        if spec.rounding in (None, NEAREST) or nearest == 0.0:
+        if method == NEAREST or nearest == 0.0:
             return nearest
-        return nearest * data.remembered(("feedback", spec.rounding), lambda: _gain(data, str(spec.rounding)))
+        return nearest * data.remembered(("gain", method), lambda: _gain(data, method))
 
     # Building ----------------------------------------------------------------------------------------------------------------
 
@@ -162,15 +168,12 @@ class Packed(WeightFormat):
         Raises:
             CheckpointError: the spec's rounding needs statistics that are not there.
         """
-        grid, method = grid_of(spec), spec.rounding or NEAREST
-        if method == NEAREST:
-            return ROUNDINGS[method](data.weight, grid)
-        moments = data.moments
-        if not isinstance(moments, Tensor):
+        grid, method = grid_of(spec), method_of(data, spec)
+        if method != NEAREST and data.moments is None:
             raise CheckpointError(
                 f"plan: layer {data.name}: rounding {method!r} needs what flows into the layer; pass calibration=, or set rounding to null"
             )
-        return _by_blocks(method, data.weight, grid, moments, data.blocks)
+        return ROUNDINGS[method](data.weight, grid, data.moments)
 
     def build_layer(self, module: nn.Module, spec: LayerSpec, factors: Factors | ConvFactors | None) -> CompressedLayer:
         """Round a module's weight to the nearest levels."""
@@ -218,54 +221,29 @@ def _layer_of(module: nn.Module, rounded: Rounded, spec: LayerSpec) -> Compresse
     return PackedLinear.from_rounded(rounded, module, grid=grid, activations=activations)
 
 
-def _by_blocks(method: str, weight: Tensor, grid: Grid, moments: Tensor, blocks: int) -> Rounded:
-    """Round a matrix whose runs of rows have moments of their own."""
-    rounding = ROUNDINGS[method]
-    if moments.ndim == 2:
-        return rounding(weight, grid, moments)
-    parts = [
-        rounding(part, grid, moment)
-        for part, moment in zip(weight.chunk(blocks, dim=0), moments.unbind(0), strict=True)
-    ]
-    # Blocks agree on the dtype of their scales, as sizes were counted for the whole.
-    dtype = scale_dtype(weight, grid)
-    zeros = [part.zero for part in parts if part.zero is not None]
-    return Rounded(
-        torch.cat([part.codes for part in parts]),
-        torch.cat([part.scale.to(dtype) for part in parts]),
-        torch.cat(zeros) if zeros else None,
-    )
-
-
 def _sampled_error(data: LayerData, grid: Grid, method: str) -> float:
     """Squared relative error of a rounding, in the norm of the inputs and gradients; errors of different rows count as unrelated."""
     if not data.weighed_energy > 0.0:
         return 0.0
-    lost = 0.0
-    for start, rows in _sampled_rows(data):
-        weight = data.weight[rows]
-        moment = _moment_at(data, start)
-        made = dequantize_groups(*ROUNDINGS[method](weight, grid, moment), grid)
-        difference = (weight.to(torch.float32) - made).double()
-        squares = difference.square().sum(dim=1) if moment is None else ((difference @ moment) * difference).sum(dim=1)
-        lost += float((squares * _row_costs(data)[rows]).sum()) * data.rows / data.blocks / len(rows)
+    rows, moment = _sampled_rows(data), data.moments
+    weight = data.weight[rows]
+    rounded = ROUNDINGS[method](weight, grid, moment)
+    difference = weight.to(torch.float64) - dequantize_groups(*rounded, grid, torch.float64)
+    if moment is None:
+        squares = difference.square().sum(dim=1)
+    else:
+        parts = difference.view(data.blocks, -1, difference.shape[1]) if data.blocks > 1 else difference
+        squares = moment_squares(parts, moment).flatten()
+    lost = float((squares * _row_costs(data)[rows]).sum()) * data.rows / len(rows)
     return max(lost, 0.0) / data.weighed_energy
 
 
-def _sampled_rows(data: LayerData) -> Iterable[tuple[int, Tensor]]:
-    """Of each block its number and some of its rows, evenly spread."""
+def _sampled_rows(data: LayerData) -> Tensor:
+    """Some rows, evenly spread, as many of each block."""
     each = data.rows // data.blocks
     count = max(min(each, SAMPLED_ROWS // data.blocks), 1)
     spread = torch.arange(count, device=data.weight.device) * each // count
-    for block in range(data.blocks):
-        yield block, spread + block * each
-
-
-def _moment_at(data: LayerData, block: int) -> Tensor | None:
-    moments = data.moments
-    if not isinstance(moments, Tensor):
-        return None
-    return moments if moments.ndim == 2 else moments[block]
+    return torch.cat([spread + block * each for block in range(data.blocks)])
 
 
 def _row_costs(data: LayerData) -> Tensor:
