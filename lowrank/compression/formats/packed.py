@@ -104,11 +104,8 @@ class Packed(WeightFormat):
         ]
 
     def modes(self, data: LayerData, activations: str) -> tuple[str | None, ...]:
-        """Give the ways of taking activations: convolutions are weight-only."""
-        found = data.modes(activations)
-        if any(kind.name == "conv" for kind in data.target.kinds):
-            return tuple(mode for mode in found if mode == FLOAT_ACTIVATIONS)
-        return found
+        """Give the ways of taking activations: as they are."""
+        return tuple(mode for mode in data.modes(activations) if mode in (None, FLOAT_ACTIVATIONS))
 
     def packed_spec(
         self, data: LayerData, group: int | None, zero_point: bool | None, activations: str | None
@@ -152,9 +149,14 @@ class Packed(WeightFormat):
     def build(self, data: LayerData, spec: LayerSpec) -> dict[str, nn.Module]:
         """Round once, and make each member of it; tied members share the tensors."""
         rounded = self.chosen(data, spec)
+        shift = _bias_shift(data, rounded, grid_of(spec))
         built: dict[str, nn.Module] = {}
         for member in data.target.members:
             layer = _layer_of(member.module, rounded, spec)
+            if shift is not None:
+                bias = layer.get_parameter("bias")
+                with torch.no_grad():
+                    bias.copy_(bias.double() + shift)
             for first in list(built.values())[:1]:
                 assert isinstance(first, CompressedLayer)
                 layer.share_tensors(first)
@@ -172,7 +174,7 @@ class Packed(WeightFormat):
             raise CheckpointError(
                 f"plan: layer {data.name}: rounding {method!r} needs what flows into the layer; pass calibration=, or set rounding to null"
             )
-        return ROUNDINGS[method](data.weight, grid, data.moments)
+        return ROUNDINGS[method](data.weight, grid, data.moments, data.gradients)
 
     def build_layer(self, module: nn.Module, spec: LayerSpec, factors: Factors | ConvFactors | None) -> CompressedLayer:
         """Round a module's weight to the nearest levels."""
@@ -204,7 +206,7 @@ class Packed(WeightFormat):
         super().check(data, spec)
         if spec.activations not in (None, *self.modes(data, "auto")):
             raise CheckpointError(
-                f"plan: layer {data.name}: packed convolutions are weight-only, got activations {spec.activations!r}; correct the plan"
+                f"plan: layer {data.name}: packed layers are weight-only, got activations {spec.activations!r}; correct the plan"
             )
 
 
@@ -220,6 +222,16 @@ def _layer_of(module: nn.Module, rounded: Rounded, spec: LayerSpec) -> Compresse
     return PackedLinear.from_rounded(rounded, module, grid=grid, activations=activations)
 
 
+def _bias_shift(data: LayerData, rounded: Rounded, grid: Grid) -> Tensor | None:
+    """``(W − Ŵ) μ``, (out,) float64, where the bias takes the mean of the error: the moments that codes are chosen by are centred there."""
+    if data.inputs is None or not data.centred:
+        return None
+    lost = data.weight.to(torch.float64) - dequantize_groups(*rounded, grid, torch.float64)
+    mean = data.inputs.mean.to(lost.device).view(data.blocks, -1, 1)
+    shift: Tensor = (lost.view(data.blocks, -1, data.columns) @ mean).flatten()
+    return shift
+
+
 def _sampled_error(data: LayerData, grid: Grid, method: str) -> float:
     """Squared relative error of a rounding, in the norm of the inputs and gradients; errors of different rows count as unrelated."""
     if not data.weighed_energy > 0.0:
@@ -228,7 +240,11 @@ def _sampled_error(data: LayerData, grid: Grid, method: str) -> float:
     weight = data.weight[rows]
     rounded = ROUNDINGS[method](weight, grid, moment)
     difference = weight.to(torch.float64) - dequantize_groups(*rounded, grid, torch.float64)
-    squares = difference.square().sum(dim=1) if moment is None else moment_squares(difference, moment)
+    if moment is None:
+        squares = difference.square().sum(dim=1)
+    else:
+        parts = difference.view(data.blocks, -1, difference.shape[1]) if data.blocks > 1 else difference
+        squares = moment_squares(parts, moment).flatten()
     lost = float((squares * _row_costs(data)[rows]).sum()) * data.rows / len(rows)
     return max(lost, 0.0) / data.weighed_energy
 
