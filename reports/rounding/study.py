@@ -7,7 +7,7 @@ error costs the output). Measured on sentences that nothing was fitted to: the r
 
     python reports/rounding/study.py                # every case that is not yet in results.json
     python reports/rounding/study.py --only gptq    # one method
-    python reports/rounding/study.py --smoke        # a random model of two layers, into a temporary folder
+    python reports/rounding/study.py --smoke        # a random model of one layer, into a temporary folder
 
 Needs the data folder beside the repository (``../shared``) and the package of MiniLM (extra ``demo``).
 """
@@ -330,12 +330,12 @@ def minilm(seed: int) -> Subject:
 
 
 def tiny() -> Subject:
-    """A random BERT of two layers and random tokens."""
+    """A random BERT of one layer and random tokens."""
     from transformers import BertConfig, BertModel
 
     torch.manual_seed(0)
     model = BertModel(
-        BertConfig(vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+        BertConfig(vocab_size=60, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
     ).eval()
     batches = [
         {"input_ids": torch.randint(0, 60, (8, 12)), "attention_mask": torch.ones(8, 12, dtype=torch.int64)}
