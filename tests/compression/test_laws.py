@@ -236,14 +236,17 @@ def test_the_forward_pass_is_that_of_the_weight(case: Case) -> None:
         assert isinstance(layer, CompressedLayer)
         with torch.no_grad():
             found = applied(case.inputs)
-            if not case.data.kind.composite:
+            if spec.parts is not None:
+                # Matrices of few bits are far from the dense ones, but the layer does what theirs do.
+                dense.layer = layer.dequantize()  # type: ignore[operator]
+            elif not case.data.kind.composite:
                 weight = layer.dense_weight().detach().reshape(case.data.target.shape)
                 dense.layer.weight.copy_(weight)  # type: ignore[union-attr, operator]
                 if getattr(dense.layer, "bias", None) is not None:
                     dense.layer.bias.copy_(layer.bias)  # type: ignore[union-attr, operator, arg-type]
             expected = dense(case.inputs)
         distance = float((found - expected).norm() / expected.norm())
-        rounded = case.data.kind.composite or spec.activations == INTEGER_ACTIVATIONS
+        rounded = (case.data.kind.composite and spec.parts is None) or spec.activations == INTEGER_ACTIVATIONS
         assert distance <= (0.05 if rounded else 1e-5), (spec, distance)
 
 
@@ -299,6 +302,7 @@ def test_fields_that_it_does_not_take_are_refused(case: Case) -> None:
         "group": -1,
         "rounding": "odd",
         "zero_point": "odd",
+        "parts": "odd",
     }
     assert set(wrong) == {item.name for item in fields(LayerSpec)} - {"format"}
     for name, value in wrong.items():
