@@ -366,7 +366,8 @@ def _notes(layers: Sequence[LayerData], costs: Mapping[str, Measured] | None, sp
     for data in layers:
         if data.unseen_rows:
             notes.append(
-                f"{data.name}: {data.unseen_rows:,} of {data.rows:,} rows were never looked up on the calibration data: {floor}"
+                f"{data.name}: {data.unseen_rows:,} of {data.rows:,} rows were never looked up on the calibration data: rounded like "
+                "the others, taken in no low rank"
             )
     return notes
 

@@ -132,7 +132,7 @@ class QuantizedRecurrent(NamedWeights):
 
     def config(self) -> dict[str, Any]:
         """See :meth:`CompressedLayer.config`."""
-        own = {"activations": self.activations, "options": dict(self.options)}
+        own: dict[str, Any] = {"activations": self.activations, "options": dict(self.options)}
         if self.stores is not None:
             own["parts"] = [{"name": name} | store.to_json() for name, store in self.stores.items()]
         return super().config() | own

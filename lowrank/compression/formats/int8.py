@@ -61,6 +61,12 @@ class Int8(Packed):
         """Tell packed layers by their bits; those with a byte a code are all of this format."""
         return super().holds(layer) if isinstance(layer, PackedCodes) else layer.bits is not None
 
+    def modes(self, data: LayerData, activations: str, spec: LayerSpec | None = None) -> tuple[str | None, ...]:
+        """Give both ways for rows; groups take activations as they are."""
+        if spec is not None and spec.group is not None:
+            return super().modes(data, activations, spec)
+        return data.modes(activations)
+
     def specs(self, data: LayerData, request: Request) -> list[LayerSpec]:
         """List rows of 8 bits in each way of taking the activations, then groups."""
         rows = [self.spec(mode) for mode in data.modes(request.activations)]

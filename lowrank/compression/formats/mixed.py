@@ -56,7 +56,7 @@ class _Costs:
         if error <= finest[0] or not (finest[1] > 0.0 and coarsest[1] > 0.0):
             return finest[1] * error / finest[0]
         slope = math.log(coarsest[1] / finest[1]) / math.log(coarsest[0] / finest[0])
-        return finest[1] * (error / finest[0]) ** max(slope, 0.0)
+        return float(finest[1] * (error / finest[0]) ** max(slope, 0.0))
 
 
 class Mixed(WeightFormat):

@@ -17,9 +17,10 @@ from lowrank.layers.base import FLOAT_ACTIVATIONS
 from lowrank.layers.packed import GROUPS, packed_bytes
 from lowrank.layers.spec import LayerSpec
 from lowrank.numerics.conv_factors import ConvFactors
+from lowrank.numerics.factored_moments import FactoredMoment
 from lowrank.numerics.factors import Factors
 from lowrank.numerics.rounding_methods import (
-    DEFAULT_ROUNDING,
+    GPTQ,
     NEAREST,
     ROUNDINGS,
     Grid,
@@ -27,7 +28,7 @@ from lowrank.numerics.rounding_methods import (
     dequantize_groups,
     scale_dtype,
 )
-from lowrank.numerics.sampled_moments import moment_squares
+from lowrank.numerics.sampled_moments import Moment, moment_squares
 from lowrank.targets import kind_of
 from lowrank.targets.survey import Target
 
@@ -58,7 +59,7 @@ def method_of(data: LayerData, spec: LayerSpec) -> str:
     """Name the rounding of a spec: the one it asks for, else error feedback where the moment of the inputs is known."""
     if spec.rounding is not None:
         return spec.rounding
-    return NEAREST if data.moments is None else DEFAULT_ROUNDING
+    return NEAREST if data.moments is None else GPTQ
 
 
 class Packed(WeightFormat):
@@ -101,10 +102,10 @@ class Packed(WeightFormat):
             self.packed_spec(data, group, zero, mode)
             for group in groups
             for zero in zeros
-            for mode in self.modes(data, request.activations)
+            for mode in Packed.modes(self, data, request.activations)
         ]
 
-    def modes(self, data: LayerData, activations: str) -> tuple[str | None, ...]:
+    def modes(self, data: LayerData, activations: str, spec: LayerSpec | None = None) -> tuple[str | None, ...]:
         """Give the ways of taking activations: as they are."""
         return tuple(mode for mode in data.modes(activations) if mode in (None, FLOAT_ACTIVATIONS))
 
@@ -175,7 +176,7 @@ class Packed(WeightFormat):
             raise CheckpointError(
                 f"plan: layer {data.name}: rounding {method!r} needs what flows into the layer; pass calibration=, or set rounding to null"
             )
-        return ROUNDINGS[method](data.weight, grid, data.moments, data.gradients)
+        return ROUNDINGS[method](data.weight, grid, _factored(data), data.gradients)
 
     def build_layer(self, module: nn.Module, spec: LayerSpec, factors: Factors | ConvFactors | None) -> CompressedLayer:
         """Round a module's weight to the nearest levels."""
@@ -205,7 +206,7 @@ class Packed(WeightFormat):
     def check(self, data: LayerData, spec: LayerSpec) -> None:
         """Refuse a plan's spec that this target cannot become."""
         super().check(data, spec)
-        if spec.activations not in (None, *self.modes(data, "auto")):
+        if spec.activations not in (None, *self.modes(data, "auto", spec)):
             raise CheckpointError(
                 f"plan: layer {data.name}: packed layers are weight-only, got activations {spec.activations!r}; correct the plan"
             )
@@ -239,7 +240,7 @@ def _sampled_error(data: LayerData, grid: Grid, method: str) -> float:
         return 0.0
     rows, moment = _sampled_rows(data), data.moments
     weight = data.weight[rows]
-    rounded = ROUNDINGS[method](weight, grid, moment)
+    rounded = ROUNDINGS[method](weight, grid, moment if method == NEAREST else _factored(data))
     difference = weight.to(torch.float64) - dequantize_groups(*rounded, grid, torch.float64)
     if moment is None:
         squares = difference.square().sum(dim=1)
@@ -248,6 +249,14 @@ def _sampled_error(data: LayerData, grid: Grid, method: str) -> float:
         squares = moment_squares(parts, moment).flatten()
     lost = float((squares * _row_costs(data)[rows]).sum()) * data.rows / len(rows)
     return max(lost, 0.0) / data.weighed_energy
+
+
+def _factored(data: LayerData) -> Moment | FactoredMoment | None:
+    """The moment, factored once for all grids where it is whole."""
+    moments = data.moments
+    if not isinstance(moments, Tensor):
+        return moments
+    return data.remembered("factored moment", lambda: FactoredMoment.of(moments, name=f"layer {data.name}"))
 
 
 def _sampled_rows(data: LayerData) -> Tensor:
