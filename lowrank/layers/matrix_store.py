@@ -1,4 +1,4 @@
-"""How one matrix of a layer with several is held: codes of 2 to 8 bits in groups, codes of 12 or 16 bits with a scale a row, or floats."""
+"""How one matrix of a layer with several is held: codes of 2 to 8 bits in groups, codes of 10 to 16 bits with a scale a row, or floats."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lowrank.numerics.rounding_methods import Grid, dequantize_groups, nearest, 
 __all__ = ["WIDE_BITS", "MatrixStore"]
 
 # Codes of more than a byte: their high 8 bits stand in one tensor, the rest in another.
-WIDE_BITS = (12, 16)
+WIDE_BITS = (10, 11, 12, 14, 16)
 _BYTE = 8
 
 
@@ -29,8 +29,8 @@ _BYTE = 8
 class MatrixStore:
     """Describe the tensors that hold one matrix.
 
-    ``codes`` and ``scale`` of 2 to 8 bits are those of :class:`lowrank.layers.packed.PackedCodes` without zero points. Codes of 12
-    and 16 bits are symmetric, ``weight = scale · (2^(bits − 8) · codes + low − 2^(bits − 1))``, with a float32 scale a row:
+    ``codes`` and ``scale`` of 2 to 8 bits are those of :class:`lowrank.layers.packed.PackedCodes` without zero points. Codes of 10
+    to 16 bits are symmetric, ``weight = scale · (2^(bits − 8) · codes + low − 2^(bits − 1))``, with a float32 scale a row:
     matrices whose errors a model amplifies, as recurrent ones do, may need more than 256 levels and still no floats. ``floats`` is
     the matrix itself.
 

@@ -91,7 +91,8 @@ class QuantizedRecurrent(NamedWeights):
 
         Args:
             bits: of all matrices, a byte a code and a float32 scale a row.
-            parts: in its place, each matrix's own spec by its name: "dense", or codes of 2 to 8, 12 or 16 bits; see :class:`MatrixStore`.
+            parts: in its place, each matrix's own spec by its name: "dense", or codes of 2 to 8, 10 to 12, 14 or 16 bits; see
+                :class:`MatrixStore`.
 
         Raises:
             UsageError: not a plain module of this kind, or one that is parametrized.

@@ -56,7 +56,7 @@ class _Costs:
         if error <= finest[0] or not (finest[1] > 0.0 and coarsest[1] > 0.0):
             return finest[1] * error / finest[0]
         slope = math.log(coarsest[1] / finest[1]) / math.log(coarsest[0] / finest[0])
-        return float(finest[1] * (error / finest[0]) ** max(slope, 0.0))
+        return finest[1] * math.exp(max(slope, 0.0) * math.log(error / finest[0]))
 
 
 class Mixed(WeightFormat):
@@ -184,7 +184,7 @@ class Mixed(WeightFormat):
             if part not in _POSSIBLE:
                 raise LowRankError(
                     f"{where}: parts: {name} must be dense, int2 to int8 with its bits and a group of null, 32, 64 or 128, "
-                    f"or int12 or int16 with its bits and no group; got {shown(part.to_json())}"
+                    f"or int10 to int12, int14 or int16 with its bits and no group; got {shown(part.to_json())}"
                 )
 
     def check(self, data: LayerData, spec: LayerSpec) -> None:
