@@ -116,6 +116,14 @@ class LayerData:
         found: _T = self._known[key]
         return found
 
+    def remember(self, key: Hashable, value: object) -> None:
+        """Keep something that was measured, for the formats that ask for it by :meth:`remembered`."""
+        self._known[key] = value
+
+    def remembers(self, key: Hashable) -> bool:
+        """Tell whether there is something under a key."""
+        return key in self._known
+
     def curve(self, scheme: str | None) -> RankCurve | ConvCurve:
         """Decompose once for every rank, ``C^½ W`` where there are gradients: see :meth:`factors`."""
         return self.remembered(("curve", scheme), lambda: self._decomposed(scheme))

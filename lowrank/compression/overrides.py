@@ -10,7 +10,7 @@ from lowrank.compression.formats import DENSE, FORMATS, Request, WeightFormat, c
 from lowrank.compression.formats.factored import FactoredFormat
 from lowrank.compression.layer_data import LayerData
 from lowrank.errors import UsageError, is_whole
-from lowrank.layers.spec import SPEC_FIELDS, LayerSpec
+from lowrank.layers.spec import SPEC_FIELDS, LayerSpec, parts_of
 from lowrank.numerics.factors import check_rank
 from lowrank.numerics.rounding import LEAST_BITS, MOST_BITS
 from lowrank.targets.model import matching
@@ -82,12 +82,13 @@ def _spelled(data: LayerData, format: WeightFormat, wanted: Mapping[str, Any], w
                 f"{where}: bits must be an integer from {LEAST_BITS} to {MOST_BITS}, for the formats {rounded}, got {bits!r}"
             )
         plain = [replace(spec, bits=bits) for spec in plain]
-    for name in ("group", "rounding", "zero_point"):
+    for name in ("group", "rounding", "zero_point", "parts"):
         if wanted.get(name) is not None and name not in format.fields:
             raise UsageError(f"{where}: format {format.name!r} has no {name}, got {wanted[name]!r}")
         if name in wanted and name in format.fields:
+            asked = parts_of(wanted[name]) if name == "parts" else wanted[name]
             # Also None: a whole row, no zero point, the format's own rounding.
-            plain = list(dict.fromkeys(replace(spec, **{name: wanted[name]}) for spec in plain))
+            plain = list(dict.fromkeys(replace(spec, **{name: asked}) for spec in plain))
     for spec in plain:
         format.check_fields(spec, data.kind.name, data.target.shape, where)
     return [replace(spec, activations=mode) for spec in plain for mode in modes]

@@ -230,9 +230,7 @@ def gather(
         lookups = next((item for item in gathered if isinstance(item, TokenCounts)), None)
         costs_here = costs[0] if costs else None
         known = experts.get(target.name)
-        layers.append(
-            LayerData(target, inputs, lookups, data_aware=data_aware, gradients=costs_here, experts=known)
-        )
+        layers.append(LayerData(target, inputs, lookups, data_aware=data_aware, gradients=costs_here, experts=known))
         if known is not None:
             notes += few_tokens(target.name, stacked[target.name], known)
     return layers, notes

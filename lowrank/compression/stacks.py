@@ -33,7 +33,9 @@ def row_squares(matrix: Tensor, moment: Moment | None) -> Tensor:
     return matrix.square().sum(dim=-1) if moment is None else moment_squares(matrix, moment)
 
 
-def stacked_error(stacks: Mapping[str, Tensor], approximations: Mapping[str, Tensor], known: ExpertInputs | None) -> float:
+def stacked_error(
+    stacks: Mapping[str, Tensor], approximations: Mapping[str, Tensor], known: ExpertInputs | None
+) -> float:
     """Compute the squared relative error of the matrices, the mean over the parameters.
 
     Of a parameter ``Σ_e n_e tr(ΔW_e Σ_e ΔW_eᵀ) / Σ_e n_e tr(W_e Σ_e W_eᵀ)`` over the experts e with n_e tokens; where none is known
@@ -82,5 +84,7 @@ def few_tokens(layer: str, stacks: Mapping[str, Tensor], known: ExpertInputs) ->
                 thin[expert] = min(known.count(name, expert), thin.get(expert, known.count(name, expert)))
     if not thin:
         return []
-    listed = ", ".join(f"{expert} ({counted(tokens, 'token') if tokens else 'no token'})" for expert, tokens in sorted(thin.items()))
+    listed = ", ".join(
+        f"{expert} ({counted(tokens, 'token') if tokens else 'no token'})" for expert, tokens in sorted(thin.items())
+    )
     return [f"{layer}: experts {listed} met fewer tokens than they have inputs: rounded without data"]

@@ -112,7 +112,12 @@ def _part_of(stack: ExpertStack, func: Any, args: Any) -> Tensor | None:
     if func is aten.select.int and args[1] == 0:
         index = int(args[2])
         return WeightView(stack._layer, stack.expert(index + stack.shape[0] if index < 0 else index))
-    if func is aten.index.Tensor and len(args[1]) == 1 and args[1][0] is not None and not args[1][0].is_floating_point():
+    if (
+        func is aten.index.Tensor
+        and len(args[1]) == 1
+        and args[1][0] is not None
+        and not args[1][0].is_floating_point()
+    ):
         ids = args[1][0]
         if ids.dtype is not torch.bool:
             return stack.chosen(torch.where(ids < 0, ids + stack.shape[0], ids))

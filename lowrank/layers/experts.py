@@ -314,9 +314,7 @@ class PackedExperts(ExpertsLayer):
     def spec(self) -> LayerSpec:
         """Format, bits, group and zero point; how the codes were chosen they do not tell."""
         zero_point = True if self.grid.zero_point else None
-        return LayerSpec(
-            self.format, None, self.bits, self.activations, group=self.grid.group, zero_point=zero_point
-        )
+        return LayerSpec(self.format, None, self.bits, self.activations, group=self.grid.group, zero_point=zero_point)
 
     @property
     def weight_names(self) -> tuple[str, ...]:
@@ -328,7 +326,9 @@ class PackedExperts(ExpertsLayer):
         """See :meth:`CompressedLayer.scales`."""
         return {
             f"{self._prefix(name)}scale": ScaleForm(
-                (self.weight_rows[name], self.grid.groups(self.stack_shape(name)[2])), self.scale_dtypes[name], signed=True
+                (self.weight_rows[name], self.grid.groups(self.stack_shape(name)[2])),
+                self.scale_dtypes[name],
+                signed=True,
             )
             for name in self.weight_shapes
         }

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lowrank.errors import UsageError
 from lowrank.kernels.packed import PackedWeight
-from lowrank.layers.checks import dtype_from_name
+from lowrank.layers.checks import FLOAT_ACTIVATIONS, dtype_from_name
 from lowrank.layers.roles import CODES, SCALE, ZERO_POINT, Role, ScaleForm
 from lowrank.layers.spec import LayerSpec
 from lowrank.layers.weights import Codes, matrix_for
@@ -72,6 +72,14 @@ class PackedCodes(Codes):
     scale: Tensor
     zero_point: Tensor | None
     grid: Grid
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "activations" and value not in (None, FLOAT_ACTIVATIONS):
+            raise UsageError(
+                f'activations: packed layers are weight-only, so "{FLOAT_ACTIVATIONS}", got {value!r}; int8 with a scale a row '
+                "(group=None) multiplies integers"
+            )
+        super().__setattr__(name, value)
 
     def _allocate_packed(self, grid: Grid, scale_dtype: torch.dtype, device: torch.device | str | None) -> None:
         """Register codes, scales and zero points for :attr:`matrix_shape`."""

@@ -45,7 +45,9 @@ class Experts(Composite):
         if len({tensor.dtype for tensor in module._parameters.values() if tensor is not None}) > 1:
             return "holds weights of more than one dtype"
         names = (*module._parameters, *module._buffers)
-        taken = next((name for name in names if hasattr(QuantizedExperts, name) and name not in experts_of(module)), None)
+        taken = next(
+            (name for name in names if hasattr(QuantizedExperts, name) and name not in experts_of(module)), None
+        )
         if taken is not None:
             return f"its tensor {taken} has the name of something that every compressed layer has"
         narrow = next((name for name, each in experts_of(module).items() if min(each.shape[1:]) < 2), None)

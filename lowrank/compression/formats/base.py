@@ -200,7 +200,7 @@ class WeightFormat(ABC):
         self._check_bits(spec, where)
         allowed = (None, *ACTIVATIONS) if "activations" in self.fields else (None,)
         _check_choice(spec.activations, allowed, f"{where}: activations of format {self.name}")
-        for name in ("group", "rounding"):
+        for name in ("group", "rounding", "parts"):
             value = getattr(spec, name)
             if name not in self.fields and value is not None:
                 raise LowRankError(f"{where}: {name} of format {self.name} must be null, got {shown(value)}")

@@ -62,7 +62,8 @@ class Int8(Packed):
 
     def holds(self, layer: CompressedLayer) -> bool:
         """Tell packed layers by their bits; those with a byte a code are all of this format."""
-        return not isinstance(layer, (PackedCodes, PackedExperts)) or super().holds(layer)
+        packed = isinstance(layer, (PackedCodes, PackedExperts))
+        return super().holds(layer) if packed else layer.bits is not None
 
     def specs(self, data: LayerData, request: Request) -> list[LayerSpec]:
         """List rows of 8 bits in each way of taking the activations, then groups."""

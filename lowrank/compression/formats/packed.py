@@ -107,11 +107,8 @@ class Packed(WeightFormat):
         ]
 
     def modes(self, data: LayerData, activations: str) -> tuple[str | None, ...]:
-        """Give the ways of taking activations: convolutions are weight-only."""
-        found = data.modes(activations)
-        if any(kind.name == "conv" for kind in data.target.kinds):
-            return tuple(mode for mode in found if mode == FLOAT_ACTIVATIONS)
-        return found
+        """Give the ways of taking activations: as they are."""
+        return tuple(mode for mode in data.modes(activations) if mode in (None, FLOAT_ACTIVATIONS))
 
     def packed_spec(
         self, data: LayerData, group: int | None, zero_point: bool | None, activations: str | None
@@ -222,7 +219,7 @@ class Packed(WeightFormat):
         super().check(data, spec)
         if spec.activations not in (None, *self.modes(data, "auto")):
             raise CheckpointError(
-                f"plan: layer {data.name}: packed convolutions are weight-only, got activations {spec.activations!r}; correct the plan"
+                f"plan: layer {data.name}: packed layers are weight-only, got activations {spec.activations!r}; correct the plan"
             )
 
 
