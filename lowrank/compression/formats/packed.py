@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.compression.formats.base import Request, WeightFormat, shown
+from lowrank.compression.formats.packed_experts import experts_bytes, experts_error, rounded_experts
 from lowrank.compression.layer_data import LayerData
 from lowrank.errors import CheckpointError, RankError
-from lowrank.layers import CompressedLayer, PackedConv1d, PackedConv2d, PackedEmbedding, PackedLinear
+from lowrank.layers import CompressedLayer, PackedConv1d, PackedConv2d, PackedEmbedding, PackedExperts, PackedLinear
 from lowrank.layers.base import FLOAT_ACTIVATIONS
 from lowrank.layers.packed import GROUPS, packed_bytes
 from lowrank.layers.spec import LayerSpec
@@ -59,7 +60,7 @@ def method_of(data: LayerData, spec: LayerSpec) -> str:
     """Name the rounding of a spec: the one it asks for, else error feedback where the moment of the inputs is known."""
     if spec.rounding is not None:
         return spec.rounding
-    return NEAREST if data.moments is None else GPTQ
+    return NEAREST if data.moments is None and data.experts is None else GPTQ
 
 
 class Packed(WeightFormat):
@@ -76,6 +77,7 @@ class Packed(WeightFormat):
         "linear": (PackedLinear,),
         "conv": (PackedConv1d, PackedConv2d),
         "embedding": (PackedEmbedding,),
+        "experts": (PackedExperts,),
     }
     layers: ClassVar[Mapping[str, tuple[type[CompressedLayer], ...]]] = packed_layers
 
@@ -127,6 +129,8 @@ class Packed(WeightFormat):
     def stored_bytes(self, data: LayerData, spec: LayerSpec) -> int:
         """Count codes, scales, zero points and biases."""
         grid = grid_of(spec)
+        if data.kind.stacked:
+            return data.other_bytes + experts_bytes(data, grid)
         return data.other_bytes + sum(
             packed_bytes(stack.shape[0] * stack.shape[1], stack.shape[2], grid, self._scale_dtype(data, name, grid))
             for name, stack in data.stacks.items()
@@ -150,6 +154,8 @@ class Packed(WeightFormat):
 
     def build(self, data: LayerData, spec: LayerSpec) -> dict[str, nn.Module]:
         """Round once, and make each member of it; tied members share the tensors."""
+        if data.kind.stacked:
+            return {data.name: self._experts(data, spec)}
         rounded = self.chosen(data, spec)
         shift = _bias_shift(data, rounded, grid_of(spec))
         built: dict[str, nn.Module] = {}
@@ -165,6 +171,12 @@ class Packed(WeightFormat):
             built[member.name] = layer
         return built
 
+    def _experts(self, data: LayerData, spec: LayerSpec) -> CompressedLayer:
+        grid, method = grid_of(spec), method_of(data, spec)
+        if method != NEAREST and data.experts is None:
+            raise CheckpointError(_needs_inputs(data, method))
+        return PackedExperts.from_rounded(data.target.owner, rounded_experts(data, grid, method), grid)
+
     def chosen(self, data: LayerData, spec: LayerSpec) -> Rounded:
         """Choose the codes of a target's matrix.
 
@@ -173,15 +185,15 @@ class Packed(WeightFormat):
         """
         grid, method = grid_of(spec), method_of(data, spec)
         if method != NEAREST and data.moments is None:
-            raise CheckpointError(
-                f"plan: layer {data.name}: rounding {method!r} needs what flows into the layer; pass calibration=, or set rounding to null"
-            )
+            raise CheckpointError(_needs_inputs(data, method))
         return ROUNDINGS[method](data.weight, grid, _factored(data), data.gradients)
 
     def build_layer(self, module: nn.Module, spec: LayerSpec, factors: Factors | ConvFactors | None) -> CompressedLayer:
         """Round a module's weight to the nearest levels."""
         kind = kind_of(module)
         assert kind is not None
+        if kind.stacked:
+            return PackedExperts.from_rounded(module, {}, grid_of(spec))
         return _layer_of(module, ROUNDINGS[NEAREST](kind.matrix(module), grid_of(spec)), spec)
 
     # Checks ------------------------------------------------------------------------------------------------------------------
@@ -234,8 +246,14 @@ def _bias_shift(data: LayerData, rounded: Rounded, grid: Grid) -> Tensor | None:
     return shift
 
 
+def _needs_inputs(data: LayerData, method: str) -> str:
+    return f"plan: layer {data.name}: rounding {method!r} needs what flows into the layer; pass calibration=, or set rounding to null"
+
+
 def _sampled_error(data: LayerData, grid: Grid, method: str) -> float:
     """Squared relative error of a rounding, in the norm of the inputs and gradients; errors of different rows count as unrelated."""
+    if data.kind.stacked:
+        return experts_error(data, grid, method)
     if not data.weighed_energy > 0.0:
         return 0.0
     rows, moment = _sampled_rows(data), data.moments
