@@ -91,6 +91,8 @@ class ExpertsLayer(DecodedLayer):
         turned: as above.
     """
 
+    n_bits: int
+
     def __init__(
         self,
         weights: Mapping[str, Sequence[int]],
