@@ -17,7 +17,7 @@ from tqdm import tqdm
 from lowrank.analysis.frontier_report import STATE_NAME, FrontierReport
 from lowrank.analysis.frontier_state import Done, State, arguments_of
 from lowrank.calibration.batches import Batch, sample_count
-from lowrank.calibration.groups import read_samples
+from lowrank.calibration.groups import groups_of, read_samples
 from lowrank.calibration.metrics import METRICS, metric_named
 from lowrank.calibration.samples import without_shared
 from lowrank.calibration.untouched import borrowed
@@ -34,6 +34,7 @@ from lowrank.io import check_destination, lock_destination
 from lowrank.io.version import versions
 from lowrank.layers.base import ACTIVATIONS
 from lowrank.reporting.points import FrontierPoint
+from lowrank.reporting.text import counted
 from lowrank.targets.model import unwrapped
 
 __all__ = ["FrontierPoint", "FrontierReport", "default_budgets", "measure_frontier"]
@@ -228,7 +229,11 @@ class _Run:
             "seed": self.options.seed,
             "versions": versions(),
         }
-        self.state.notes = list(prepared.notes)
+        groups = [group for group in groups_of(verification) if group]
+        told = (
+            [f"errors are those of the worst of {counted(len(groups), 'group')}: {', '.join(groups)}"] if groups else []
+        )
+        self.state.notes = [*told, *prepared.notes]
         uniform = dict(zip(_uniform_steps(self.options), uniform_plans(prepared, self.options, allocator), strict=True))
         search.scale = self.state.done[-1].scale if self.state.done else 1.0
         bar = tqdm(desc="frontier", unit="point", delay=2, disable=not self.options.progress)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lowrank.io import open_tensors
 from lowrank.targets import kind_of
+from lowrank.targets.model import refuse_script
 from lowrank.targets.survey import MAX_ELEMENTS
 
 __all__ = [
@@ -60,7 +61,12 @@ class Layer:
 
 
 def layers_of_module(model: nn.Module) -> list[Layer]:
-    """List every module that holds tensors, in the model's order; a tensor seen before is refused as tied."""
+    """List every module that holds tensors, in the model's order; a tensor seen before is refused as tied.
+
+    Raises:
+        UsageError: TorchScript, whose modules show none.
+    """
+    refuse_script(model)
     layers: list[Layer] = []
     seen: dict[object, str] = {}
     for name, module in model.named_modules():

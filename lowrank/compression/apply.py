@@ -89,7 +89,8 @@ def apply_plan(
             else read_samples(original, calibration, output_fn=output_fn, forward_fn=forward_fn)
         )
         split = split_again(batches, metadata) if batches is not None else None
-        factored = any(entry.rank is not None for entry in plan.entries)
+        # Codes of few bits are rounded by what their errors cost the output too, where the plan says that gradients were at hand.
+        factored = any(entry.compressed for entry in plan.entries)
         copied = WorkingCopy(working, gather(working, found, split, options, factored=factored)[0])
         copied.install_plan(plan)
         finished = raised(copied.release())

@@ -219,6 +219,10 @@ def compress_model(
         raise UsageError("fold_batchnorm: a plan with like has no place for it; make the plan without one of the two")
     with borrowed(original) as modes:
         working = original
+        if like and plan is not None and not geometries:
+            raise UsageError(
+                "like: the plan was made without it, for other layers; leave like out, or make the plan with it"
+            )
         if like and plan is None:
             calibration, options, working, geometries = lowered_for(original, like, calibration, options)
         elif geometries:

@@ -62,6 +62,9 @@ def lowered_for(
         raise UsageError("like: cannot be combined with fold_batchnorm yet; leave one of the two out")
     batches = read_samples(model, calibration, output_fn=options.output_fn, forward_fn=options.forward_fn)
     working, geometries = lower(model, like, batches[0], options.ignore)
+    if not geometries:
+        # All of them are ignored, or compute as torch's own.
+        return batches, options, model, {}
     return batches, replace(options, overrides=overrides_inside(options.overrides, geometries)), working, geometries
 
 

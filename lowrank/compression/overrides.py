@@ -70,7 +70,7 @@ def _spelled(data: LayerData, format: WeightFormat, wanted: Mapping[str, Any], w
     """Every spec of the format that has what is wanted, in each way of taking the activations that is left open."""
     modes: list[str | None] = [None]
     if format.rounded and data.target.multiplying:
-        modes = list(data.modes(wanted.get("activations", "auto")))
+        modes = list(format.modes(data, wanted.get("activations", "auto")))
         if wanted.get("activations", modes[0]) not in modes:
             raise UsageError(f"{where}: this {data.kind.name} layer is weight-only, got {wanted['activations']!r}")
     plain = _plain_specs(data, format, wanted, where)
@@ -91,7 +91,10 @@ def _spelled(data: LayerData, format: WeightFormat, wanted: Mapping[str, Any], w
             plain = list(dict.fromkeys(replace(spec, **{name: asked}) for spec in plain))
     for spec in plain:
         format.check_fields(spec, data.kind.name, data.target.shape, where)
-    return [replace(spec, activations=mode) for spec in plain for mode in modes]
+    found = [(spec, mode) for spec in plain for mode in modes if mode in (None, *format.modes(data, "auto", spec))]
+    if not found:
+        raise UsageError(f"{where}: {wanted!r} is weight-only, got activations {wanted.get('activations')!r}")
+    return [replace(spec, activations=mode) for spec, mode in found]
 
 
 def _plain_specs(data: LayerData, format: WeightFormat, wanted: Mapping[str, Any], where: str) -> list[LayerSpec]:

@@ -22,6 +22,7 @@ from lowrank.compression.working_copy import WorkingCopy
 from lowrank.errors import CalibrationError
 from lowrank.layers.base import FLOAT_ACTIVATIONS
 from lowrank.layers.spec import LayerSpec
+from lowrank.numerics.rounding import MOST_BITS
 
 __all__ = ["computed_costs", "layer_choices", "probe_layers", "smaller_specs"]
 
@@ -103,7 +104,8 @@ def smaller_specs(data: LayerData, formats: Iterable[str], request: Request) -> 
             and (format.careful or not request.careful)
         ):
             found += format.specs(data, request)
-    return [spec for spec in found if stored_bytes(data, spec) < limit]
+    fine = [spec for spec in found if not request.silent or spec.bits is None or spec.bits >= MOST_BITS]
+    return [spec for spec in fine if stored_bytes(data, spec) < limit]
 
 
 def stored_bytes(data: LayerData, spec: LayerSpec) -> int:
@@ -129,7 +131,7 @@ def layer_choices(
     elif found.refused is not None:
         specs = [DENSE]
     else:
-        specs = [DENSE, *smaller_specs(data, formats, Request(activations, found.careful))]
+        specs = [DENSE, *smaller_specs(data, formats, Request(activations, found.careful, found.silent))]
     candidates = []
     for spec in specs:
         stored = stored_bytes(data, spec)

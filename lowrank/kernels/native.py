@@ -21,13 +21,13 @@ from lowrank.errors import ResourceError
 from lowrank.kernels.tested import note_untested_torch
 from lowrank.numerics.convolutions import ConvGeometry
 
-__all__ = ["Library", "NativeConv", "NativeLinear", "library", "narrow_product", "torch_route"]
+__all__ = ["Library", "NativeConv", "NativeLinear", "NativePacked", "library", "narrow_product", "torch_route"]
 
 # 255 · 128 · 65535 < 2³¹: sums stay in int32 after the zero point is taken off.
 LONGEST = 65_535
 MOST_PIECES = 3
 # As in csrc/support.c: a library that an older version of the package left behind is passed over.
-_INTERFACE = 4
+_INTERFACE = 5
 AVX2, AVX512_VNNI = 1, 2
 _int64, _address, _int = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int
 _SIGNATURES = {
@@ -37,6 +37,9 @@ _SIGNATURES = {
     "lowrank_pack": ([_address, _int64, _int64, _int64, _int64, _address, _address], None),
     "lowrank_conv": ([_address, _address, _address, _address, *[_int64] * 5, _int], _int),
     "lowrank_narrow": ([_address, _address, _address, *[_int64] * 3, _int], None),
+    "lowrank_packed_supported": ([], _int),
+    "lowrank_packed_product": ([_address, _address, _int64, _address, _address, _int64, _int], _int),
+    "lowrank_packed_decode": ([_address, _int64, _int64, _address, _int], None),
     "lowrank_linear": ([_address, _address, _int64, _address, _address, _int64, _int, _int], _int),
 }
 
@@ -292,6 +295,86 @@ class NativeConv:
         if failed:
             raise ResourceError(f"no memory for the codes of {x.shape[0]} samples; give fewer at a time")
         return result
+
+
+class _Packed(ctypes.Structure):
+    _fields_ = (
+        ("codes", _address),
+        *((name, _int64) for name in ("rows", "columns", "row_bytes")),
+        ("scale", _address),
+        ("half", _int64),
+        ("zero", _address),
+        *((name, _int64) for name in ("bits", "group", "groups")),
+    )
+
+
+class NativePacked:
+    """A matrix of packed codes where it lies, and the calls that multiply by it and decode its rows.
+
+    Args:
+        loaded: what :func:`library` gave, on a machine with FMA and F16C (:attr:`supported`).
+        codes: (rows, bytes of a row) uint8, contiguous.
+        scale: (rows, groups) float16 or float32, contiguous.
+        zero: (rows, groups) uint8, a byte each, or ``None``.
+        columns, bits, group: see :class:`lowrank.kernels.packed.PackedWeight`; the group is the width where there are none.
+    """
+
+    def __init__(
+        self,
+        loaded: Library,
+        codes: Tensor,
+        scale: Tensor,
+        zero: Tensor | None,
+        *,
+        columns: int,
+        bits: int,
+        group: int,
+    ) -> None:
+        self._kept = codes, scale, zero
+        self.rows, self.columns = codes.shape[0], columns
+        self._layer = _Packed(
+            codes.data_ptr(),
+            codes.shape[0],
+            columns,
+            codes.shape[1],
+            scale.data_ptr(),
+            scale.dtype is torch.float16,
+            None if zero is None else zero.data_ptr(),
+            bits,
+            group,
+            scale.shape[1],
+        )
+        self._address = ctypes.addressof(self._layer)
+        self._calls = loaded.calls
+
+    @staticmethod
+    def supported(loaded: Library) -> bool:
+        """Tell whether this machine has the instructions: FMA and F16C beside AVX2."""
+        return bool(loaded.calls.lowrank_packed_supported())
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Multiply (tokens, columns) float32 with unit stride in a row; gives (tokens, rows) float32.
+
+        Raises:
+            ResourceError: no memory.
+        """
+        result = x.new_empty(x.shape[0], self.rows)
+        failed = self._calls.lowrank_packed_product(
+            self._address,
+            x.data_ptr(),
+            x.stride(0),
+            result.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            x.shape[0],
+            torch.get_num_threads(),
+        )
+        if failed:
+            raise ResourceError(f"no memory for {x.shape[0]} tokens of {self.columns} numbers; give fewer at a time")
+        return result
+
+    def decode(self, start: int, stop: int, made: Tensor) -> None:
+        """Write rows from ``start`` to ``stop`` as float32 to the beginning of ``made``, contiguous."""
+        self._calls.lowrank_packed_decode(self._address, start, stop, made.data_ptr(), torch.get_num_threads())
 
 
 def pack(loaded: ctypes.CDLL, codes: Tensor) -> tuple[_Matrix, tuple[Tensor, Tensor]]:

@@ -1,7 +1,12 @@
 """Products with weights that stay packed: codes of 2 to 8 bits in groups of inputs, decoded piece by piece.
 
 ``weight[r, k] = scale[r, k // group] · (code[r, k] − zero[r, k // group])``. The codes lie as in the file:
-:mod:`lowrank.numerics.packing`.
+:mod:`lowrank.numerics.packing`. Activations are left as they are.
+
+Three routes. On a processor with AVX2 and FMA, up to :data:`FEW_TOKENS` tokens in float32 are multiplied by the C library while codes come
+out of the registers: the same bits on every such processor and with any number of threads. More tokens meet rows that the library decodes
+into a buffer that stays in the cache, by torch's own float32 product (the float route: its bits are torch's). Everything else (other
+devices, float64, no library) is decoded by torch, some rows at a time. The weight is never whole in floats.
 """
 
 from __future__ import annotations
@@ -10,16 +15,17 @@ import torch
 from torch import Tensor
 
 from lowrank.errors import RankError, UsageError
-from lowrank.kernels.activations import quantize_tokens
+from lowrank.kernels import native
 from lowrank.numerics.packing import row_bytes, unpack_rows
 from lowrank.numerics.rounding import check_bits
 
-__all__ = ["PackedWeight"]
+__all__ = ["FEW_TOKENS", "PackedWeight"]
 
-# Inputs that share a step where the weight has one scale a row: 255 · 255 · 128 < 2²⁴, so that float32 holds every sum.
-_BLOCK = 128
-# Weights decoded at a time by torch: they stay in the cache, and no matrix is ever whole in floats.
+# Up to so many tokens a pass over the codes for every four of them is faster than decoding them first (reports/layer_speed).
+FEW_TOKENS = 8
+# Weights decoded at a time: 2 MiB of floats, which stay in the second-level cache of one core or two, or near it.
 _DECODED = 1 << 19
+_tested: dict[native.Library, bool] = {}
 
 
 class PackedWeight:
@@ -40,7 +46,7 @@ class PackedWeight:
         >>> from lowrank.numerics.packing import pack_rows
         >>> codes = pack_rows(torch.tensor([[8, 15, 0]]), 4)
         >>> weight = PackedWeight(codes, torch.tensor([[0.5]]), None, bits=4, group=None, columns=3)
-        >>> weight.product(torch.tensor([[1.0, 2.0, 1.0]]), None, "float").tolist()
+        >>> weight.product(torch.tensor([[1.0, 2.0, 1.0]]), None).tolist()
         [[3.0]]
     """
 
@@ -62,37 +68,44 @@ class PackedWeight:
                     f"{name}: {rows} rows of {columns} codes of {bits} bits in groups of {group} take {shape}, got {given[name]}"
                 )
         self._codes, self._scale, self._zero = codes, scale, zero
-        self._bits, self._columns = bits, columns
-        self._group = group
-        self._block = _BLOCK if group is None else group
+        self._bits, self._columns, self._group = bits, columns, group
+        self._native: native.NativePacked | None = None
+        self._fits = (
+            all(tensor.is_cpu for tensor in (codes, scale))
+            and codes.is_contiguous()
+            and scale.is_contiguous()
+            and scale.dtype in (torch.float16, torch.float32)
+        )
 
     @property
     def shape(self) -> tuple[int, int]:
         """Rows and columns of the matrix."""
         return self._codes.shape[0], self._columns
 
-    def product(self, x: Tensor, bias: Tensor | None, activations: str) -> Tensor:
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Map (..., columns) to (..., rows) of the same dtype.
 
         Args:
-            x: floating; computed in float32 (``"float"`` with float64 tokens: in float64).
+            x: floating; computed in float32, float64 in float64.
             bias: (rows,), or ``None``.
-            activations: ``"float"`` takes tokens as they are; ``"int8"`` rounds each group of a token to int8 with a step and
-                an offset of its own (blocks of 128 where the weight has one scale a row).
 
         Raises:
-            UsageError: x of another width or dtype, or unknown activations.
+            UsageError: x of another width or dtype.
+            ResourceError: no memory.
         """
         rows, columns = self.shape
         if x.shape[-1:] != (columns,) or not x.is_floating_point():
             raise UsageError(f"input: floating tensors of shape (..., {columns}), got {x.dtype} {tuple(x.shape)}")
-        if activations not in ("float", "int8"):
-            raise UsageError(f"activations: 'float' or 'int8', got {activations!r}")
-        working = torch.float64 if x.dtype is torch.float64 and activations == "float" else torch.float32
-        tokens = x.reshape(x.shape[:-1].numel(), columns).to(working)
-        result = self._float_product(tokens) if activations == "float" else self._integer_product(tokens)
-        if bias is not None:
-            result.add_(bias.to(working))
+        working = torch.float64 if x.dtype is torch.float64 else torch.float32
+        tokens = (x if x.ndim == 2 else x.reshape(x.shape[:-1].numel(), columns)).to(working)
+        bias = None if bias is None else bias.to(working).contiguous()
+        loaded = _ready_library() if self._fits and x.is_cpu and working is torch.float32 else None
+        if loaded is None:
+            result = self._by_torch(tokens, bias)
+        elif tokens.shape[0] <= FEW_TOKENS:
+            result = self._prepared(loaded).product(tokens if tokens.stride(-1) == 1 else tokens.contiguous(), bias)
+        else:
+            result = self._decoding(self._prepared(loaded), tokens, bias)
         return result.to(x.dtype).view(*x.shape[:-1], rows)
 
     def rows(self, ids: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -109,41 +122,47 @@ class PackedWeight:
         decoded = self._decoded(self._codes[flat], self._scale[flat], zero, dtype)
         return decoded.view(*ids.shape, self._columns)
 
-    def _float_product(self, x: Tensor) -> Tensor:
-        rows, columns = self.shape
-        result = x.new_empty(x.shape[0], rows)
-        for part in self._parts(columns):
+    def _prepared(self, loaded: native.Library) -> native.NativePacked:
+        if self._native is None:
+            groups = self._scale.shape[1]
+            zero = None if self._zero is None else unpack_rows(self._zero, groups, self._bits).contiguous()
+            self._native = native.NativePacked(
+                loaded,
+                self._codes,
+                self._scale,
+                zero,
+                columns=self._columns,
+                bits=self._bits,
+                group=self._group or self._columns,
+            )
+        return self._native
+
+    def _decoding(self, call: native.NativePacked, x: Tensor, bias: Tensor | None) -> Tensor:
+        result = x.new_empty(x.shape[0], call.rows)
+        parts = self._parts()
+        made = x.new_empty(parts[0].stop if parts else 0, self._columns)
+        for part in parts:
+            weight = made[: part.stop - part.start]
+            call.decode(part.start, part.stop, weight)
+            into = result[:, part]
+            if bias is None:
+                torch.mm(x, weight.t(), out=into)
+            else:
+                torch.addmm(bias[part], x, weight.t(), out=into)
+        return result
+
+    def _by_torch(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        result = x.new_empty(x.shape[0], self._codes.shape[0])
+        for part in self._parts():
             zero = None if self._zero is None else self._zero[part]
             result[:, part] = x @ self._decoded(self._codes[part], self._scale[part], zero, x.dtype).t()
-        return result
+        return result if bias is None else result.add_(bias)
 
-    def _integer_product(self, x: Tensor) -> Tensor:
-        """Exact sums of the groups, each times the weight's scale and the token's step, added one after the other in float32."""
-        rows, columns = self.shape
-        tokens, block = x.shape[0], self._block
-        blocks = -(-columns // block)
-        filled = torch.nn.functional.pad(x, (0, blocks * block - columns)).view(tokens * blocks, block)
-        codes, step, offset = quantize_tokens(filled)
-        assert offset is not None
-        # Zero is a code, so what a last short group is filled up with adds nothing.
-        left = (codes - offset).view(tokens, blocks, block).transpose(0, 1)
-        step = step.view(tokens, blocks)
-        result = x.new_zeros(tokens, rows)
-        for part in self._parts(max(blocks * max(block, tokens), 1)):
-            zero = None if self._zero is None else self._zero[part]
-            whole = self._whole(self._codes[part], zero, torch.float32)
-            whole = torch.nn.functional.pad(whole, (0, blocks * block - columns)).view(-1, blocks, block)
-            sums = torch.bmm(left, whole.permute(1, 2, 0))
-            scale = self._scale[part].float().expand(-1, blocks)
-            total = result[:, part]
-            for at in range(blocks):
-                total += sums[at].mul_(scale[:, at]).mul_(step[:, at, None])
-        return result
-
-    def _parts(self, each: int) -> list[slice]:
-        """Rows so many at a time that what is derived from them, ``each`` numbers a row, stays small."""
+    def _parts(self) -> list[slice]:
+        """Rows so many at a time that what is decoded of them stays small; as even as can be."""
         rows = self._codes.shape[0]
-        high = max(1, _DECODED // max(each, 1))
+        count = -(-rows * self._columns // _DECODED)
+        high = -(-rows // count) if count else 1
         return [slice(start, min(start + high, rows)) for start in range(0, rows, high)]
 
     def _decoded(self, codes: Tensor, scale: Tensor, zero: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -164,3 +183,35 @@ class PackedWeight:
         if self._group is None:
             return of_groups
         return of_groups.repeat_interleave(self._group, dim=1)[:, : self._columns]
+
+
+def _ready_library() -> native.Library | None:
+    """Give the native library where it is there, switched on, has its instructions, and is exact; tested on the first call."""
+    loaded = native.library()
+    if loaded is None:
+        return None
+    found = _tested.get(loaded)
+    if found is None:
+        _tested[loaded] = found = native.NativePacked.supported(loaded) and _is_exact(loaded)
+    return loaded if found else None
+
+
+@torch.compiler.disable
+@torch.no_grad()
+def _is_exact(loaded: native.Library) -> bool:
+    """Compare decoded rows bit for bit with torch, and products of whole numbers, which float32 holds, exactly."""
+    generator = torch.Generator().manual_seed(0)
+    for bits in range(2, 9):
+        for rows, columns, group, with_zero in ((3, 70, 32, True), (5, 200, 64, False), (2, 40, None, True)):
+            groups = 1 if group is None else -(-columns // group)
+            codes = torch.randint(0, 256, (rows, row_bytes(columns, bits)), dtype=torch.uint8, generator=generator)
+            zero = torch.randint(0, 256, (rows, row_bytes(groups, bits)), dtype=torch.uint8, generator=generator)
+            scale = torch.randint(1, 4, (rows, groups), generator=generator).to(torch.float16) * -0.5
+            weight = PackedWeight(codes, scale, zero if with_zero else None, bits=bits, group=group, columns=columns)
+            call, every = weight._prepared(loaded), weight.rows(torch.arange(rows))
+            made = torch.empty(rows, columns)
+            call.decode(0, rows, made)
+            x = torch.randint(-8, 9, (3, columns), generator=generator).float()
+            if not torch.equal(made, every) or not torch.equal(call.product(x, None), x @ every.t()):
+                return False
+    return True

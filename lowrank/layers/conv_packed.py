@@ -7,7 +7,6 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lowrank.errors import UsageError
 from lowrank.layers.checks import FLOAT_ACTIVATIONS
 from lowrank.layers.conv_base import ConvLayer, Sizes, conv_parts, float_conv
 from lowrank.layers.integer_base import IntegerLayer, in_autocast_type
@@ -43,12 +42,9 @@ class PackedConv(PackedCodes, ConvLayer, IntegerLayer):
     ) -> None:
         super().__init__()
         self._set_geometry(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode)
-        self.activations = _float_only(activations)
+        self.activations = activations
         self._allocate_packed(Grid(n_bits, group, zero_point), scale_dtype, device)
         self.allocate_bias(bias, device, dtype)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, _float_only(value) if name == "activations" else value)
 
     @classmethod
     def _from_conv(
@@ -178,12 +174,3 @@ class PackedConv2d(PackedConv):
         conv = self._dense(self.codes.device)
         assert isinstance(conv, nn.Conv2d)
         return conv
-
-
-def _float_only(activations: object) -> str:
-    if activations != FLOAT_ACTIVATIONS:
-        raise UsageError(
-            f'activations: packed convolutions are weight-only, so "{FLOAT_ACTIVATIONS}", got {activations!r}; '
-            "int8 a row (group=None, 8 bits) multiplies integers"
-        )
-    return FLOAT_ACTIVATIONS

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.kernels.packed import PackedWeight
-from lowrank.layers.checks import FLOAT_ACTIVATIONS, check_activations
+from lowrank.layers.checks import FLOAT_ACTIVATIONS
 from lowrank.layers.linear_integer import IntegerLinear
 from lowrank.layers.packed import PackedCodes
 from lowrank.layers.source import linear_parts
@@ -27,7 +27,7 @@ class PackedLinear(PackedCodes, IntegerLinear):
         n_bits: bits of a code, 2 to 8.
         group: inputs that share a scale: 32, 64, 128, or ``None`` for a whole row.
         zero_point: whether each group has a zero of its own.
-        activations: ``"float"`` (weight-only) or ``"int8"`` (a step for each token and group, integer products).
+        activations: ``"float"``: weight-only; there is no other way.
         scale_dtype: float16 or float32.
         device: of all tensors.
         dtype: of the bias.
@@ -60,7 +60,7 @@ class PackedLinear(PackedCodes, IntegerLinear):
     ) -> None:
         super().__init__()
         self._set_features(in_features, out_features)
-        self.activations = check_activations(activations)
+        self.activations = activations
         self._allocate_packed(Grid(n_bits, group, zero_point), scale_dtype, device)
         self.allocate_bias(bias, device, dtype)
 
@@ -128,12 +128,11 @@ class PackedLinear(PackedCodes, IntegerLinear):
             self.bias,
             self.n_bits,
             self.grid.group or 0,
-            self.activations,
         )
         return result
 
     def _multiply(self, x: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-        result: Tensor = self.prepared().product(x, bias, self.activations)
+        result: Tensor = self.prepared().product(x, bias)
         return result
 
     def gradient_through(self) -> Callable[..., Tensor]:

@@ -82,7 +82,6 @@ def packed_linear(
     bias: Tensor | None,
     bits: int,
     group: int,
-    activations: str,
 ) -> Tensor:
     """:class:`PackedLinear`: (..., in) to (..., out) of the same dtype; a group of 0 is a whole row."""
     columns = x.shape[-1]
@@ -96,7 +95,7 @@ def packed_linear(
     with torch.no_grad():
         working = x if x.dtype in (torch.float32, torch.float64) else x.float()
         cast = None if bias is None else bias.to(working.dtype)
-        return _own(weight.product(working, cast, activations).to(x.dtype))
+        return _own(weight.product(working, cast).to(x.dtype))
 
 
 @packed_linear.register_fake
@@ -108,13 +107,12 @@ def _(
     bias: Tensor | None,
     bits: int,
     group: int,
-    activations: str,
 ) -> Tensor:
     return x.new_empty(*x.shape[:-1], codes.shape[0])
 
 
 def _remember_packed(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, codes, scale, zero_point, bias, bits, group, _ = inputs
+    x, codes, scale, zero_point, bias, bits, group = inputs
     ctx.save_for_backward(codes, scale, zero_point)
     ctx.columns, ctx.bias_dtype = x.shape[-1], None if bias is None else bias.dtype
     ctx.grid = Grid(bits, group or None, zero_point is not None)
@@ -129,7 +127,7 @@ def _packed_derivative(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         to_input = to_input.reshape(*gradient.shape[:-1], ctx.columns)
     if ctx.bias_dtype is not None and ctx.needs_input_grad[4]:
         to_bias = rows.sum(dim=0).to(ctx.bias_dtype)
-    return to_input, None, None, None, to_bias, None, None, None
+    return to_input, None, None, None, to_bias, None, None
 
 
 packed_linear.register_autograd(_packed_derivative, setup_context=_remember_packed)

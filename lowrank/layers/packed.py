@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lowrank.errors import UsageError
 from lowrank.kernels.packed import PackedWeight
-from lowrank.layers.checks import dtype_from_name
+from lowrank.layers.checks import FLOAT_ACTIVATIONS, dtype_from_name
 from lowrank.layers.roles import CODES, SCALE, ZERO_POINT, Role, ScaleForm
 from lowrank.layers.spec import LayerSpec
 from lowrank.layers.weights import Codes, matrix_for
@@ -72,6 +72,14 @@ class PackedCodes(Codes):
     scale: Tensor
     zero_point: Tensor | None
     grid: Grid
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "activations" and value not in (None, FLOAT_ACTIVATIONS):
+            raise UsageError(
+                f'activations: packed layers are weight-only, so "{FLOAT_ACTIVATIONS}", got {value!r}; int8 with a scale a row '
+                "(group=None) multiplies integers"
+            )
+        super().__setattr__(name, value)
 
     def _allocate_packed(self, grid: Grid, scale_dtype: torch.dtype, device: torch.device | str | None) -> None:
         """Register codes, scales and zero points for :attr:`matrix_shape`."""
@@ -169,10 +177,16 @@ class PackedCodes(Codes):
         return weight.T if self.looks_up else weight
 
     def with_weight(self: _Packed, weight: Tensor) -> _Packed:
-        """Round another weight to the nearest levels of this grid; see :meth:`CompressedLayer.with_weight`."""
+        """Round another weight to the nearest levels of this grid; see :meth:`CompressedLayer.with_weight`.
+
+        A weight that the scales of this layer hold exactly, its own above all, keeps them.
+        """
         matrix = matrix_for(self, weight)
+        matrix = matrix.T if self.looks_up else matrix
         layer = self._like(None, self.scale.device)
-        layer._hold(nearest(matrix.T if self.looks_up else matrix, self.grid))
+        kept = self._nearest_here(matrix)
+        exact = torch.equal(dequantize_groups(*kept, self.grid, torch.float64), matrix.to(torch.float64))
+        layer._hold(kept if exact else nearest(matrix, self.grid))
         return layer
 
     def _hold(self, rounded: Rounded, weight: Tensor | None = None) -> None:

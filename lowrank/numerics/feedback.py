@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lowrank.errors import RankError
-from lowrank.numerics.grids import Grid, Rounded, dequantize_groups, in_groups, scale_dtype, spread
+from lowrank.numerics.column_loops import Columns
+from lowrank.numerics.factored_moments import DAMPING, FactoredMoment
+from lowrank.numerics.grids import Grid, Rounded, dequantize_groups, scale_dtype, spread
 from lowrank.numerics.linalg import check_finite, power_of_two_scale
-from lowrank.numerics.ranges import fitted_ranges, storable
+from lowrank.numerics.ranges import fitted_ranges, rounded_to, storable
 from lowrank.numerics.sampled_moments import Moment, SampledMoment, moment_squares
 
 __all__ = ["DAMPING", "choose_damping", "gptq", "lost_energy"]
 
-# Relative to the mean diagonal of Σ. One per cent is what the paper takes; on MiniLM's 13,000 tokens 0.3 to 3 % are alike on unseen text.
-DAMPING = 0.01
 # What held-out tokens choose from where there are few tokens; 1 and more is near to rounding without data.
 DAMPINGS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 10.0)
-# Columns rounded before what they lost reaches all later ones, by one product.
-BLOCK = 64
 # Passes over all columns after the first: scales refitted, then each code set anew with all others as they are.
 SWEEPS = 2
+# Of more columns one: on 4096 × 4096 a sweep takes ten seconds of one core.
+WIDE, SWEEPS_OF_WIDE = 2048, 1
 # Of rows that stand for a moment: so many columns at a time, and what different ones share is left out.
 SAMPLED_COLUMNS = 512
 # Of the scales' equations, relative; groups of which all codes are zero make them singular.
@@ -33,10 +32,11 @@ _SCALE_RIDGE = 1e-6
 def gptq(
     weight: Tensor,
     grid: Grid,
-    moment: Moment | None = None,
+    moment: Moment | FactoredMoment | None = None,
+    gradients: Tensor | None = None,
     *,
     damping: float = DAMPING,
-    sweeps: int = SWEEPS,
+    sweeps: int | None = None,
     name: str = "weight",
 ) -> Rounded:
     """Round columns one after the other, each aimed at what the errors of those before it left undone.
@@ -52,8 +52,9 @@ def gptq(
         grid: the levels.
         moment: Σ, (in, in), or (blocks, in, in) for as many equal runs of rows; or the rows it is made of, which are taken a few hundred
             columns at a time. ``None``, or all zeros: nearest levels.
+        gradients: not used; see :func:`lowrank.numerics.two_sided.two_sided`.
         damping: added to Σ's diagonal, relative to its mean, and more where Σ is not positive definite with it: it never fails.
-        sweeps: see above.
+        sweeps: see above; ``None``: two, of more than 2048 inputs one.
         name: for messages.
 
     Raises:
@@ -66,27 +67,46 @@ def gptq(
         torch.uint8
     """
     check_finite(weight, name)
+    if weight.device.type != "cpu":
+        # Column after column of short work is the processor's; a moment comes along.
+        beside = None if moment is None else moment.to(torch.device("cpu"))
+        return gptq(weight.cpu(), grid, beside, damping=damping, sweeps=sweeps, name=name).to(weight.device)
     matrix = weight.detach()
+    if sweeps is None:
+        sweeps = SWEEPS if matrix.shape[1] <= WIDE else SWEEPS_OF_WIDE
     dtype = scale_dtype(matrix, grid)
-    _check_moment(matrix, moment, name)
+    check_moment(matrix, moment, name)
     scale, zero = fitted_ranges(matrix, grid, dtype, importance(matrix, moment))
     if not matrix.numel():
         return Rounded(torch.empty(matrix.shape, dtype=torch.uint8, device=matrix.device), scale, zero)
     if isinstance(moment, SampledMoment):
         return _by_parts(matrix, grid, moment, damping, sweeps, scale, zero)
-    columns = matrix.shape[1]
-    stacked = matrix.new_zeros(1, columns, columns) if moment is None else moment.view(-1, columns, columns)
-    return _solved(matrix, grid, stacked, damping, sweeps, scale, zero)
+    if moment is None:
+        return Rounded(rounded_to(matrix, scale, zero, grid), scale, zero)
+    factored = moment if isinstance(moment, FactoredMoment) else FactoredMoment.of(moment, damping, name=name)
+    return rounded_by_feedback(matrix, grid, factored, scale, zero, sweeps)
 
 
-def _check_moment(weight: Tensor, moment: Moment | None, name: str) -> None:
+def check_moment(weight: Tensor, moment: Moment | FactoredMoment | None, name: str) -> None:
+    """Refuse a moment that is not finite, or not of the weight's inputs.
+
+    Raises:
+        NumericsError, RankError: as :func:`gptq` says.
+
+    Example:
+        >>> check_moment(torch.eye(2), torch.eye(2), "fc")
+    """
     if moment is None:
         return
-    held = moment.rows if isinstance(moment, SampledMoment) else moment
-    check_finite(held, f"{name} (input moment)")
     rows, columns = weight.shape
+    if isinstance(moment, FactoredMoment):
+        held, square = moment.metric, True
+    elif isinstance(moment, SampledMoment):
+        held, square = moment.rows, True
+    else:
+        held, square = moment, moment.shape[-2:] == (columns, columns)
+    check_finite(held, f"{name} (input moment)")
     blocks = held.shape[0] if held.ndim == 3 else 1
-    square = isinstance(moment, SampledMoment) or held.shape[-2] == columns
     if held.ndim not in (2, 3) or not square or held.shape[-1] != columns or not blocks or rows % blocks:
         raise RankError(
             f"{name}: has {rows} rows and {columns} inputs, so its moment must be ({columns}, {columns}), or (blocks, {columns}, "
@@ -94,89 +114,59 @@ def _check_moment(weight: Tensor, moment: Moment | None, name: str) -> None:
         )
 
 
-def importance(weight: Tensor, moment: Moment | None) -> Tensor | None:
-    """Give the diagonal of Σ: (1, columns), or (rows, columns) of blocks with moments of their own; float64."""
+def importance(weight: Tensor, moment: Moment | FactoredMoment | None) -> Tensor | None:
+    """Give the diagonal of Σ with a little of its mean: (1, columns), or (rows, columns) of blocks with moments of their own; float64."""
     if moment is None:
         return None
-    if isinstance(moment, SampledMoment):
-        squares = sum(part.square().sum(dim=-2) for part in moment.parts()) / moment.count
-        assert isinstance(squares, Tensor)
-        diagonal = (squares + moment.ridge).view(-1, weight.shape[1])
+    if isinstance(moment, FactoredMoment):
+        diagonal = moment.diagonal
+    elif isinstance(moment, SampledMoment):
+        diagonal = torch.stack([part.square().sum(dim=-2) for part in moment.parts()]).sum(dim=0) / moment.count
+        diagonal = (diagonal + moment.ridge).view(-1, weight.shape[1])
     else:
         diagonal = moment.diagonal(dim1=-2, dim2=-1).view(-1, weight.shape[1]).to(torch.float64)
     diagonal = diagonal.clamp_min(0.0)
-    # A little of the mean, so that inputs which were never seen have a say where they are all that a group has.
+    # So that inputs which were never seen have a say where they are all that a group has.
     diagonal = diagonal + DAMPING * diagonal.mean(dim=1, keepdim=True)
     return diagonal if diagonal.shape[0] == 1 else diagonal.repeat_interleave(weight.shape[0] // diagonal.shape[0], 0)
 
 
-@dataclass
-class _Columns:
-    """A weight by columns, in the order in which they are rounded; (…, columns, rows) with blocks where there are several.
-
-    Attributes:
-        weight: float32, divided by a power of two.
-        steps: of each weight, float32.
-        least, most: the range of ``codes``.
-        codes: whole numbers in float32, counted from the zero.
-    """
-
-    weight: Tensor
-    steps: Tensor
-    least: Tensor
-    most: Tensor
-    codes: Tensor
-
-    def set(self, index: int, aim: Tensor) -> Tensor:
-        """Choose a column's codes nearest to an aim (…, rows), and give what they stand for."""
-        steps = self.steps[..., index, :]
-        codes = torch.div(aim, steps).round_()
-        torch.minimum(codes, self.most[..., index, :], out=codes)
-        torch.maximum(codes, self.least[..., index, :], out=codes)
-        self.codes[..., index, :] = codes
-        return codes * steps
-
-    @property
-    def error(self) -> Tensor:
-        return self.weight - self.codes * self.steps
-
-
-def _solved(
-    weight: Tensor, grid: Grid, moment: Tensor, damping: float, sweeps: int, scale: Tensor, zero: Tensor | None
+def rounded_by_feedback(
+    weight: Tensor, grid: Grid, moment: FactoredMoment, scale: Tensor, zero: Tensor | None, sweeps: int = SWEEPS
 ) -> Rounded:
-    """Round a weight in moments (blocks, columns, columns)."""
-    blocks, columns = moment.shape[0], weight.shape[1]
+    """Round a finite weight by a factored moment, from scales and zeros that were chosen; see :func:`gptq`."""
+    blocks, columns = moment.metric.shape[0], weight.shape[1]
     span = grid.span(columns)
-    order = torch.argsort(moment.diagonal(dim1=1, dim2=2), dim=1, descending=True, stable=True)
-    back = torch.argsort(order, dim=1)
+    order, back = moment.order, torch.argsort(moment.order, dim=1)
+    metric, upper = _squeezed(moment.metric), _squeezed(moment.upper)
     # A power of two off everything, so that float32 holds weights of any size.
     unit = 2.0 ** -power_of_two_scale(weight)
-    rows = (weight.to(torch.float64) * unit).to(torch.float32)
 
     def ordered(values: Tensor) -> Tensor:
         """(rows, columns) by columns, in order."""
         stacked = values.expand(-1, columns).reshape(blocks, -1, columns).transpose(1, 2)
-        return _squeezed(stacked.gather(1, order[:, :, None].expand(-1, -1, stacked.shape[2])))
+        if blocks == 1:
+            return stacked[0][order[0]]
+        return stacked.gather(1, order[:, :, None].expand(-1, -1, stacked.shape[2]))
 
     def by_rows(values: Tensor) -> Tensor:
         """Undo :func:`ordered`: (rows, columns)."""
-        stacked = values.view(blocks, columns, -1)
-        return stacked.gather(1, back[:, :, None].expand_as(stacked)).transpose(1, 2).reshape(weight.shape)
+        if blocks == 1:
+            return values[back[0]].T.contiguous()
+        return values.gather(1, back[:, :, None].expand_as(values)).transpose(1, 2).reshape(weight.shape)
 
     def steps_of(scale: Tensor) -> Tensor:
         return ordered(spread((scale.to(torch.float64) * unit).to(torch.float32), span, columns))
 
-    metric, upper = _factored(moment, order, damping)
     middle = torch.full_like(scale, grid.middle, dtype=torch.float32) if zero is None else zero.to(torch.float32)
     zeros = spread(middle, span, columns)
-    least, target = -ordered(zeros), ordered(rows)
-    state = _Columns(target, steps_of(scale), least, least + grid.top, torch.empty_like(target))
-    _first_pass(state, upper)
-    in_order = _squeezed(_permuted(metric, order))
+    rows = (weight.to(torch.float64) * unit).to(torch.float32)
+    state = Columns(ordered(rows), steps_of(scale), -ordered(zeros), grid.top)
+    state.first_pass(upper)
     for _ in range(sweeps):
-        scale = _refitted(rows, by_rows(state.codes), metric, scale, unit, span)
+        scale = _refitted(state, metric, back, span, scale, unit)
         state.steps = steps_of(scale)
-        _descend(state, in_order)
+        state.descend(metric)
     return Rounded((by_rows(state.codes) + zeros).to(torch.uint8), scale, zero)
 
 
@@ -185,101 +175,48 @@ def _squeezed(stacked: Tensor) -> Tensor:
     return stacked[0] if stacked.shape[0] == 1 else stacked
 
 
-def _permuted(stacked: Tensor, order: Tensor) -> Tensor:
-    size = stacked.shape
-    return stacked.gather(1, order[:, :, None].expand(size)).gather(2, order[:, None, :].expand(size))
-
-
-def _factored(moment: Tensor, order: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """Give the damped moments, (blocks, columns, columns) float32 with a mean diagonal of about 1, and I + U of them in order."""
-    metric = moment.to(torch.float64)
-    mean = metric.diagonal(dim1=1, dim2=2).mean(dim=1)[:, None, None]
-    # A block that nothing reached is rounded to the nearest levels: I has no U.
-    eye = torch.eye(metric.shape[1], dtype=torch.float64, device=metric.device)
-    reached = mean > 0.0
-    metric = torch.where(reached, (metric + metric.transpose(1, 2)) / torch.where(reached, 2.0 * mean, 1.0), eye)
-    strength = torch.full_like(mean, damping)
-    while True:
-        damped = metric + strength * eye
-        # Reversed, the lower factor is the upper one: Σ = (I + U) D (I + U)ᵀ.
-        lower, info = torch.linalg.cholesky_ex(_permuted(damped, order).flip(1, 2))
-        failed = (info != 0) | ~torch.isfinite(lower).all(dim=2).all(dim=1)
-        if not bool(failed.any()):
-            break
-        strength = torch.where(failed[:, None, None], 10.0 * strength.clamp_min(1e-8), strength)
-    upper = lower.flip(1, 2)
-    upper = upper / upper.diagonal(dim1=1, dim2=2)[:, None, :]
-    return damped.to(torch.float32), _squeezed(upper.to(torch.float32))
-
-
-def _first_pass(state: _Columns, upper: Tensor) -> None:
-    """Round every column from what those before it left undone."""
-    target = state.weight.clone()
-    errors = torch.empty_like(target)
-    columns = target.shape[-2]
-    for start in range(0, columns, BLOCK):
-        end = min(start + BLOCK, columns)
-        for index in range(start, end):
-            aim = target[..., index, :]
-            if index > start:
-                aim = aim + _through(upper, errors, start, index)
-            errors[..., index, :] = state.weight[..., index, :] - state.set(index, aim)
-        if end < columns:
-            target[..., end:, :] += upper[..., start:end, end:].transpose(-1, -2) @ errors[..., start:end, :]
-
-
-def _descend(state: _Columns, metric: Tensor) -> None:
-    """Set every code anew with all others as they are: ŵ_k to ŵ_k + ((W − Ŵ) Σ)_k / Σ_kk."""
-    slope = metric @ state.error
-    own = metric.diagonal(dim1=-2, dim2=-1)
-    moves = torch.zeros_like(slope)
-    columns = slope.shape[-2]
-    for start in range(0, columns, BLOCK):
-        end = min(start + BLOCK, columns)
-        for index in range(start, end):
-            pull = slope[..., index, :]
-            if index > start:
-                pull = pull - _through(metric, moves, start, index)
-            before = state.codes[..., index, :] * state.steps[..., index, :]
-            moves[..., index, :] = state.set(index, before + pull / own[..., index, None]) - before
-        if end < columns:
-            slope[..., end:, :] -= metric[..., start:end, end:].transpose(-1, -2) @ moves[..., start:end, :]
-
-
-def _through(matrix: Tensor, errors: Tensor, start: int, index: int) -> Tensor:
-    """Sum up what the columns of a block before this one send to it, (…, rows)."""
-    return (matrix[..., start:index, index].unsqueeze(-2) @ errors[..., start:index, :]).squeeze(-2)
-
-
-def _refitted(rows: Tensor, codes: Tensor, metric: Tensor, scale: Tensor, unit: float, span: int) -> Tensor:
+def _refitted(state: Columns, metric: Tensor, back: Tensor, span: int, scale: Tensor, unit: float) -> Tensor:
     """Fit the scales of each row by least squares in the metric, codes as they are; a row that storing makes worse keeps its own.
 
-    Of a row with scales s: ``sᵀ A s − 2 bᵀ s`` with ``A_gh = q_gᵀ Σ_gh q_h`` and ``b_g = q_gᵀ (Σ w)_g``.
+    Scales that change by d change the error by ``dᵀ A d − 2 bᵀ d`` with ``A_gh = q_gᵀ Σ_gh q_h`` and ``b_g = q_gᵀ (Σ e)_g``.
+
+    Args:
+        back: where each input stands in the order of the columns, (blocks, columns).
+        span: inputs of a group.
+        scale: (rows, groups), as it is stored.
+        unit: what weights were multiplied by.
     """
-    groups, blocks = scale.shape[1], metric.shape[0]
-    size = rows.shape
-    codes, rows = codes.view(blocks, -1, size[1]), rows.view(blocks, -1, size[1])
+    groups, blocks = scale.shape[1], back.shape[0]
+    slopes = (metric @ state.error) * state.codes
+    found = []
+    for block, own in enumerate(scale.chunk(blocks)):
+        codes, slope, known = (each if blocks == 1 else each[block] for each in (state.codes, slopes, metric))
+        # As the inputs come, so that groups lie together; a short last one is filled up with codes that are 0.
+        place, missing = back[block], groups * span - back.shape[1]
+        codes, slope = (torch.nn.functional.pad(each[place], (0, 0, 0, missing)) for each in (codes, slope))
+        known = torch.nn.functional.pad(known[place][:, place], (0, missing, 0, missing))
+        right = slope.view(groups, span, -1).sum(dim=1).T.to(torch.float64)
+        left = torch.empty(groups, groups, own.shape[0])
+        for index in range(groups):
+            start = index * span
+            inside = slice(start, start + span)
+            product = (known[inside, start:].T @ codes[inside]).mul_(codes[start:])
+            left[index, index:] = left[index:, index] = product.view(groups - index, span, -1).sum(dim=1)
+        found.append(_least_squares(left.permute(2, 0, 1).to(torch.float64), right, own, unit))
+    return torch.cat(found)
 
-    def summed(products: Tensor) -> Tensor:
-        return in_groups(products.view(size), span).sum(dim=2, dtype=torch.float64)
 
-    right = summed((rows @ metric) * codes)
-    left = right.new_empty(size[0], groups, groups)
-    for index in range(groups):
-        inside = slice(index * span, min((index + 1) * span, size[1]))
-        left[:, index] = summed((codes[:, :, inside] @ metric[:, inside]) * codes)
-    left = (left + left.transpose(1, 2)) / 2.0
+def _least_squares(left: Tensor, right: Tensor, scale: Tensor, unit: float) -> Tensor:
+    """Solve for each row what :func:`_refitted` says: (rows, groups, groups), (rows, groups) and the scales that were."""
     before = scale.to(torch.float64) * unit
     ridge = _SCALE_RIDGE * left.diagonal(dim1=1, dim2=2).mean(dim=1)[:, None]
     ridge = torch.where(ridge > 0.0, ridge, 1.0)
-    fitted, info = torch.linalg.solve_ex(left + torch.diag_embed(ridge.expand(-1, groups)), right + ridge * before)
-    fits = (info == 0)[:, None] & torch.isfinite(fitted) & (fitted.abs() < 4.0 * before.abs())
-    stored = storable(torch.where(fits, fitted, before) / unit, scale.dtype)
-
-    def cost(scale: Tensor) -> Tensor:
-        return ((left @ scale[:, :, None]).squeeze(2) * scale - 2.0 * right * scale).sum(dim=1, keepdim=True)
-
-    return torch.where(cost(stored.to(torch.float64) * unit) < cost(before), stored, scale)
+    change, info = torch.linalg.solve_ex(left + torch.diag_embed(ridge.expand_as(right)), right)
+    fits = (info == 0)[:, None] & torch.isfinite(change) & (change.abs() < 3.0 * before.abs())
+    stored = storable((before + torch.where(fits, change, 0.0)) / unit, scale.dtype)
+    moved = (stored.to(torch.float64) * unit - before)[:, :, None]
+    gained = (moved.transpose(1, 2) @ left @ moved)[:, :, 0] - 2.0 * (right[:, None, :] @ moved)[:, :, 0]
+    return torch.where(gained < 0.0, stored, scale)
 
 
 def _by_parts(
@@ -297,18 +234,11 @@ def _by_parts(
         groups = slice(start // span, -(-min(start + width, columns) // span)) if own_scales else slice(None)
         mean = None if moment.mean is None else moment.mean[..., inside]
         part = SampledMoment(moment.rows[..., inside], mean, moment.ridge)
-        eye = torch.eye(part.rows.shape[-1], dtype=torch.float64, device=weight.device)
-        between = part.between(eye)
+        factored = FactoredMoment.of(part.between(torch.eye(part.rows.shape[-1], dtype=torch.float64)), damping)
         part_zero = None if zero is None else zero[:, groups]
         # The scale of a whole row cannot be fitted to some of its columns.
-        found = _solved(
-            weight[:, inside],
-            grid,
-            between.view(-1, *between.shape[-2:]),
-            damping,
-            sweeps if own_scales else 0,
-            scale[:, groups],
-            part_zero,
+        found = rounded_by_feedback(
+            weight[:, inside], grid, factored, scale[:, groups], part_zero, sweeps if own_scales else 0
         )
         codes[:, inside], scales[:, groups] = found.codes, found.scale
     return Rounded(codes, scales, zero)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -11,6 +11,9 @@ from torch import Tensor
 from lowrank.errors import RankError
 from lowrank.numerics.rounding import check_bits
 from lowrank.numerics.sampled_moments import Moment
+
+if TYPE_CHECKING:
+    from lowrank.numerics.factored_moments import FactoredMoment
 
 __all__ = ["Grid", "Rounded", "Rounding", "dequantize_groups", "in_groups", "scale_dtype", "spread"]
 
@@ -78,17 +81,26 @@ class Rounded(NamedTuple):
     scale: Tensor
     zero: Tensor | None = None
 
+    def to(self, device: torch.device) -> Rounded:
+        """Give the same on a device."""
+        return Rounded(
+            self.codes.to(device), self.scale.to(device), None if self.zero is None else self.zero.to(device)
+        )
+
 
 class Rounding(Protocol):
     """Choose codes and scales for a weight."""
 
-    def __call__(self, weight: Tensor, grid: Grid, moment: Moment | None = None) -> Rounded:
+    def __call__(
+        self, weight: Tensor, grid: Grid, moment: Moment | FactoredMoment | None = None, gradients: Tensor | None = None
+    ) -> Rounded:
         """Round a weight.
 
         Args:
             weight: (out, in), any floating dtype.
             grid: the levels.
             moment: Σ of the inputs, (in, in) or (blocks, in, in) float64, or the rows it is made of, for methods that use it.
+            gradients: C of the outputs, (out, out) float64, for methods that use it.
 
         Raises:
             NumericsError: NaN or Inf in the weight, or weights too large for a float32 scale.

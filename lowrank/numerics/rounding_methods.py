@@ -6,16 +6,20 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from lowrank.numerics.factored_moments import FactoredMoment
 from lowrank.numerics.feedback import gptq, importance
 from lowrank.numerics.grids import Grid, Rounded, Rounding, dequantize_groups, scale_dtype
 from lowrank.numerics.ranges import fitted_ranges, rounded_to
 from lowrank.numerics.rounding import require_finite
 from lowrank.numerics.sampled_moments import Moment
+from lowrank.numerics.two_sided import two_sided
 
 __all__ = [
     "DEFAULT_ROUNDING",
+    "GPTQ",
     "NEAREST",
     "ROUNDINGS",
+    "TWO_SIDED",
     "Grid",
     "Rounded",
     "Rounding",
@@ -25,10 +29,12 @@ __all__ = [
 ]
 
 
-def nearest(weight: Tensor, grid: Grid, moment: Moment | None = None) -> Rounded:
+def nearest(
+    weight: Tensor, grid: Grid, moment: Moment | FactoredMoment | None = None, gradients: Tensor | None = None
+) -> Rounded:
     """Round each weight to the nearest level; a group's range is the one whose squared error is least.
 
-    With a moment each input counts by its mean square.
+    With a moment each input counts by its mean square; gradients are not used.
 
     Example:
         >>> import torch
@@ -42,5 +48,8 @@ def nearest(weight: Tensor, grid: Grid, moment: Moment | None = None) -> Rounded
 
 
 NEAREST = "nearest"
-DEFAULT_ROUNDING = "gptq"
-ROUNDINGS: Mapping[str, Rounding] = {NEAREST: nearest, DEFAULT_ROUNDING: gptq}
+GPTQ = "gptq"
+TWO_SIDED = "two-sided"
+# What errs least wherever gradients are at hand (reports/rounding); without them it is GPTQ.
+DEFAULT_ROUNDING = TWO_SIDED
+ROUNDINGS: Mapping[str, Rounding] = {NEAREST: nearest, GPTQ: gptq, TWO_SIDED: two_sided}

@@ -13,7 +13,7 @@ from lowrank.errors import UsageError
 
 _QUANTISED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.nn.quantized")
 
-__all__ = ["matching", "refuse_adapters", "replace_module", "unwrapped"]
+__all__ = ["matching", "refuse_adapters", "refuse_script", "replace_module", "unwrapped"]
 
 
 def refuse_adapters(model: nn.Module, who: str) -> None:
@@ -53,20 +53,36 @@ def unwrapped(model: object) -> nn.Module:
     return model
 
 
-def _refuse_finished(model: nn.Module) -> None:
-    """Refuse what torch has compiled or quantised already: its layers are no longer modules with a weight."""
+def refuse_script(model: nn.Module) -> None:
+    """Refuse TorchScript, whose layers are no modules with a weight to look at or to replace.
+
+    Raises:
+        UsageError: names the first such layer.
+
+    Example:
+        >>> refuse_script(nn.Sequential(nn.Linear(2, 2)))
+    """
     for name, module in model.named_modules():
-        where = f"layer {name}" if name else "the model"
         if isinstance(module, torch.jit.ScriptModule) and (not name or any(True for _ in module.parameters())):
             raise UsageError(
-                f"model: {where} is TorchScript (torch.jit.script, trace or load), whose layers cannot be replaced; pass the nn.Module "
-                "that it was made from: build it with its class and give it the script's state_dict()"
+                f"model: {_where(name)} is TorchScript (torch.jit.script, trace or load), whose layers cannot be replaced; pass the "
+                "nn.Module that it was made from: build it with its class and give it the script's state_dict()"
             )
+
+
+def _where(name: str) -> str:
+    return f"layer {name}" if name else "the model"
+
+
+def _refuse_finished(model: nn.Module) -> None:
+    """Refuse what torch has compiled or quantised already: its layers are no longer modules with a weight."""
+    refuse_script(model)
+    for name, module in model.named_modules():
         origin = type(module).__module__
         if origin.startswith(_QUANTISED) and type(module).__name__ != "FloatFunctional":
             raise UsageError(
-                f"model: {where} is a {origin}.{type(module).__name__}: torch has quantised it already, so that its weights are gone; "
-                "pass the model as it was before torch.ao.quantization (quantize_dynamic, convert)"
+                f"model: {_where(name)} is a {origin}.{type(module).__name__}: torch has quantised it already, so that its weights are "
+                "gone; pass the model as it was before torch.ao.quantization (quantize_dynamic, convert)"
             )
 
 

@@ -101,6 +101,8 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.AdamW, tensors: M
         name, _, key = label.rpartition("/")
         parameter = names.get(name)
         if parameter is None or (value.ndim and value.shape != parameter.shape):
-            raise CheckpointError(f"training state: {label} does not fit the model; start anew with overwrite=True")
+            raise CheckpointError(
+                f"training state: {label} does not fit the model; start anew with overwrite=True (--overwrite)"
+            )
         # AdamW keeps its step count on the CPU.
         optimizer.state[parameter][key] = value.to(parameter.device) if value.ndim else value

@@ -74,7 +74,7 @@ class RunDirectory:
             self.found = self._read(self.directory / STATE_NAME)
         elif resume and self.directory.is_dir() and any(self.directory.iterdir()):
             raise UsageError(
-                f"output {printable(directory)}: holds no training state to resume; overwrite=True starts anew"
+                f"output {printable(directory)}: holds no training state to resume; overwrite=True (--overwrite) starts anew"
             )
         self._stale = state if overwrite and self.found is None else None
 
@@ -123,14 +123,14 @@ class RunDirectory:
         where = printable(path)
         keys = ("facts", "finished", "progress")
         if not isinstance(found, dict) or not all(key in found for key in keys) or not isinstance(found["facts"], dict):
-            raise CheckpointError(f"{where}: is no training state; overwrite=True starts anew")
+            raise CheckpointError(f"{where}: is no training state; overwrite=True (--overwrite) starts anew")
         theirs = found["facts"]
         different = [key for key in {**theirs, **self.facts} if theirs.get(key) != self.facts.get(key)]
         if different:
             key = different[0]
             raise CheckpointError(
                 f"{where}: was written by a run with another {key} ({_short(theirs.get(key))}, now {_short(self.facts.get(key))}); "
-                "resume with the same arguments, model and data, or start anew with overwrite=True"
+                "resume with the same arguments, model and data, or start anew with overwrite=True (--overwrite)"
             )
         return found
 

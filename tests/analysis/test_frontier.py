@@ -305,3 +305,13 @@ def test_every_rendering_holds_every_point(tmp_path: Path) -> None:
         assert "<script>x" not in text
         assert "\x1b" not in text
     assert FrontierReport([], [], {}).to_html().count("<circle") == 0
+
+
+def test_with_groups_the_error_is_that_of_the_worst() -> None:
+    torch.manual_seed(3)
+    groups = {"near": inputs_of(40), "far": [x + 2.0 for x in inputs_of(40)]}
+    report = measured(validation=groups)
+    alone = {name: measured(validation=batches) for name, batches in groups.items()}
+    for index, point in enumerate(report.points):
+        assert point.error == max(each.points[index].error for each in alone.values())
+    assert report.notes[0] == "errors are those of the worst of 2 groups: near, far"

@@ -199,3 +199,18 @@ def test_remote_code_is_never_run(saved: Path, tmp_path: Path) -> None:
     edit(saved, lambda c: c.update(auto_map={"AutoModel": "modeling_evil.Evil", "AutoConfig": "modeling_evil.Evil"}))
     load_model(saved)
     assert not (tmp_path / "ran").exists()
+
+
+def test_an_infinity_in_the_configuration_goes_through_a_file(tmp_path: Path) -> None:
+    """Some configurations hold one by default (the limits of Mamba-2's time steps), which JSON has no number for."""
+    model = compressed_bert()
+    model.config.time_step_limit = (0.0, float("inf"))
+    model.config.floor = float("-inf")
+    save_compressed(model, tmp_path / "out")
+    loaded = load_model(tmp_path / "out")
+    assert list(loaded.config.time_step_limit) == [0.0, float("inf")] and loaded.config.floor == float("-inf")
+    with torch.no_grad():
+        assert torch.equal(loaded(TOKENS).last_hidden_state, model(TOKENS).last_hidden_state)
+    # No reader of strict JSON stumbles over it.
+    text = (tmp_path / "out" / "config.json").read_text()
+    json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))

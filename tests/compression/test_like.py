@@ -167,7 +167,10 @@ def test_it_goes_through_a_file_and_a_plan(small: lowrank.CompressionResult, tmp
 
 
 def test_low_rank_formats_and_overrides_reach_the_layer_inside() -> None:
-    result = compress(error_budget=0.9, overrides={"5": {"format": "lowrank-int8", "rank": 9}, "8": "dense"})
+    formats = ["int8", "lowrank-int8"]
+    result = compress(
+        error_budget=0.9, formats=formats, overrides={"5": {"format": "lowrank-int8", "rank": 9}, "8": "dense"}
+    )
     assert type(result.model[5].product) is QuantizedLowRankConv2d and result.model[5].rank == 9
     assert type(result.model[8]) is Rooted
     x = data(1)[0]
@@ -190,9 +193,10 @@ def test_ignored_ones_stay_and_others_are_decoded_as_before() -> None:
 def test_inplace(heal: Any) -> None:
     model = images()
     order = [model[3]]
-    result = compress(model, inplace=True, heal=heal, error_budget=0.2)
+    arguments: dict[str, Any] = {"heal": heal, "error_budget": 0.2, "formats": ["int8"]}
+    result = compress(model, inplace=True, **arguments)
     assert result.model is model and type(model[5]) is PaddedLayer and order[0] is model[3]
-    other = compress(heal=heal, error_budget=0.2)
+    other = compress(**arguments)
     x = data(1)[0]
     with torch.no_grad():
         assert torch.equal(model(x), other.model(x))
@@ -378,3 +382,18 @@ def test_a_plan_with_a_geometry_that_is_none_is_refused(small: lowrank.Compressi
         plan = lowrank.Plan(small.plan.entries, metadata={**small.plan.metadata, "like": like})
         with pytest.raises(kind, match="like"):
             lowrank.apply_plan(images(), plan, data())
+
+
+def test_like_without_a_module_to_take_apart_changes_nothing() -> None:
+    model = images()
+    result = compress(
+        model, ignore=["0"], like={StaticSame: nn.Conv2d, nn.Linear: nn.Linear}, inplace=True, formats=["int8"]
+    )
+    assert result.model is model and type(model[0]) is StaticSame and "like" not in result.plan.metadata
+    assert type(model[10]) is not nn.Linear
+
+
+def test_a_plan_made_without_like_says_so() -> None:
+    plan = compress(like=None, formats=["int8"]).plan
+    with pytest.raises(UsageError, match="the plan was made without it"):
+        compress(plan=plan)

@@ -36,10 +36,12 @@ class Request:
     Attributes:
         activations: "int8", "float", or "auto" for both.
         careful: the data says nothing about (part of) the layer, so that only formats that are ``careful`` may be offered.
+        silent: the metric does not depend on the layer, so that nothing says what fewer than 8 bits would cost.
     """
 
     activations: str
     careful: bool = False
+    silent: bool = False
 
 
 @dataclass
@@ -58,7 +60,7 @@ class Measured:
         refused: why the layer cannot be replaced, where replacing it broke the model.
         silent: the metric does not depend on this layer.
         careful: the measured cost says nothing about inputs that the data does not hold (a silent layer, one that no input reached,
-            embedding rows that were never looked up), so the layer is not taken below 8 bits.
+            embedding rows that were never looked up), so the layer is rounded row by row and takes no low rank.
     """
 
     rounding: float = 0.0
@@ -128,6 +130,14 @@ class WeightFormat(ABC):
     def holds(self, layer: CompressedLayer) -> bool:
         """Tell whether a layer of one of the classes is of this format, where several share a class; all are unless overridden."""
         return True
+
+    def modes(self, data: LayerData, activations: str, spec: LayerSpec | None = None) -> tuple[str | None, ...]:
+        """Give the ways in which a rounded layer of this format may take its activations; see :meth:`LayerData.modes`.
+
+        Args:
+            spec: of the layer, where it matters.
+        """
+        return data.modes(activations)
 
     # Candidates --------------------------------------------------------------------------------------------------------------
 

@@ -10,16 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.compression.formats.base import Request, WeightFormat, shown
+from lowrank.compression.formats.packed_experts import experts_bytes, experts_error, rounded_experts
 from lowrank.compression.layer_data import LayerData
 from lowrank.errors import CheckpointError, RankError
-from lowrank.layers import CompressedLayer, PackedConv1d, PackedConv2d, PackedEmbedding, PackedLinear
+from lowrank.layers import CompressedLayer, PackedConv1d, PackedConv2d, PackedEmbedding, PackedExperts, PackedLinear
 from lowrank.layers.base import FLOAT_ACTIVATIONS
 from lowrank.layers.packed import GROUPS, packed_bytes
 from lowrank.layers.spec import LayerSpec
 from lowrank.numerics.conv_factors import ConvFactors
+from lowrank.numerics.factored_moments import FactoredMoment
 from lowrank.numerics.factors import Factors
 from lowrank.numerics.rounding_methods import (
-    DEFAULT_ROUNDING,
+    GPTQ,
     NEAREST,
     ROUNDINGS,
     Grid,
@@ -27,7 +29,7 @@ from lowrank.numerics.rounding_methods import (
     dequantize_groups,
     scale_dtype,
 )
-from lowrank.numerics.sampled_moments import moment_squares
+from lowrank.numerics.sampled_moments import Moment, moment_squares
 from lowrank.targets import kind_of
 from lowrank.targets.survey import Target
 
@@ -58,7 +60,7 @@ def method_of(data: LayerData, spec: LayerSpec) -> str:
     """Name the rounding of a spec: the one it asks for, else error feedback where the moment of the inputs is known."""
     if spec.rounding is not None:
         return spec.rounding
-    return NEAREST if data.moments is None else DEFAULT_ROUNDING
+    return NEAREST if data.moments is None and data.experts is None else GPTQ
 
 
 class Packed(WeightFormat):
@@ -75,6 +77,7 @@ class Packed(WeightFormat):
         "linear": (PackedLinear,),
         "conv": (PackedConv1d, PackedConv2d),
         "embedding": (PackedEmbedding,),
+        "experts": (PackedExperts,),
     }
     layers: ClassVar[Mapping[str, tuple[type[CompressedLayer], ...]]] = packed_layers
 
@@ -101,15 +104,12 @@ class Packed(WeightFormat):
             self.packed_spec(data, group, zero, mode)
             for group in groups
             for zero in zeros
-            for mode in self.modes(data, request.activations)
+            for mode in Packed.modes(self, data, request.activations)
         ]
 
-    def modes(self, data: LayerData, activations: str) -> tuple[str | None, ...]:
-        """Give the ways of taking activations: convolutions are weight-only."""
-        found = data.modes(activations)
-        if any(kind.name == "conv" for kind in data.target.kinds):
-            return tuple(mode for mode in found if mode == FLOAT_ACTIVATIONS)
-        return found
+    def modes(self, data: LayerData, activations: str, spec: LayerSpec | None = None) -> tuple[str | None, ...]:
+        """Give the ways of taking activations: as they are."""
+        return tuple(mode for mode in data.modes(activations) if mode in (None, FLOAT_ACTIVATIONS))
 
     def packed_spec(
         self, data: LayerData, group: int | None, zero_point: bool | None, activations: str | None
@@ -129,6 +129,8 @@ class Packed(WeightFormat):
     def stored_bytes(self, data: LayerData, spec: LayerSpec) -> int:
         """Count codes, scales, zero points and biases."""
         grid = grid_of(spec)
+        if data.kind.stacked:
+            return data.other_bytes + experts_bytes(data, grid)
         return data.other_bytes + sum(
             packed_bytes(stack.shape[0] * stack.shape[1], stack.shape[2], grid, self._scale_dtype(data, name, grid))
             for name, stack in data.stacks.items()
@@ -152,15 +154,28 @@ class Packed(WeightFormat):
 
     def build(self, data: LayerData, spec: LayerSpec) -> dict[str, nn.Module]:
         """Round once, and make each member of it; tied members share the tensors."""
+        if data.kind.stacked:
+            return {data.name: self._experts(data, spec)}
         rounded = self.chosen(data, spec)
+        shift = _bias_shift(data, rounded, grid_of(spec))
         built: dict[str, nn.Module] = {}
         for member in data.target.members:
             layer = _layer_of(member.module, rounded, spec)
+            if shift is not None:
+                bias = layer.get_parameter("bias")
+                with torch.no_grad():
+                    bias.copy_(bias.double() + shift)
             for first in list(built.values())[:1]:
                 assert isinstance(first, CompressedLayer)
                 layer.share_tensors(first)
             built[member.name] = layer
         return built
+
+    def _experts(self, data: LayerData, spec: LayerSpec) -> CompressedLayer:
+        grid, method = grid_of(spec), method_of(data, spec)
+        if method != NEAREST and data.experts is None:
+            raise CheckpointError(_needs_inputs(data, method))
+        return PackedExperts.from_rounded(data.target.owner, rounded_experts(data, grid, method), grid)
 
     def chosen(self, data: LayerData, spec: LayerSpec) -> Rounded:
         """Choose the codes of a target's matrix.
@@ -170,15 +185,15 @@ class Packed(WeightFormat):
         """
         grid, method = grid_of(spec), method_of(data, spec)
         if method != NEAREST and data.moments is None:
-            raise CheckpointError(
-                f"plan: layer {data.name}: rounding {method!r} needs what flows into the layer; pass calibration=, or set rounding to null"
-            )
-        return ROUNDINGS[method](data.weight, grid, data.moments)
+            raise CheckpointError(_needs_inputs(data, method))
+        return ROUNDINGS[method](data.weight, grid, _factored(data), data.gradients)
 
     def build_layer(self, module: nn.Module, spec: LayerSpec, factors: Factors | ConvFactors | None) -> CompressedLayer:
         """Round a module's weight to the nearest levels."""
         kind = kind_of(module)
         assert kind is not None
+        if kind.stacked:
+            return PackedExperts.from_rounded(module, {}, grid_of(spec))
         return _layer_of(module, ROUNDINGS[NEAREST](kind.matrix(module), grid_of(spec)), spec)
 
     # Checks ------------------------------------------------------------------------------------------------------------------
@@ -203,9 +218,9 @@ class Packed(WeightFormat):
     def check(self, data: LayerData, spec: LayerSpec) -> None:
         """Refuse a plan's spec that this target cannot become."""
         super().check(data, spec)
-        if spec.activations not in (None, *self.modes(data, "auto")):
+        if spec.activations not in (None, *self.modes(data, "auto", spec)):
             raise CheckpointError(
-                f"plan: layer {data.name}: packed convolutions are weight-only, got activations {spec.activations!r}; correct the plan"
+                f"plan: layer {data.name}: packed layers are weight-only, got activations {spec.activations!r}; correct the plan"
             )
 
 
@@ -221,13 +236,29 @@ def _layer_of(module: nn.Module, rounded: Rounded, spec: LayerSpec) -> Compresse
     return PackedLinear.from_rounded(rounded, module, grid=grid, activations=activations)
 
 
+def _bias_shift(data: LayerData, rounded: Rounded, grid: Grid) -> Tensor | None:
+    """``(W − Ŵ) μ``, (out,) float64, where the bias takes the mean of the error: the moments that codes are chosen by are centred there."""
+    if data.inputs is None or not data.centred:
+        return None
+    lost = data.weight.to(torch.float64) - dequantize_groups(*rounded, grid, torch.float64)
+    mean = data.inputs.mean.to(lost.device).view(data.blocks, -1, 1)
+    shift: Tensor = (lost.view(data.blocks, -1, data.columns) @ mean).flatten()
+    return shift
+
+
+def _needs_inputs(data: LayerData, method: str) -> str:
+    return f"plan: layer {data.name}: rounding {method!r} needs what flows into the layer; pass calibration=, or set rounding to null"
+
+
 def _sampled_error(data: LayerData, grid: Grid, method: str) -> float:
     """Squared relative error of a rounding, in the norm of the inputs and gradients; errors of different rows count as unrelated."""
+    if data.kind.stacked:
+        return experts_error(data, grid, method)
     if not data.weighed_energy > 0.0:
         return 0.0
     rows, moment = _sampled_rows(data), data.moments
     weight = data.weight[rows]
-    rounded = ROUNDINGS[method](weight, grid, moment)
+    rounded = ROUNDINGS[method](weight, grid, moment if method == NEAREST else _factored(data))
     difference = weight.to(torch.float64) - dequantize_groups(*rounded, grid, torch.float64)
     if moment is None:
         squares = difference.square().sum(dim=1)
@@ -236,6 +267,14 @@ def _sampled_error(data: LayerData, grid: Grid, method: str) -> float:
         squares = moment_squares(parts, moment).flatten()
     lost = float((squares * _row_costs(data)[rows]).sum()) * data.rows / len(rows)
     return max(lost, 0.0) / data.weighed_energy
+
+
+def _factored(data: LayerData) -> Moment | FactoredMoment | None:
+    """The moment, factored once for all grids where it is whole."""
+    moments = data.moments
+    if not isinstance(moments, Tensor):
+        return moments
+    return data.remembered("factored moment", lambda: FactoredMoment.of(moments, name=f"layer {data.name}"))
 
 
 def _sampled_rows(data: LayerData) -> Tensor:
