@@ -144,10 +144,7 @@ class Search:
             BudgetError: not even the safest trial passed, or nothing can be compressed.
         """
         tried = self._calibrate(budget)
-        candidates = [
-            (f"{fraction:.0%} of the budget", self.plan_for(self.total(self.target * fraction) / self.scale))
-            for fraction in FRACTIONS
-        ]
+        candidates = list(self._by_fractions())
         self.trials = self.attempt_all([*uniform, *candidates])
         if not self.trials and tried is not None:
             # So that the refusal can say what the mildest compression costs.
@@ -165,6 +162,21 @@ class Search:
         passed = self._verify(budget)
         self.copy.install_plan(passed.plan)
         return Outcome(passed, self.scale, self.trials)
+
+    def _by_fractions(self) -> Iterator[tuple[str, Plan]]:
+        """Make the plans of the fractions; of a small one there may be none, where overrides force an error."""
+        refused: BudgetError | None = None
+        made = False
+        for fraction in FRACTIONS:
+            try:
+                plan = self.plan_for(self.total(self.target * fraction) / self.scale)
+            except BudgetError as error:
+                refused = error
+            else:
+                made = True
+                yield f"{fraction:.0%} of the budget", plan
+        if refused is not None and not made:
+            raise refused
 
     def least_error(self, plans: Iterable[tuple[str, Plan]]) -> Outcome:
         """Find the plan with the smallest error on the search part, and measure it on the verification part; the best is healed."""

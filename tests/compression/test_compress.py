@@ -526,3 +526,10 @@ def test_no_layer_is_larger_than_it_was_and_every_skip_has_a_reason() -> None:
         assert row.bytes_after <= row.bytes_before
         assert row.format != "dense" or row.reason
     assert "transposed" in ({row.name: row.reason for row in result.report.rows}["inner.2"] or "")
+
+
+def test_an_override_that_takes_most_of_the_budget_is_no_reason_to_refuse() -> None:
+    # No plan fits a tenth of the budget; those that fit all of it are tried all the same.
+    result = compress(mlp(), error_budget=0.3, calibration=data(), overrides={"0": {"format": "int3", "group": None}})
+    assert result.plan.entry("0").spec.format == "int3"
+    assert result.report.totals["error_upper"] <= 0.3
