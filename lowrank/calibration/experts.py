@@ -182,7 +182,7 @@ class _Products(TorchDispatchMode):
         if not isinstance(value, Tensor):
             return None
         for name, weight in self.weights.items():
-            start = value.storage_offset() - weight.storage_offset()
+            start = int(value.storage_offset() - weight.storage_offset())
             same = value.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr()
             if same and 0 <= start < weight.numel():
                 return name, start

@@ -91,6 +91,9 @@ class ExpertsLayer(DecodedLayer):
         turned: as above.
     """
 
+    n_bits: int
+    turned: bool
+
     def __init__(
         self,
         weights: Mapping[str, Sequence[int]],
