@@ -92,7 +92,6 @@ class ExpertsLayer(DecodedLayer):
     """
 
     n_bits: int
-    turned: bool
 
     def __init__(
         self,

@@ -135,14 +135,14 @@ class MatrixStore:
         if self.dense:
             return {}
         groups = 1 if self.wide else self.grid.groups(self.columns)
-        return {"scale": ScaleForm((self.rows, groups), self.scale_dtype, signed=True)}
+        return {"scale": ScaleForm((self.rows, groups), self.scale_dtype, signed=not self.wide)}
 
     def roles(self) -> dict[str, Role]:
         """Say what each tensor is."""
         if self.dense:
             return {"floats": Role(FLOAT)}
         bits = _BYTE if self.wide else self.grid.bits
-        found = {"codes": Role(CODES, bits, packed=True), "scale": Role(SCALE, signed=True)}
+        found = {"codes": Role(CODES, bits, packed=True), "scale": Role(SCALE, signed=not self.wide)}
         return found | ({"low": Role(CODES, self.low_bits, packed=True)} if self.wide else {})
 
     def encode(self, weight: Tensor, name: str = "weight") -> dict[str, Tensor]:

@@ -177,10 +177,16 @@ class PackedCodes(Codes):
         return weight.T if self.looks_up else weight
 
     def with_weight(self: _Packed, weight: Tensor) -> _Packed:
-        """Round another weight to the nearest levels of this grid; see :meth:`CompressedLayer.with_weight`."""
+        """Round another weight to the nearest levels of this grid; see :meth:`CompressedLayer.with_weight`.
+
+        A weight that the scales of this layer hold exactly, its own above all, keeps them.
+        """
         matrix = matrix_for(self, weight)
+        matrix = matrix.T if self.looks_up else matrix
         layer = self._like(None, self.scale.device)
-        layer._hold(nearest(matrix.T if self.looks_up else matrix, self.grid))
+        kept = self._nearest_here(matrix)
+        exact = torch.equal(dequantize_groups(*kept, self.grid, torch.float64), matrix.to(torch.float64))
+        layer._hold(kept if exact else nearest(matrix, self.grid))
         return layer
 
     def _hold(self, rounded: Rounded, weight: Tensor | None = None) -> None:
