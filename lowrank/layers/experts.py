@@ -11,16 +11,15 @@ from torch.func import functional_call
 
 from lowrank.errors import UsageError
 from lowrank.layers.base import graph_is_made
-from lowrank.layers.checks import dtype_from_name
 from lowrank.layers.decoded import DecodedLayer
 from lowrank.layers.expert_stack import ExpertStack
-from lowrank.layers.packed import check_group
-from lowrank.layers.roles import CODES, SCALE, ZERO_POINT, Role, ScaleForm
+from lowrank.layers.packed import check_group, empty_parts, packed_roles, scale_dtype_from
+from lowrank.layers.roles import Role, ScaleForm
 from lowrank.layers.spec import LayerSpec
 from lowrank.layers.weights import joined
-from lowrank.numerics.packing import pack_rows, row_bytes, unpack_rows
+from lowrank.numerics.packing import decode_rows, pack_rows
 from lowrank.numerics.rounding import dequantize_rows, quantize_rows
-from lowrank.numerics.rounding_methods import Grid, Rounded, dequantize_groups, nearest, scale_dtype
+from lowrank.numerics.rounding_methods import Grid, Rounded, nearest, scale_dtype
 
 __all__ = ["ExpertsLayer", "PackedExperts", "QuantizedExperts", "expert_scale_dtype", "experts_of", "is_turned"]
 
@@ -259,7 +258,7 @@ class PackedExperts(ExpertsLayer):
         check_group(group)
         self.__dict__["grid"] = Grid(n_bits, group, zero_point)
         self.__dict__["scale_dtypes"] = {
-            name: _checked_scale_dtype((scale_dtypes or {}).get(name, "float16")) for name in weights
+            name: scale_dtype_from((scale_dtypes or {}).get(name, "float16"), "scale_dtypes") for name in weights
         }
         super().__init__(weights, rows, others, stored, n_bits=n_bits, turned=turned, device=device, dtype=dtype)
 
@@ -299,18 +298,10 @@ class PackedExperts(ExpertsLayer):
             setattr(self, f"{prefix}zero_point", pack_rows(torch.cat(zeros), self.n_bits))
 
     def _make_room(self, name: str, device: torch.device | str | None) -> None:
-        prefix, rows, grid = self.prefixes[name], self.weight_rows[name], self.grid
         columns = self.stack_shape(name)[2]
-        groups = grid.groups(columns)
-        middle = pack_rows(torch.full((1, columns), grid.middle, dtype=torch.uint8), grid.bits)
-        codes = torch.empty(rows, middle.shape[1], dtype=torch.uint8, device=device)
-        if codes.device.type != "meta":
-            codes.copy_(middle.expand_as(codes))
-        self.register_buffer(f"{prefix}codes", codes)
-        self.register_buffer(f"{prefix}scale", torch.ones(rows, groups, dtype=self.scale_dtypes[name], device=device))
-        if grid.zero_point:
-            zeros = torch.zeros(rows, row_bytes(groups, grid.bits), dtype=torch.uint8, device=device)
-            self.register_buffer(f"{prefix}zero_point", zeros)
+        parts = empty_parts(self.weight_rows[name], columns, self.grid, self.scale_dtypes[name], device)
+        for part in packed_roles(self.grid):
+            self.register_buffer(f"{self.prefixes[name]}{part}", parts[part])
 
     @property
     def spec(self) -> LayerSpec:
@@ -321,8 +312,7 @@ class PackedExperts(ExpertsLayer):
     @property
     def weight_names(self) -> tuple[str, ...]:
         """See :meth:`CompressedLayer.weight_names`."""
-        parts = ("codes", "scale", "zero_point") if self.grid.zero_point else ("codes", "scale")
-        return tuple(f"{self._prefix(name)}{part}" for name in self.weight_shapes for part in parts)
+        return tuple(self._own_roles())
 
     def scales(self) -> dict[str, ScaleForm]:
         """See :meth:`CompressedLayer.scales`."""
@@ -336,21 +326,14 @@ class PackedExperts(ExpertsLayer):
         }
 
     def _own_roles(self) -> dict[str, Role]:
-        parts = {"codes": Role(CODES, self.bits, packed=True), "scale": Role(SCALE, signed=True)}
-        if self.grid.zero_point:
-            parts["zero_point"] = Role(ZERO_POINT, self.bits, packed=True)
+        parts = packed_roles(self.grid)
         return {f"{self._prefix(name)}{part}": role for name in self.weight_shapes for part, role in parts.items()}
 
     def _part(self, name: str, part: slice, dtype: torch.dtype = torch.float32) -> Tensor:
         prefix, columns = self.prefixes[name], self.stack_shape(name)[2]
+        codes, scale = self.get_buffer(f"{prefix}codes")[part], self.get_buffer(f"{prefix}scale")[part]
         zero = self.get_buffer(f"{prefix}zero_point")[part] if self.grid.zero_point else None
-        return dequantize_groups(
-            unpack_rows(self.get_buffer(f"{prefix}codes")[part], columns, self.n_bits),
-            self.get_buffer(f"{prefix}scale")[part],
-            None if zero is None else unpack_rows(zero, self.grid.groups(columns), self.n_bits),
-            self.grid,
-            dtype,
-        )
+        return decode_rows(codes, scale, zero, self.grid, columns, dtype)
 
     def _rounded_expert(self, name: str, part: slice) -> Tensor:
         return self._part(name, part)
@@ -376,10 +359,3 @@ class PackedExperts(ExpertsLayer):
     def _arguments(cls, config: Mapping[str, Any]) -> dict[str, Any]:
         own = {"group": config["group"], "zero_point": bool(config["zero_point"])}
         return super()._arguments(config) | own | {"scale_dtypes": config["scale_dtypes"]}
-
-
-def _checked_scale_dtype(name: str) -> torch.dtype:
-    dtype = dtype_from_name(name)
-    if dtype not in (torch.float16, torch.float32):
-        raise UsageError(f"scale_dtypes: must be float16 or float32, got {name!r}")
-    return dtype

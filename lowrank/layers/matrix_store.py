@@ -11,12 +11,12 @@ from torch import Tensor
 
 from lowrank.errors import UsageError
 from lowrank.layers.checks import dtype_from_name
-from lowrank.layers.packed import check_group, packed_bytes
+from lowrank.layers.packed import check_group, packed_bytes, packed_roles
 from lowrank.layers.roles import CODES, FLOAT, SCALE, Role, ScaleForm
 from lowrank.layers.spec import LayerSpec
-from lowrank.numerics.packing import pack_rows, row_bytes, unpack_rows
+from lowrank.numerics.packing import decode_rows, pack_rows, row_bytes, unpack_rows
 from lowrank.numerics.rounding import require_finite
-from lowrank.numerics.rounding_methods import Grid, dequantize_groups, nearest, scale_dtype
+from lowrank.numerics.rounding_methods import Grid, nearest, scale_dtype
 
 __all__ = ["WIDE_BITS", "MatrixStore"]
 
@@ -141,9 +141,10 @@ class MatrixStore:
         """Say what each tensor is."""
         if self.dense:
             return {"floats": Role(FLOAT)}
-        bits = _BYTE if self.wide else self.grid.bits
-        found = {"codes": Role(CODES, bits, packed=True), "scale": Role(SCALE, signed=not self.wide)}
-        return found | ({"low": Role(CODES, self.low_bits, packed=True)} if self.wide else {})
+        if not self.wide:
+            return packed_roles(self.grid)
+        low = Role(CODES, self.low_bits, packed=True)
+        return {"codes": Role(CODES, _BYTE, packed=True), "scale": Role(SCALE), "low": low}
 
     def encode(self, weight: Tensor, name: str = "weight") -> dict[str, Tensor]:
         """Hold a matrix, (rows, columns), rounded to the nearest levels.
@@ -175,8 +176,7 @@ class MatrixStore:
         if self.dense:
             return tensors["floats"].to(dtype)
         if not self.wide:
-            codes = unpack_rows(tensors["codes"], self.columns, self.grid.bits)
-            return dequantize_groups(codes, tensors["scale"], None, self.grid, dtype)
+            return decode_rows(tensors["codes"], tensors["scale"], None, self.grid, self.columns, dtype)
         high = unpack_rows(tensors["codes"], self.columns, _BYTE).to(dtype)
         low = unpack_rows(tensors["low"], self.columns, self.low_bits).to(dtype)
         # Whole numbers below 2^16, exact in either dtype.
