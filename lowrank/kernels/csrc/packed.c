@@ -25,6 +25,9 @@ typedef struct {
     int64_t bits, group, groups;
 } packed_weight;
 
+/* Of the planes of codes of so many bits, as PLANES in lowrank/numerics/packing.py. */
+static const int widths[9][3] = {{0}, {0}, {2}, {2, 1}, {4}, {4, 1}, {4, 2}, {4, 2, 1}, {8}};
+
 /* Where the planes of a row begin; those that there are not are not read. */
 typedef struct {
     const uint8_t *first, *second, *third;
@@ -33,7 +36,6 @@ typedef struct {
 static inline int64_t plane_bytes(int64_t columns, int width) { return round_up(columns, 8) / 8 * width; }
 
 static inline planes planes_of(const packed_weight *w, int64_t row) {
-    static const int widths[9][3] = {{0}, {0}, {2}, {2, 1}, {4}, {4, 1}, {4, 2}, {4, 2, 1}, {8}};
     const uint8_t *const start = w->codes + row * w->row_bytes;
     const uint8_t *const second = start + plane_bytes(w->columns, widths[w->bits][0]);
     const planes found = {start, second, second + plane_bytes(w->columns, widths[w->bits][1])};
@@ -80,7 +82,6 @@ static inline __attribute__((always_inline)) __m256i codes_at(planes p, int64_t 
 
 /* The last codes of a row, filled up with zeros: the buffer may end with them. */
 static __attribute__((noinline)) __m256i last_codes(planes p, int64_t at, int64_t columns, int bits) {
-    static const int widths[9][3] = {{0}, {0}, {2}, {2, 1}, {4}, {4, 1}, {4, 2}, {4, 2, 1}, {8}};
     uint8_t kept[3][STEP] __attribute__((aligned(32))) = {{0}};
     const uint8_t *const from[3] = {p.first, p.second, p.third};
     const int64_t left = round_up(columns, 8) - at;
@@ -238,8 +239,6 @@ ROWS_FOR(8, 1)
 
 typedef void (*multiply_rows)(const packed_weight *, int64_t, int64_t, const float *, int64_t, const float *, float *, int);
 typedef void (*decode_rows)(const packed_weight *, int64_t, int64_t, int64_t, float *);
-
-static int64_t share(int64_t count, int64_t part, int64_t parts) { return count * part / parts; }
 
 /* Whether the instructions of this file are there. */
 int lowrank_packed_supported(void) {
