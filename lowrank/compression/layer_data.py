@@ -22,12 +22,25 @@ from lowrank.targets import LayerKind
 from lowrank.targets.kind import Factoring
 from lowrank.targets.survey import Target
 
-__all__ = ["RIDGE", "LayerData"]
+__all__ = ["RIDGE", "SAMPLED_ROWS", "LayerData", "spread_rows"]
 
 # Relative to the mean diagonal of the input moment. A heuristic: small enough to leave the data in charge, large enough that
 # directions which few calibration tokens reached are not dropped for free.
 RIDGE = 1e-3
+# Rows of a weight that errors of roundings are estimated on: those of one layer are much alike.
+SAMPLED_ROWS = 256
 _T = TypeVar("_T")
+
+
+def spread_rows(rows: int, wanted: int, device: torch.device) -> Tensor:
+    """Give the places of so many rows, evenly spread; of all where there are no more.
+
+    Example:
+        >>> spread_rows(10, 3, torch.device("cpu")).tolist()
+        [0, 3, 6]
+    """
+    count = max(min(rows, wanted), 1)
+    return torch.arange(count, device=device) * rows // count
 
 
 class LayerData:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -34,7 +34,10 @@ def row_squares(matrix: Tensor, moment: Moment | None) -> Tensor:
 
 
 def stacked_error(
-    stacks: Mapping[str, Tensor], approximations: Mapping[str, Tensor], known: ExpertInputs | None
+    stacks: Mapping[str, Tensor],
+    approximations: Mapping[str, Tensor],
+    known: ExpertInputs | None,
+    moment_of: Callable[[str, int], Moment | None] | None = None,
 ) -> float:
     """Compute the squared relative error of the matrices, the mean over the parameters.
 
@@ -45,6 +48,7 @@ def stacked_error(
         stacks: (experts, out, in) by name.
         approximations: of the same numbers, by the same names.
         known: what flows into them.
+        moment_of: gives Σ of a parameter's expert, where it was made before; else it is made of what is known.
 
     Example:
         >>> stacked_error({"up": torch.ones(2, 3, 4)}, {"up": torch.full((2, 3, 4), 0.5)}, None)
@@ -55,7 +59,9 @@ def stacked_error(
         made = approximations[name].view(stack.shape)
         lost = energy = 0.0
         for expert in range(stack.shape[0]):
-            moment = None if known is None else expert_moment(known.of(name, expert), stack.device)
+            moment = None
+            if known is not None:
+                moment = moment_of(name, expert) if moment_of else expert_moment(known.of(name, expert), stack.device)
             if known is not None and moment is None:
                 continue
             tokens = 1 if known is None else known.count(name, expert)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lowrank.compression.formats.base import Measured, Measurements, Request, WeightFormat, shown
 from lowrank.compression.formats.dense import DENSE
-from lowrank.compression.layer_data import LayerData
+from lowrank.compression.layer_data import SAMPLED_ROWS, LayerData, spread_rows
 from lowrank.errors import CheckpointError, LowRankError, RankError, UsageError
 from lowrank.layers import RECURRENT, CompressedLayer
 from lowrank.layers.base import FLOAT_ACTIVATIONS
@@ -33,8 +33,6 @@ _PROBED = LayerSpec("int8", bits=8, group=64)
 _FINER = LayerSpec("int12", bits=12)
 # Passes over the data that a layer's matrices may take: those of modules with more are measured several at a time.
 MOST_PASSES = 8
-# Rows of a matrix that errors are estimated on, as of packed formats.
-_SAMPLED_ROWS = 256
 # Below what careful layers are not taken.
 _CAREFUL_BITS = 8
 
@@ -224,9 +222,7 @@ def _error(data: LayerData, name: str, part: LayerSpec) -> float:
 def _sampled_error(weight: Tensor, part: LayerSpec) -> float:
     if part == DENSE:
         return 0.0
-    rows = weight.shape[0]
-    count = min(rows, _SAMPLED_ROWS)
-    some = weight[torch.arange(count, device=weight.device) * rows // count]
+    some = weight[spread_rows(weight.shape[0], SAMPLED_ROWS, weight.device)]
     store = MatrixStore.of(some, part)
     exact = some.double()
     energy = float(exact.square().sum())

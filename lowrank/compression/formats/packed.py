@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.compression.formats.base import Request, WeightFormat, shown
-from lowrank.compression.formats.packed_experts import experts_bytes, experts_error, rounded_experts
-from lowrank.compression.layer_data import LayerData
+from lowrank.compression.formats.packed_experts import experts_error, rounded_experts
+from lowrank.compression.layer_data import SAMPLED_ROWS, LayerData, spread_rows
+from lowrank.compression.stacks import row_squares
 from lowrank.errors import CheckpointError, RankError
 from lowrank.layers import CompressedLayer, PackedConv1d, PackedConv2d, PackedEmbedding, PackedExperts, PackedLinear
 from lowrank.layers.base import FLOAT_ACTIVATIONS
+from lowrank.layers.experts import expert_scale_dtype
 from lowrank.layers.packed import GROUPS, packed_bytes
 from lowrank.layers.spec import LayerSpec
 from lowrank.numerics.conv_factors import ConvFactors
@@ -29,18 +31,14 @@ from lowrank.numerics.rounding_methods import (
     dequantize_groups,
     scale_dtype,
 )
-from lowrank.numerics.sampled_moments import Moment, moment_squares
+from lowrank.numerics.sampled_moments import Moment
 from lowrank.targets import kind_of
 from lowrank.targets.survey import Target
 
 __all__ = ["Packed", "grid_of", "method_of"]
 
-# What an override or a plan gets that names the format alone.
-DEFAULT_GROUP = 64
 # A zero point of its own costs a group some bits, and pays where the levels are few.
 MOST_BITS_WITH_ZERO = 4
-# Rows of a weight that errors are estimated on: those of one layer are much alike.
-SAMPLED_ROWS = 256
 # The grid on which it is found out what feedback brings a layer; so much the same on others.
 _PROBED = Grid(4, 64)
 
@@ -101,7 +99,7 @@ class Packed(WeightFormat):
         groups: list[int | None] = [None, *(group for group in sorted(GROUPS, reverse=True) if group < columns)]
         zeros = (None, True) if self.width <= MOST_BITS_WITH_ZERO else (None,)
         return [
-            self.packed_spec(data, group, zero, mode)
+            LayerSpec(self.name, bits=self.width, activations=mode, group=group, zero_point=zero)
             for group in groups
             for zero in zeros
             for mode in Packed.modes(self, data, request.activations)
@@ -111,17 +109,6 @@ class Packed(WeightFormat):
         """Give the ways of taking activations: as they are."""
         return tuple(mode for mode in data.modes(activations) if mode in (None, FLOAT_ACTIVATIONS))
 
-    def packed_spec(
-        self, data: LayerData, group: int | None, zero_point: bool | None, activations: str | None
-    ) -> LayerSpec:
-        """Give a spec with the format's own rounding: error feedback where the inputs are known, else to the nearest."""
-        return LayerSpec(self.name, bits=self.width, activations=activations, group=group, zero_point=zero_point)
-
-    def uniform_spec(self, data: LayerData, activations: str | None) -> LayerSpec:
-        """Give the spec of plans that round every layer alike: groups of 64 where the row is longer."""
-        columns = self._columns(data)
-        return self.packed_spec(data, DEFAULT_GROUP if columns > DEFAULT_GROUP else None, None, activations)
-
     @staticmethod
     def _columns(data: LayerData) -> int:
         return max(stack.shape[2] for stack in data.stacks.values())
@@ -129,8 +116,6 @@ class Packed(WeightFormat):
     def stored_bytes(self, data: LayerData, spec: LayerSpec) -> int:
         """Count codes, scales, zero points and biases."""
         grid = grid_of(spec)
-        if data.kind.stacked:
-            return data.other_bytes + experts_bytes(data, grid)
         return data.other_bytes + sum(
             packed_bytes(stack.shape[0] * stack.shape[1], stack.shape[2], grid, self._scale_dtype(data, name, grid))
             for name, stack in data.stacks.items()
@@ -138,9 +123,13 @@ class Packed(WeightFormat):
 
     def _scale_dtype(self, data: LayerData, name: str, grid: Grid) -> torch.dtype:
         stack = data.stacks[name]
-        return data.remembered(
-            ("scale_dtype", name, grid.bits, grid.group), lambda: scale_dtype(stack.reshape(-1, stack.shape[2]), grid)
-        )
+
+        def told() -> torch.dtype:
+            if data.kind.stacked:
+                return expert_scale_dtype(stack, grid)
+            return scale_dtype(stack.reshape(-1, stack.shape[2]), grid)
+
+        return data.remembered(("scale_dtype", name, grid.bits, grid.group), told)
 
     def local_error(self, data: LayerData, spec: LayerSpec) -> float:
         """Estimate what rounding loses on some rows: to the nearest level, times what feedback brings this layer."""
@@ -260,11 +249,8 @@ def _sampled_error(data: LayerData, grid: Grid, method: str) -> float:
     weight = data.weight[rows]
     rounded = ROUNDINGS[method](weight, grid, moment if method == NEAREST else _factored(data))
     difference = weight.to(torch.float64) - dequantize_groups(*rounded, grid, torch.float64)
-    if moment is None:
-        squares = difference.square().sum(dim=1)
-    else:
-        parts = difference.view(data.blocks, -1, difference.shape[1]) if data.blocks > 1 else difference
-        squares = moment_squares(parts, moment).flatten()
+    parts = difference.view(data.blocks, -1, difference.shape[1]) if data.blocks > 1 else difference
+    squares = row_squares(parts, moment).flatten()
     lost = float((squares * _row_costs(data)[rows]).sum()) * data.rows / len(rows)
     return max(lost, 0.0) / data.weighed_energy
 
@@ -280,8 +266,7 @@ def _factored(data: LayerData) -> Moment | FactoredMoment | None:
 def _sampled_rows(data: LayerData) -> Tensor:
     """Some rows, evenly spread, as many of each block."""
     each = data.rows // data.blocks
-    count = max(min(each, SAMPLED_ROWS // data.blocks), 1)
-    spread = torch.arange(count, device=data.weight.device) * each // count
+    spread = spread_rows(each, SAMPLED_ROWS // data.blocks, data.weight.device)
     return torch.cat([spread + block * each for block in range(data.blocks)])
 
 
