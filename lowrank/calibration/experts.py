@@ -74,6 +74,7 @@ def collect_expert_inputs(
         seed: of the tokens drawn where an expert is very wide.
 
     Example:
+        >>> import torch
         >>> class Experts(nn.Module):
         ...     def __init__(self):
         ...         super().__init__()
