@@ -188,6 +188,9 @@ def frontier_again(folder: Path) -> FrontierReport:
             dense("integers"),
             calibration=in_order(group("integers", "calibration")),
             budgets=[0.03, 0.3],
+            # All that there were then.
+            formats=["int8", "lowrank", "lowrank-int8"],
+            targets=["linear", "conv", "embedding"],
             directory=folder,
             source="integers",
             progress=False,

@@ -24,8 +24,8 @@ from lowrank.calibration.untouched import borrowed
 from lowrank.compression.accounting import TargetBytes, frontier_point
 from lowrank.compression.allocation import Allocator
 from lowrank.compression.choose import allocator_of, search_of
-from lowrank.compression.corrections import Corrections
 from lowrank.compression.compress import prepare
+from lowrank.compression.corrections import Corrections
 from lowrank.compression.formats import REFERENCE
 from lowrank.compression.options import Options, check_budgets
 from lowrank.compression.passes import Passes

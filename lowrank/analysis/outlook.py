@@ -198,7 +198,7 @@ def outlook_of_module(
 
     Example:
         >>> outlook_of_module(nn.Sequential(nn.LSTM(4, 4)), (0.1,)).plans[0][1].entry("0").format
-        'int8'
+        'mixed'
     """
     options = Options(
         metric="weight" if calibration is None else "output",

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lowrank.calibration.batches import MIN_VERIFICATION_SAMPLES, Batch, Batches, ForwardFn, sample_count
 from lowrank.calibration.binding import signature_of
 from lowrank.calibration.evaluation import CACHE_BYTES, Comparison, Evaluator
-from lowrank.calibration.measurement import named
+from lowrank.calibration.measurement import finite_or_none, named
 from lowrank.calibration.metrics import METRICS, ErrorMetric, SampledMetric
 from lowrank.calibration.outputs import OutputFn
 from lowrank.calibration.preparing import prepare_batches
@@ -283,8 +283,8 @@ class GroupComparison(Comparison):
         found["groups"] = {
             group: {
                 "samples": comparison.counted,
-                "error": _finite(comparison.value),
-                "upper": _finite(comparison.upper()),
+                "error": finite_or_none(comparison.value),
+                "upper": finite_or_none(comparison.upper()),
                 **{key: value for key, value in each[group].items() if key.startswith(("error_", "top1_"))},
                 **({"outputs": each[group]["outputs"]} if len(comparison.parts) > 1 else {}),
             }
@@ -349,7 +349,3 @@ def _verb(subjects: Sequence[str], verb: str) -> str:
 def _larger(one: float | None, other: float | None) -> bool:
     """Whether an error is larger; ``None`` stands for one without bound."""
     return other is not None and (one is None or one > other)
-
-
-def _finite(value: float) -> float | None:
-    return value if abs(value) < float("inf") else None

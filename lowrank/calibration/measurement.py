@@ -15,7 +15,7 @@ from lowrank.calibration.metrics import SampledMetric
 from lowrank.calibration.metrics.variation import CONSTANT
 from lowrank.io.numbers import percent
 
-__all__ = ["Comparison", "Measurement", "named"]
+__all__ = ["Comparison", "Measurement", "finite_or_none", "named"]
 
 # Of the squared size of an output: where less than this varies over the samples, the rest hides what is lost.
 MOSTLY_CONSTANT = 0.5
@@ -281,12 +281,13 @@ class Comparison:
             against = part.value / math.sqrt(varying) if varying > CONSTANT else None
         upper = part.upper()
         return {
-            "error": _finite(part.value),
-            "upper": _finite(upper),
+            "error": finite_or_none(part.value),
+            "upper": finite_or_none(upper),
             "varying": varying,
-            "error_of_variation": _finite(against),
+            "error_of_variation": finite_or_none(against),
         }
 
 
-def _finite(value: float | None) -> float | None:
+def finite_or_none(value: float | None) -> float | None:
+    """Give a number, or ``None`` for one that JSON has no word for."""
     return value if value is not None and math.isfinite(value) else None

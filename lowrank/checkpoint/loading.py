@@ -26,7 +26,7 @@ from lowrank.errors import CheckpointError, UsageError
 from lowrank.integrations.methods import guard_methods
 from lowrank.io import TensorSource, printable
 from lowrank.layers import LAYER_KINDS, CompressedLayer, DecodedLayer, PaddedLayer, call_every_layer
-from lowrank.layers.roles import CODES, SCALE
+from lowrank.layers.roles import CODES, SCALE, damaged_scales
 from lowrank.numerics.convolutions import ConvGeometry
 from lowrank.numerics.rounding import largest_code
 from lowrank.targets import kind_of
@@ -228,9 +228,8 @@ def _read_all(
         label = f"{printable(source.path)}: tensor {printable(stored)!r}"
         raw = tensor
         if stored in scales:
-            signed = scales[stored].signed
-            if not bool((torch.isfinite(tensor) & ((tensor != 0) if signed else (tensor > 0))).all()):
-                rule = "no scale may be zero, NaN or infinite" if signed else "every scale must be positive and finite"
+            damaged, rule = damaged_scales(tensor, signed=scales[stored].signed)
+            if bool(damaged.any()):
                 raise CheckpointError(f"{label}: {rule}; the file is damaged")
         elif dtype is not None and tensor.is_floating_point() and tensor.element_size() > 1:
             tensor = tensor.to(dtype)

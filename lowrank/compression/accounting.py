@@ -21,6 +21,7 @@ from lowrank.compression.report import CompressionReport, LayerRow, sum_rows
 from lowrank.compression.trial import Outcome, Trial
 from lowrank.io.version import versions
 from lowrank.layers import CompressedLayer, DecodedLayer
+from lowrank.layers.experts import ExpertsLayer
 from lowrank.numerics.linalg import fallback_counts
 from lowrank.reporting.points import FrontierPoint
 from lowrank.reporting.text import counted
@@ -120,6 +121,8 @@ def _how_decoded(module: nn.Module, original: nn.Module) -> str | None:
         return None
     kind = type(original)
     base = next((each for each in kind.__mro__ if each.__module__.startswith("torch.nn.modules")), nn.Module)
+    if isinstance(module, ExpertsLayer):
+        return "a mixture's experts, each decoded in the module's own forward when tokens are routed to it"
     what = f"a subclass of nn.{base.__name__}" if base not in (kind, nn.Module) else "a layer"
     return f"{what} with a forward of its own, for which the weight is decoded on every call"
 

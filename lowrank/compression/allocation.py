@@ -144,7 +144,10 @@ def _common_grid(choices: Sequence[LayerChoices], format: str, mode: str) -> tup
         return None
     most = max(count.values())
     # A bit more takes 1/bits of the bytes and leaves a quarter of the squared error.
-    return min((grid for grid in count if count[grid] == most), key=lambda grid: math.log(size[grid]) + _worth(error[grid] / most))
+    return min(
+        (grid for grid in count if count[grid] == most),
+        key=lambda grid: math.log(size[grid]) + _worth(error[grid] / most),
+    )
 
 
 def _worth(error: float) -> float:

@@ -19,6 +19,7 @@ from lowrank.compression.prepare import fold_and_find, gather, planned, split_ag
 from lowrank.compression.working_copy import WorkingCopy
 from lowrank.errors import CheckpointError, is_whole
 from lowrank.integrations.methods import guard_methods
+from lowrank.numerics.rounding_methods import TWO_SIDED
 from lowrank.targets.lowering import lowered_again, raised
 from lowrank.targets.model import unwrapped
 
@@ -89,7 +90,8 @@ def apply_plan(
             else read_samples(original, calibration, output_fn=output_fn, forward_fn=forward_fn)
         )
         split = split_again(batches, metadata) if batches is not None else None
-        factored = any(entry.rank is not None for entry in plan.entries)
+        # What is fitted to the output's gradients: factors, and codes where the plan asks for it.
+        factored = any(entry.rank is not None or entry.spec.rounding == TWO_SIDED for entry in plan.entries)
         copied = WorkingCopy(working, gather(working, found, split, options, factored=factored)[0])
         copied.install_plan(plan)
         finished = raised(copied.release())

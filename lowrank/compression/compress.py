@@ -151,10 +151,10 @@ def compress_model(
         validation: batches for verification, none of them calibration samples; else a quarter of the calibration samples (of each
             group) is set aside. Or {group: batches}, such as {"news": …, "captions": …}: the budget then holds in *each* group, each
             passing its own test, and the report shows each. Groups named like those of ``calibration`` let the search see them coming.
-        formats: out of "int8", "lowrank", "lowrank-int8", or "all"; "dense" is always a candidate.
+        formats: out of "int8" … "int2", "mixed", "lowrank", "lowrank-int8", or "all"; "dense" is always a candidate.
         targets: kinds of layers to compress.
         ignore: globs over module names to leave alone.
-        overrides: {glob: "dense" | format | {"format": …, "rank": …, "bits": …}}.
+        overrides: {glob: "dense" | format | {"format": …, "rank": …, "bits": …, "group": …}}.
         objective: "size", or "latency": the fastest model within ``error_budget`` by the measured table of
             :func:`lowrank.compression.timings.load_timings`, at the tokens per call of the calibration batches; no layer that the table
             calls slower than dense is used.

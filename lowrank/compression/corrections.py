@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from statistics import median
 
@@ -134,5 +133,3 @@ class Corrections:
 
 def _parts(item: Candidate) -> tuple[tuple[str, float], ...]:
     return ((item.spec.format, item.error),) if item.parts is None else item.parts
-
-

@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from lowrank.calibration.experts import ExpertInputs
+from lowrank.compression.stacks import stacked_error
 from lowrank.layers import CompressedLayer
 from lowrank.layers.base import ACTIVATIONS, FLOAT_ACTIVATIONS
 from lowrank.numerics.conv_factors import ConvCurve, ConvFactors
@@ -20,12 +22,25 @@ from lowrank.targets import LayerKind
 from lowrank.targets.kind import Factoring
 from lowrank.targets.survey import Target
 
-__all__ = ["RIDGE", "LayerData"]
+__all__ = ["RIDGE", "SAMPLED_ROWS", "LayerData", "spread_rows"]
 
 # Relative to the mean diagonal of the input moment. A heuristic: small enough to leave the data in charge, large enough that
 # directions which few calibration tokens reached are not dropped for free.
 RIDGE = 1e-3
+# Rows of a weight that errors of roundings are estimated on: those of one layer are much alike.
+SAMPLED_ROWS = 256
 _T = TypeVar("_T")
+
+
+def spread_rows(rows: int, wanted: int, device: torch.device) -> Tensor:
+    """Give the places of so many rows, evenly spread; of all where there are no more.
+
+    Example:
+        >>> spread_rows(10, 3, torch.device("cpu")).tolist()
+        [0, 3, 6]
+    """
+    count = max(min(rows, wanted), 1)
+    return torch.arange(count, device=device) * rows // count
 
 
 class LayerData:
@@ -41,6 +56,7 @@ class LayerData:
         data_aware: use them; off for the "weight" metric, whose optimum is the plain SVD.
         gradients: C of the (first) member that multiplies, from :func:`lowrank.calibration.gradients.output_gradients`. Factors are
             then those whose error costs the model's output least, and truncation and rounding are weighed so.
+        experts: what flows into each expert of a mixture.
 
     Attributes:
         weight: as a matrix (out, in · kernel); of a module of several matrices one row with all of them.
@@ -64,8 +80,10 @@ class LayerData:
         *,
         data_aware: bool = True,
         gradients: Tensor | None = None,
+        experts: ExpertInputs | None = None,
     ) -> None:
         self.target = target
+        self.experts = experts if data_aware and target.kind.stacked and experts and experts.statistics else None
         known = data_aware and not target.kind.composite
         self.inputs = inputs if known else None
         self.lookups = lookups if known else None
@@ -110,6 +128,14 @@ class LayerData:
             self._known[key] = make()
         found: _T = self._known[key]
         return found
+
+    def remember(self, key: Hashable, value: object) -> None:
+        """Keep something that was measured, for the formats that ask for it by :meth:`remembered`."""
+        self._known[key] = value
+
+    def remembers(self, key: Hashable) -> bool:
+        """Tell whether there is something under a key."""
+        return key in self._known
 
     def curve(self, scheme: str | None) -> RankCurve | ConvCurve:
         """Decompose once for every rank, ``C^½ W`` where there are gradients: see :meth:`factors`."""
@@ -208,6 +234,8 @@ class LayerData:
         Args:
             approximations: (out, in · kernel) by the names of :attr:`stacks`, any floating dtype.
         """
+        if self.kind.stacked:
+            return stacked_error(self.stacks, approximations, self.experts)
         if not self.weighed_energy > 0.0:
             return 0.0
         lost = 0.0
@@ -225,8 +253,14 @@ class LayerData:
         return weight_error, (max(self.squared_norm(difference), 0.0) / self.energy) ** 0.5 if self.energy > 0 else 0.0
 
     def errors_of(self, layer: CompressedLayer) -> tuple[float, float | None]:
-        """Compute (weight_error, activation_error) of a layer's weights alone; ``None`` between several matrices."""
-        weight_error, activation_error = self.error_of(layer.dense_weight())
+        """Compute (weight_error, activation_error) of a layer's weights alone; ``None`` between several matrices that are not observed."""
+        weight = layer.dense_weight()
+        weight_error, activation_error = self.error_of(weight)
+        if self.experts is not None:
+            sizes = [stack.numel() for stack in self.stacks.values()]
+            parts = weight.flatten().split(sizes)
+            named = {name: part.view(self.stacks[name].shape) for name, part in zip(self.stacks, parts, strict=True)}
+            return weight_error, stacked_error(self.stacks, named, self.experts) ** 0.5
         return weight_error, None if self.kind.composite else activation_error
 
     @property

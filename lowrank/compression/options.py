@@ -187,9 +187,9 @@ class Options:
         for name, function in (("output_fn", self.output_fn), ("forward_fn", self.forward_fn)):
             if function is not None and not callable(function):
                 raise UsageError(f"{name}: must be a function, got {function!r}")
-        for name, value in (("fold_batchnorm", self.fold_batchnorm), ("smallest", self.smallest)):
-            if not isinstance(value, bool):
-                raise UsageError(f"{name}: must be True or False, got {value!r}")
+        for name, flag in (("fold_batchnorm", self.fold_batchnorm), ("smallest", self.smallest)):
+            if not isinstance(flag, bool):
+                raise UsageError(f"{name}: must be True or False, got {flag!r}")
         if not is_whole(self.seed, 0, MOST_SEED):
             raise UsageError(f"seed: must be an integer from 0, got {self.seed!r}")
         resolved = {"metric": metric, "formats": self._formats(), "directions": self._directions(measured)}

@@ -10,7 +10,7 @@ from lowrank.compression.formats import DENSE, FORMATS, Request, WeightFormat, c
 from lowrank.compression.formats.factored import FactoredFormat
 from lowrank.compression.layer_data import LayerData
 from lowrank.errors import UsageError, is_whole
-from lowrank.layers.spec import SPEC_FIELDS, LayerSpec
+from lowrank.layers.spec import SPEC_FIELDS, LayerSpec, parts_of
 from lowrank.numerics.factors import check_rank
 from lowrank.numerics.rounding import LEAST_BITS, MOST_BITS
 from lowrank.targets.model import matching
@@ -70,7 +70,7 @@ def _spelled(data: LayerData, format: WeightFormat, wanted: Mapping[str, Any], w
     """Every spec of the format that has what is wanted, in each way of taking the activations that is left open."""
     modes: list[str | None] = [None]
     if format.rounded and data.target.multiplying:
-        modes = list(data.modes(wanted.get("activations", "auto")))
+        modes = list(format.modes(data, wanted.get("activations", "auto")))
         if wanted.get("activations", modes[0]) not in modes:
             raise UsageError(f"{where}: this {data.kind.name} layer is weight-only, got {wanted['activations']!r}")
     plain = _plain_specs(data, format, wanted, where)
@@ -82,15 +82,19 @@ def _spelled(data: LayerData, format: WeightFormat, wanted: Mapping[str, Any], w
                 f"{where}: bits must be an integer from {LEAST_BITS} to {MOST_BITS}, for the formats {rounded}, got {bits!r}"
             )
         plain = [replace(spec, bits=bits) for spec in plain]
-    for name in ("group", "rounding", "zero_point"):
+    for name in ("group", "rounding", "zero_point", "parts"):
         if wanted.get(name) is not None and name not in format.fields:
             raise UsageError(f"{where}: format {format.name!r} has no {name}, got {wanted[name]!r}")
         if name in wanted and name in format.fields:
+            asked = parts_of(wanted[name]) if name == "parts" else wanted[name]
             # Also None: a whole row, no zero point, the format's own rounding.
-            plain = list(dict.fromkeys(replace(spec, **{name: wanted[name]}) for spec in plain))
+            plain = list(dict.fromkeys(replace(spec, **{name: asked}) for spec in plain))
     for spec in plain:
         format.check_fields(spec, data.kind.name, data.target.shape, where)
-    return [replace(spec, activations=mode) for spec in plain for mode in modes]
+    found = [(spec, mode) for spec in plain for mode in modes if mode in (None, *format.modes(data, "auto", spec))]
+    if not found:
+        raise UsageError(f"{where}: {wanted!r} is weight-only, got activations {wanted.get('activations')!r}")
+    return [replace(spec, activations=mode) for spec, mode in found]
 
 
 def _plain_specs(data: LayerData, format: WeightFormat, wanted: Mapping[str, Any], where: str) -> list[LayerSpec]:

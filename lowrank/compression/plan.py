@@ -288,7 +288,7 @@ def _respelled(spec: LayerSpec, format: object) -> LayerSpec:
     if known is None:
         return spec
     kept = {name: getattr(spec, name) for name in known.fields}
-    if known.rounded and kept.get("bits") is None:
+    if "bits" in known.fields and kept.get("bits") is None:
         kept["bits"] = 8
     return LayerSpec(known.name, **kept)
 

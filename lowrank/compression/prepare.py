@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lowrank.calibration.batches import Batch, Split, sample_count, split_batches
 from lowrank.calibration.evaluation import Evaluator
+from lowrank.calibration.experts import ExpertInputs, collect_expert_inputs
 from lowrank.calibration.gradients import DIRECTIONS, output_gradients
 from lowrank.calibration.inputs import collect_statistics
 from lowrank.calibration.metrics import SampledMetric
@@ -24,6 +25,7 @@ from lowrank.compression.overrides import forced_specs
 from lowrank.compression.passes import Passes
 from lowrank.compression.plan import Plan
 from lowrank.compression.probes import Prober, computed_costs, layer_choices
+from lowrank.compression.stacks import few_tokens
 from lowrank.compression.working_copy import WorkingCopy
 from lowrank.errors import CheckpointError, NumericsError, UsageError
 from lowrank.layers.base import INTEGER_ACTIVATIONS
@@ -215,6 +217,10 @@ def gather(
         statistics = collect_statistics(
             model, split.statistics, modules, observers=observers, progress=options.progress, seed=options.seed
         )
+    experts: Mapping[str, ExpertInputs] = {}
+    stacked = {target.name: target.kind.weights(target.owner) for target in found.targets if target.kind.stacked}
+    if split is not None and data_aware and stacked:
+        experts = collect_expert_inputs(model, split.statistics, stacked, seed=options.seed)
     gradients: Mapping[str, Tensor] = {}
     notes: list[str] = []
     if split is not None and data_aware and factored and options.directions is not None:
@@ -225,7 +231,11 @@ def gather(
         gathered = [statistics[member.name] for member in target.members if member.name in statistics]
         inputs = next((item for item in gathered if isinstance(item, InputStatistics)), None)
         lookups = next((item for item in gathered if isinstance(item, TokenCounts)), None)
-        layers.append(LayerData(target, inputs, lookups, data_aware=data_aware, gradients=costs[0] if costs else None))
+        costs_here = costs[0] if costs else None
+        known = experts.get(target.name)
+        layers.append(LayerData(target, inputs, lookups, data_aware=data_aware, gradients=costs_here, experts=known))
+        if known is not None:
+            notes += few_tokens(target.name, stacked[target.name], known)
     return layers, notes
 
 
@@ -324,9 +334,7 @@ def weigh(copy: WorkingCopy, found: Survey, split: Split | None, options: Option
         if refused is not None:
             skipped += [Skipped(member, refused) for member in data.target.members]
     notes = _notes(layers, None if computed else costs, split) + notes
-    return Preparation(
-        copy, Survey(found.targets, tuple(skipped), found.members), split, choices, notes, passes=passes
-    )
+    return Preparation(copy, Survey(found.targets, tuple(skipped), found.members), split, choices, notes, passes=passes)
 
 
 def _spread(batches: Sequence[Batch], samples: int) -> list[Batch]:
@@ -377,7 +385,8 @@ def _notes(layers: Sequence[LayerData], costs: Mapping[str, Measured] | None, sp
     for data in layers:
         if data.unseen_rows:
             notes.append(
-                f"{data.name}: {data.unseen_rows:,} of {data.rows:,} rows were never looked up on the calibration data: {floor}"
+                f"{data.name}: {data.unseen_rows:,} of {data.rows:,} rows were never looked up on the calibration data: rounded like "
+                "the others, taken in no low rank"
             )
     return notes
 

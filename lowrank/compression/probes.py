@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import pairwise
 from statistics import median
 
 from tqdm import tqdm
@@ -21,6 +22,7 @@ from lowrank.compression.passes import Passes
 from lowrank.compression.working_copy import WorkingCopy
 from lowrank.layers.base import FLOAT_ACTIVATIONS, INTEGER_ACTIVATIONS
 from lowrank.layers.spec import LayerSpec
+from lowrank.numerics.rounding import MOST_BITS
 from lowrank.targets.copying import sharing_copy
 
 __all__ = ["Prober", "computed_costs", "layer_choices", "smaller_specs", "stored_bytes"]
@@ -298,7 +300,7 @@ def _groups(layers: Sequence[LayerData], most: int) -> list[Sequence[LayerData]]
     """Runs of neighbours, of even numbers of layers."""
     count = min(most, len(layers))
     edges = [index * len(layers) // count for index in range(count + 1)] if count else []
-    return [layers[start:end] for start, end in zip(edges, edges[1:], strict=False)]
+    return [layers[start:end] for start, end in pairwise(edges)]
 
 
 def _parts(group: Sequence[LayerData], cost: float) -> list[float]:
@@ -326,7 +328,8 @@ def smaller_specs(data: LayerData, formats: Iterable[str], request: Request) -> 
             and (format.careful or not request.careful)
         ):
             found += format.specs(data, request)
-    return [spec for spec in found if stored_bytes(data, spec) < limit]
+    fine = [spec for spec in found if not request.silent or spec.bits is None or spec.bits >= MOST_BITS]
+    return [spec for spec in fine if stored_bytes(data, spec) < limit]
 
 
 def stored_bytes(data: LayerData, spec: LayerSpec) -> int:
@@ -352,7 +355,7 @@ def layer_choices(
     elif found.refused is not None:
         specs = [DENSE]
     else:
-        specs = [DENSE, *smaller_specs(data, formats, Request(activations, found.careful))]
+        specs = [DENSE, *smaller_specs(data, formats, Request(activations, found.careful, found.silent))]
     candidates = []
     for spec in specs:
         stored = stored_bytes(data, spec)
@@ -370,9 +373,7 @@ def layer_choices(
     return LayerChoices(data.name, data.kind.name, tuple(data.target.shape), tuple(candidates))
 
 
-def _parts_of(
-    spec: LayerSpec, error: float, predict: Callable[[LayerSpec], float]
-) -> tuple[tuple[str, float], ...]:
+def _parts_of(spec: LayerSpec, error: float, predict: Callable[[LayerSpec], float]) -> tuple[tuple[str, float], ...]:
     """What is corrected by measurements of its own: the weights of a format, and its rounded activations."""
     if spec.activations != INTEGER_ACTIVATIONS:
         return ((spec.format, error),)

@@ -84,6 +84,15 @@ class CompressionReport(Report):
         parts = [f"{name} in {counted(number, 'layer')}" for name, number in sorted(formats.items())]
         return ", ".join(parts)
 
+    @property
+    def reached(self) -> float | None:
+        """Give the share of the original bytes in modules that could have become smaller; ``None`` where the report does not say.
+
+        What is no target (and why, its row says) is not within reach.
+        """
+        never, before = self.totals.get("bytes_never_candidates"), self.totals.get("bytes_before")
+        return None if never is None or not before else 1.0 - float(never) / float(before)
+
     def check_totals(self) -> None:
         """Verify that the rows sum to the totals.
 
@@ -118,6 +127,9 @@ class CompressionReport(Report):
         )
         if totals.get("bits_per_weight") is not None:
             size += f", {totals['bits_per_weight']:.1f} bits a weight"
+        reached = self.reached
+        if reached is not None:
+            size += f"; {percent(reached, 3)} of the weights were within reach"
         parts = [size + ")", *self._error_phrases()]
         if totals.get("size_budget") is not None:
             parts.append(f"size budget {percent(totals['size_budget'], 3)}")

@@ -133,7 +133,7 @@ class LayerRow(HoldsSpec):
         """Tell how the layer's products are made."""
         if self.activations not in (None, "float"):
             return INTEGER
-        return WEIGHT_ONLY if self.bits is not None else FLOATING
+        return WEIGHT_ONLY if self.bits is not None or self.spec.parts else FLOATING
 
     @property
     def route(self) -> str:
@@ -281,6 +281,8 @@ def _format_text(row: LayerRow) -> str:
     details = [
         *([one_line(row.scheme)] if row.scheme else []),
         *([f"{row.bits} bits"] if row.bits not in (None, 8) else []),
+        # Matrix by matrix, in the order of the module's own.
+        *([" ".join(str(part.bits or "float") for _, part in row.spec.parts) + " bits"] if row.spec.parts else []),
     ]
     return one_line(row.format) + (f" ({', '.join(details)})" if details else "")
 

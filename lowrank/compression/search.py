@@ -184,10 +184,9 @@ class Search:
             self._try(label, plan)
         tried = self._calibrate(budget)
         self._uniform(uniform[2:])
-        for fraction in FRACTIONS:
-            plan = self.plan_for(self.total(self.target * fraction) / self.scale)
+        for label, plan in self._by_fractions():
             if not self._is_told(plan):
-                self._try(f"{fraction:.0%} of the budget", plan)
+                self._try(label, plan)
         if not self.trials and tried is not None:
             # So that the refusal can say what the mildest compression costs.
             self.trials = [self.attempt("the mildest plan tried", tried)]
@@ -204,6 +203,21 @@ class Search:
         passed = self._verify(budget)
         self.copy.install_plan(passed.plan)
         return Outcome(passed, self.scale, self.trials, neighbours=_neighbours(passed, self.trials))
+
+    def _by_fractions(self) -> Iterator[tuple[str, Plan]]:
+        """Make the plans of the fractions; of a small one there may be none, where overrides force an error."""
+        refused: BudgetError | None = None
+        made = False
+        for fraction in FRACTIONS:
+            try:
+                plan = self.plan_for(self.total(self.target * fraction) / self.scale)
+            except BudgetError as error:
+                refused = error
+            else:
+                made = True
+                yield f"{fraction:.0%} of the budget", plan
+        if refused is not None and not made:
+            raise refused
 
     def least_error(self, plans: Iterable[tuple[str, Plan]]) -> Outcome:
         """Find the plan with the smallest error on the search part, and measure it on the verification part; the best is healed.

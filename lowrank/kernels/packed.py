@@ -16,7 +16,8 @@ from torch import Tensor
 
 from lowrank.errors import RankError, UsageError
 from lowrank.kernels import native
-from lowrank.numerics.packing import row_bytes, unpack_rows
+from lowrank.numerics.grids import Grid
+from lowrank.numerics.packing import decode_rows, row_bytes, unpack_rows
 from lowrank.numerics.rounding import check_bits
 
 __all__ = ["FEW_TOKENS", "PackedWeight"]
@@ -56,8 +57,8 @@ class PackedWeight:
         check_bits(bits)
         if group not in (None, 32, 64, 128):
             raise RankError(f"group: 32, 64 or 128 inputs share a scale, or None for a whole row; got {group!r}")
-        groups = 1 if group is None else -(-columns // group)
-        rows = codes.shape[0]
+        grid = Grid(bits, group, zero is not None)
+        groups, rows = grid.groups(columns), codes.shape[0]
         expected = {"codes": (rows, row_bytes(columns, bits)), "scale": (rows, groups)}
         given = {"codes": tuple(codes.shape), "scale": tuple(scale.shape)}
         if zero is not None:
@@ -68,7 +69,7 @@ class PackedWeight:
                     f"{name}: {rows} rows of {columns} codes of {bits} bits in groups of {group} take {shape}, got {given[name]}"
                 )
         self._codes, self._scale, self._zero = codes, scale, zero
-        self._bits, self._columns, self._group = bits, columns, group
+        self._grid, self._columns = grid, columns
         self._native: native.NativePacked | None = None
         self._fits = (
             all(tensor.is_cpu for tensor in (codes, scale))
@@ -117,23 +118,21 @@ class PackedWeight:
             >>> table.rows(torch.tensor([1, 0])).tolist()
             [[1.0], [-1.0]]
         """
-        flat = ids.reshape(-1)
-        zero = None if self._zero is None else self._zero[flat]
-        decoded = self._decoded(self._codes[flat], self._scale[flat], zero, dtype)
-        return decoded.view(*ids.shape, self._columns)
+        working = torch.promote_types(dtype, torch.float32)
+        return self._decoded(ids.reshape(-1), working).to(dtype).view(*ids.shape, self._columns)
 
     def _prepared(self, loaded: native.Library) -> native.NativePacked:
         if self._native is None:
-            groups = self._scale.shape[1]
-            zero = None if self._zero is None else unpack_rows(self._zero, groups, self._bits).contiguous()
+            grid, groups = self._grid, self._scale.shape[1]
+            zero = None if self._zero is None else unpack_rows(self._zero, groups, grid.bits).contiguous()
             self._native = native.NativePacked(
                 loaded,
                 self._codes,
                 self._scale,
                 zero,
                 columns=self._columns,
-                bits=self._bits,
-                group=self._group or self._columns,
+                bits=grid.bits,
+                group=grid.span(self._columns),
             )
         return self._native
 
@@ -154,9 +153,12 @@ class PackedWeight:
     def _by_torch(self, x: Tensor, bias: Tensor | None) -> Tensor:
         result = x.new_empty(x.shape[0], self._codes.shape[0])
         for part in self._parts():
-            zero = None if self._zero is None else self._zero[part]
-            result[:, part] = x @ self._decoded(self._codes[part], self._scale[part], zero, x.dtype).t()
+            result[:, part] = x @ self._decoded(part, x.dtype).t()
         return result if bias is None else result.add_(bias)
+
+    def _decoded(self, rows: slice | Tensor, dtype: torch.dtype) -> Tensor:
+        zero = None if self._zero is None else self._zero[rows]
+        return decode_rows(self._codes[rows], self._scale[rows], zero, self._grid, self._columns, dtype)
 
     def _parts(self) -> list[slice]:
         """Rows so many at a time that what is decoded of them stays small; as even as can be."""
@@ -164,25 +166,6 @@ class PackedWeight:
         count = -(-rows * self._columns // _DECODED)
         high = -(-rows // count) if count else 1
         return [slice(start, min(start + high, rows)) for start in range(0, rows, high)]
-
-    def _decoded(self, codes: Tensor, scale: Tensor, zero: Tensor | None, dtype: torch.dtype) -> Tensor:
-        working = torch.promote_types(dtype, torch.float32)
-        spread = self._spread(scale.to(working))
-        return self._whole(codes, zero, working).mul_(spread).to(dtype)
-
-    def _whole(self, codes: Tensor, zero: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """Codes less their zero points: (rows, columns)."""
-        whole = unpack_rows(codes, self._columns, self._bits).to(dtype)
-        if zero is None:
-            return whole.sub_(float(1 << (self._bits - 1)))
-        groups = self._scale.shape[1]
-        return whole.sub_(self._spread(unpack_rows(zero, groups, self._bits).to(dtype)))
-
-    def _spread(self, of_groups: Tensor) -> Tensor:
-        """(rows, groups) to a number for each column, or one for all of them."""
-        if self._group is None:
-            return of_groups
-        return of_groups.repeat_interleave(self._group, dim=1)[:, : self._columns]
 
 
 def _ready_library() -> native.Library | None:

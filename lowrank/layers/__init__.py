@@ -13,6 +13,7 @@ from lowrank.layers.decoded import DecodedLayer
 from lowrank.layers.embedding import LowRankEmbedding
 from lowrank.layers.embedding_codes import QuantizedEmbedding, QuantizedLowRankEmbedding
 from lowrank.layers.embedding_packed import PackedEmbedding
+from lowrank.layers.experts import PackedExperts, QuantizedExperts
 from lowrank.layers.linear import SVDCompressedLinear
 from lowrank.layers.linear_codes import QuantizedLinear
 from lowrank.layers.linear_factor_codes import QuantizedLowRankLayer
@@ -59,6 +60,9 @@ __all__ = [
     "QuantizedLowRankEmbedding",
     # in place of any module that owns a matrix
     "DecodedLayer",
+    # in place of a mixture's experts
+    "PackedExperts",
+    "QuantizedExperts",
     # around a layer, in place of a module that pads and then is that layer
     "Around",
     "PaddedLayer",
@@ -97,6 +101,8 @@ LAYER_KINDS: dict[str, type[CompressedLayer]] = {
         *RECURRENT.values(),
         QuantizedMultiheadAttention,
         DecodedLayer,
+        QuantizedExperts,
+        PackedExperts,
         PaddedLayer,
     )
 }

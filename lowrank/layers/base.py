@@ -67,7 +67,7 @@ class CompressedLayer(nn.Module):
         >>> layer.kind, layer.format, layer.bits, layer.rank, layer.shape, layer.stored_bytes
         ('QuantizedLinear', 'int8', 8, None, (2, 4), 24)
         >>> layer.roles()["codes"], layer.spec.activations
-        (Role(kind='codes', bits=8, packed=False), 'int8')
+        (Role(kind='codes', bits=8, packed=False, signed=False), 'int8')
     """
 
     kind: ClassVar[str] = "CompressedLayer"

@@ -107,10 +107,8 @@ class DecodedLayer(NamedWeights):
             raise UsageError(f"stored: {odd!r} is no dtype")
         short = list(weights) == ["weight"] and not {"codes", "scale"} & {*others, *stored}
         self.prefixes = {name: "" if short else f"{name}_" for name in self.weight_shapes}
-        for name, shape in self.weight_shapes.items():
-            prefix = self.prefixes[name]
-            self.register_buffer(f"{prefix}codes", torch.zeros(shape, dtype=torch.int8, device=device))
-            self.register_buffer(f"{prefix}scale", torch.ones(self.weight_rows[name], device=device))
+        for name in self.weight_shapes:
+            self._make_room(name, device)
         for name, size in others.items():
             self.register_parameter(name, nn.Parameter(torch.zeros(tuple(size), dtype=self.dtype, device=device)))
         for name, (kind, size) in stored.items():
@@ -125,15 +123,33 @@ class DecodedLayer(NamedWeights):
             RankError: bits outside 2 to 8.
             NumericsError: NaN or Inf in a parameter.
         """
-        matrices = matrices_of(module)
+        layer = cls._empty_for(module, n_bits=bits)
+        with torch.no_grad():
+            for name in layer.weight_shapes:
+                layer._round(name, module.get_parameter(name))
+        return layer._completed(module)
+
+    @classmethod
+    def _held_as_codes(cls, module: nn.Module) -> dict[str, nn.Parameter]:
+        """The parameters of a module that become codes."""
+        return matrices_of(module)
+
+    @classmethod
+    def _empty_for(cls: type[_Layer], module: nn.Module, **own: Any) -> _Layer:
+        """A layer with room for what a module holds.
+
+        Args:
+            own: what the class takes beside shapes and rows.
+        """
+        matrices = cls._held_as_codes(module)
         first = next(iter(matrices.values()), None)
         if first is None or any(True for child in module.children() for _ in child.state_dict()):
             raise UsageError(
                 f"module: must hold a matrix or kernel, and no children with tensors, got {type(module).__name__}"
             )
-        layer = cls(
+        return cls(
             {name: tuple(each.shape) for name, each in matrices.items()},
-            {name: rows_of(each.shape, kernel=_is_kernel(module)) for name, each in matrices.items()},
+            {name: cls._rows_for(module, each) for name, each in matrices.items()},
             {
                 name: tuple(each.shape)
                 for name, each in module._parameters.items()
@@ -143,21 +159,32 @@ class DecodedLayer(NamedWeights):
                 name: (str(each.dtype).removeprefix("torch."), tuple(each.shape))
                 for name, each in _stored(module).items()
             },
-            n_bits=bits,
+            **own,
             device=first.device,
             dtype=first.dtype,
         )
+
+    @classmethod
+    def _rows_for(cls, module: nn.Module, weight: Tensor) -> int:
+        return rows_of(weight.shape, kernel=_is_kernel(module))
+
+    def _completed(self: _Layer, module: nn.Module) -> _Layer:
+        """Carry over everything of a module that is not held as codes."""
         with torch.no_grad():
-            for name, weight in matrices.items():
-                layer._round(name, weight)
-            for name, parameter in layer.named_parameters():
+            for name, parameter in self.named_parameters():
                 given = module._parameters[name]
                 assert given is not None
                 parameter.copy_(require_finite(given.detach(), name)).requires_grad_(given.requires_grad)
             for name, buffer in _stored(module).items():
-                layer._buffers[name] = buffer.detach().clone()
-        layer.adopt(module, module.__class__.__name__)
-        return layer.train(module.training)
+                self._buffers[name] = buffer.detach().clone()
+        self.adopt(module, module.__class__.__name__)
+        return self.train(module.training)
+
+    def _make_room(self, name: str, device: torch.device | str | None) -> None:
+        """Register the codes of one weight."""
+        prefix = self.prefixes[name]
+        self.register_buffer(f"{prefix}codes", torch.zeros(self.weight_shapes[name], dtype=torch.int8, device=device))
+        self.register_buffer(f"{prefix}scale", torch.ones(self.weight_rows[name], device=device))
 
     def _prefix(self, name: str) -> str:
         return self.prefixes[name]
@@ -193,7 +220,7 @@ class DecodedLayer(NamedWeights):
 
     def _kept(self) -> dict[str, Tensor]:
         """The tensors that the module had as they are."""
-        codes = {f"{prefix}{part}" for prefix in self.prefixes.values() for part in ("codes", "scale")}
+        codes = set(self.weight_names)
         tensors: dict[str, Tensor] = dict(self.named_parameters(recurse=False))
         return tensors | {name: value for name, value in self.named_buffers(recurse=False) if name not in codes}
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from lowrank.layers.embedding import CompressedEmbedding
 from lowrank.layers.packed import PackedCodes
 from lowrank.layers.source import require_embedding
-from lowrank.numerics.packing import unpack_rows
-from lowrank.numerics.rounding_methods import NEAREST, ROUNDINGS, Grid, Rounded, dequantize_groups
+from lowrank.numerics.packing import decode_rows
+from lowrank.numerics.rounding_methods import NEAREST, ROUNDINGS, Grid, Rounded
 
 __all__ = ["PackedEmbedding"]
 
@@ -97,11 +97,9 @@ class PackedEmbedding(PackedCodes, CompressedEmbedding):
 
     def forward(self, input: Tensor) -> Tensor:
         """Map (...) integers to (..., embedding_dim) in the layer's dtype."""
-        columns, flat = self.embedding_dim, input.reshape(-1)
-        codes = unpack_rows(F.embedding(flat, self.codes), columns, self.n_bits)
-        zero = self.zero_point
-        if zero is not None:
-            zero = unpack_rows(F.embedding(flat, zero), self.grid.groups(columns), self.n_bits)
+        flat = input.reshape(-1)
+        zero = None if self.zero_point is None else F.embedding(flat, self.zero_point)
         working = torch.float64 if self.dtype is torch.float64 else torch.float32
-        rows = dequantize_groups(codes, F.embedding(flat, self.scale), zero, self.grid, working)
-        return rows.to(self.dtype).view(*input.shape, columns)
+        codes, scale = F.embedding(flat, self.codes), F.embedding(flat, self.scale)
+        rows = decode_rows(codes, scale, zero, self.grid, self.embedding_dim, working)
+        return rows.to(self.dtype).view(*input.shape, self.embedding_dim)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lowrank.errors import CheckpointError
 from lowrank.layers.base import CompressedLayer
-from lowrank.layers.roles import ScaleForm
+from lowrank.layers.roles import ScaleForm, damaged_scales
 
 __all__ = ["check_scales", "compressed_layers"]
 
@@ -59,8 +59,7 @@ def _check_scale(scale: object, name: str, leaf: str, form: ScaleForm) -> None:
         raise CheckpointError(
             f"layer {name}: {leaf} must be {wanted} of shape {form.shape}, got {scale.dtype} of shape {tuple(scale.shape)}"
         )
-    wrong = ~(torch.isfinite(scale) & ((scale != 0) if form.signed else (scale > 0)))
+    wrong, rule = damaged_scales(scale, signed=form.signed)
     if bool(wrong.any()):
         index = [int(at) for at in torch.nonzero(wrong)[0]]
-        rule = "no scale may be zero, NaN or infinite" if form.signed else "every scale must be positive and finite"
         raise CheckpointError(f"layer {name}: {leaf}{index} is {float(scale[tuple(index)])}; {rule}")

@@ -1,15 +1,19 @@
-"""Layers that hold several weights by the dense module's names, each as int8 codes and a float32 scale a row."""
+"""Layers that hold several weights by the dense module's names: each as int8 codes and a float32 scale a row, or each in its own way."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, ClassVar, TypeVar
 
+import torch
 from torch import Tensor
 
 from lowrank.layers.base import CompressedLayer
 from lowrank.layers.checks import FLOAT_ACTIVATIONS
-from lowrank.layers.roles import ScaleForm
+from lowrank.layers.matrix_store import MatrixStore
+from lowrank.layers.roles import Role, ScaleForm
+from lowrank.layers.spec import LayerSpec
 from lowrank.layers.weights import joined, split
 from lowrank.numerics.rounding import dequantize_rows, quantize_rows
 
@@ -25,6 +29,7 @@ class NamedWeights(CompressedLayer):
         <weight>_codes: int8 buffer of the shape of each weight.
         <weight>_scale: (rows,) float32 buffer.
         weight_shapes: of each weight, by its name in the dense module.
+        stores: how each weight is held; ``None`` where all are int8 codes with a scale a row.
 
     Example:
         >>> from torch import nn
@@ -36,8 +41,8 @@ class NamedWeights(CompressedLayer):
 
     is_one_weight: ClassVar[bool] = False
     activations: str = FLOAT_ACTIVATIONS
-    n_bits: int
     weight_shapes: dict[str, tuple[int, ...]]
+    stores: Mapping[str, MatrixStore] | None = None
 
     def _prefix(self, name: str) -> str:
         """Before ``codes`` and ``scale`` of a weight."""
@@ -60,11 +65,38 @@ class NamedWeights(CompressedLayer):
     @property
     def weight_names(self) -> tuple[str, ...]:
         """See :meth:`CompressedLayer.weight_names`."""
-        return tuple(f"{self._prefix(name)}{part}" for name in self.weight_shapes for part in ("codes", "scale"))
+        return tuple(f"{self._prefix(name)}{part}" for name in self.weight_shapes for part in self._tensor_names(name))
+
+    def _tensor_names(self, name: str) -> tuple[str, ...]:
+        """The last parts of the names of a weight's tensors."""
+        return ("codes", "scale") if self.stores is None else tuple(self.stores[name].tensors(self.dtype))
+
+    @property
+    def spec(self) -> LayerSpec:
+        """See :meth:`CompressedLayer.spec`."""
+        if self.stores is None:
+            return super().spec
+        parts = tuple((name, store.spec) for name, store in self.stores.items())
+        return LayerSpec(self.format, activations=self.activations, parts=parts)
 
     def scales(self) -> dict[str, ScaleForm]:
         """See :meth:`CompressedLayer.scales`."""
-        return {f"{self._prefix(name)}scale": ScaleForm((self._rows(name),)) for name in self.weight_shapes}
+        if self.stores is None:
+            return {f"{self._prefix(name)}scale": ScaleForm((self._rows(name),)) for name in self.weight_shapes}
+        return {
+            f"{self._prefix(name)}{part}": form
+            for name, store in self.stores.items()
+            for part, form in store.forms().items()
+        }
+
+    def _own_roles(self) -> dict[str, Role]:
+        if self.stores is None:
+            return super()._own_roles()
+        return {
+            f"{self._prefix(name)}{part}": role
+            for name, store in self.stores.items()
+            for part, role in store.roles().items()
+        }
 
     def _matrix(self, name: str) -> tuple[Tensor, Tensor]:
         """Codes (rows, the rest) and scale of a weight."""
@@ -72,8 +104,17 @@ class NamedWeights(CompressedLayer):
         return self.get_buffer(f"{prefix}codes").reshape(self._rows(name), -1), self.get_buffer(f"{prefix}scale")
 
     def dense_weights(self) -> dict[str, Tensor]:
-        """Compute ``codes · scale`` of each weight by its name in the dense module, float32."""
-        return {name: dequantize_rows(*self._matrix(name)).view(shape) for name, shape in self.weight_shapes.items()}
+        """Decode each weight, ``codes · scale``, by its name in the dense module; float32."""
+        return {name: self._decoded(name).view(shape) for name, shape in self.weight_shapes.items()}
+
+    def _decoded(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
+        """A weight as (rows, the rest)."""
+        if self.stores is not None:
+            prefix = self._prefix(name)
+            tensors = {part: self.get_buffer(f"{prefix}{part}") for part in self._tensor_names(name)}
+            return self.stores[name].decode(tensors, dtype)
+        codes, scale = self._matrix(name)
+        return dequantize_rows(codes, scale) if dtype is torch.float32 else codes.to(dtype) * scale.to(dtype)[:, None]
 
     def dense_weight(self) -> Tensor:
         """Join all weights, flattened, in the order of :meth:`dense_weights`: (1, elements) float32."""
@@ -81,8 +122,7 @@ class NamedWeights(CompressedLayer):
 
     def exact_weight(self) -> Tensor:
         """See :meth:`CompressedLayer.exact_weight`."""
-        pairs = map(self._matrix, self.weight_shapes)
-        return joined(codes.double() * scale.double()[:, None] for codes, scale in pairs)
+        return joined(self._decoded(name, torch.float64) for name in self.weight_shapes)
 
     def with_weight(self: _Layer, weight: Tensor) -> _Layer:
         """Round other weights, joined as by :meth:`exact_weight`; see :meth:`CompressedLayer.with_weight`."""
@@ -94,7 +134,13 @@ class NamedWeights(CompressedLayer):
         return layer
 
     def _round(self, name: str, weight: Tensor) -> None:
-        """Hold a weight, (rows, …), as codes."""
+        """Hold a weight, (rows, …), as codes, or as its store has it."""
+        if self.stores is not None:
+            matrix = weight.detach().reshape(self._rows(name), -1)
+            for part, tensor in self.stores[name].encode(matrix, name).items():
+                setattr(self, f"{self._prefix(name)}{part}", tensor)
+            return
+        assert self.n_bits is not None
         codes, scale = quantize_rows(weight.detach().reshape(self._rows(name), -1), self.n_bits, name=name)
         setattr(self, f"{self._prefix(name)}codes", codes.view(self.weight_shapes[name]))
         setattr(self, f"{self._prefix(name)}scale", scale)

@@ -32,15 +32,15 @@ __all__: list[str] = []
 _made: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def _kept(build: Callable[..., Any], *tensors: Tensor, more: tuple[Any, ...] = (), key: Any = None) -> Any:
-    """``build(*tensors, *more)``, made anew when a tensor is another one or was written to; known by ``key``, or by build and more."""
+def _kept(build: Callable[..., Any], *tensors: Tensor, more: tuple[Any, ...] = ()) -> Any:
+    """``build(*tensors, *more)``, made anew when a tensor is another one or was written to."""
     entries = _made.setdefault(tensors[0], {})
     state = [(tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
-    kept = entries.get(key or (build, more))
+    kept = entries.get((build, more))
     if kept is None or kept[0] != state:
         aliases = [tensor.detach() for tensor in tensors]
         # The aliases keep the memory, so that its address stays a name for it.
-        entries[key or (build, more)] = kept = (state, build(*aliases, *more), aliases)
+        entries[(build, more)] = kept = (state, build(*aliases, *more), aliases)
     return kept[1]
 
 
@@ -84,18 +84,17 @@ def packed_linear(
     group: int,
 ) -> Tensor:
     """:class:`PackedLinear`: (..., in) to (..., out) of the same dtype; a group of 0 is a whole row."""
-    columns = x.shape[-1]
-
-    def build(codes: Tensor, scale: Tensor, *zero: Tensor) -> PackedWeight:
-        given = zero[0] if zero else None
-        return PackedWeight(codes, scale, given, bits=bits, group=group or None, columns=columns)
-
     tensors = (codes, scale) if zero_point is None else (codes, scale, zero_point)
-    weight: PackedWeight = _kept(build, *tensors, key=("packed", bits, group, columns))
+    weight: PackedWeight = _kept(_packed_weight, *tensors, more=(bits, group or None, x.shape[-1]))
     with torch.no_grad():
         working = x if x.dtype in (torch.float32, torch.float64) else x.float()
         cast = None if bias is None else bias.to(working.dtype)
         return _own(weight.product(working, cast).to(x.dtype))
+
+
+def _packed_weight(*parts: Any) -> PackedWeight:
+    *tensors, bits, group, columns = parts
+    return PackedWeight(*tensors, bits=bits, group=group, columns=columns)
 
 
 @packed_linear.register_fake

@@ -15,12 +15,12 @@ from lowrank.layers.checks import FLOAT_ACTIVATIONS, dtype_from_name
 from lowrank.layers.roles import CODES, SCALE, ZERO_POINT, Role, ScaleForm
 from lowrank.layers.spec import LayerSpec
 from lowrank.layers.weights import Codes, matrix_for
-from lowrank.numerics.packing import pack_rows, row_bytes, unpack_rows
+from lowrank.numerics.packing import decode_rows, pack_rows, row_bytes, unpack_rows
 from lowrank.numerics.ranges import rounded_to
 from lowrank.numerics.rounding import check_bits
 from lowrank.numerics.rounding_methods import Grid, Rounded, dequantize_groups, nearest
 
-__all__ = ["PackedCodes", "check_group", "packed_bytes"]
+__all__ = ["PackedCodes", "check_group", "empty_parts", "packed_bytes", "packed_roles", "scale_dtype_from"]
 
 _Packed = TypeVar("_Packed", bound="PackedCodes")
 GROUPS = (32, 64, 128)
@@ -58,6 +58,55 @@ def packed_bytes(rows: int, columns: int, grid: Grid, dtype: torch.dtype) -> int
     return rows * (row_bytes(columns, grid.bits) + groups * dtype.itemsize + zeros)
 
 
+def packed_roles(grid: Grid) -> dict[str, Role]:
+    """Say what the tensors of a packed matrix are, by the last parts of their names.
+
+    Example:
+        >>> list(packed_roles(Grid(4))), list(packed_roles(Grid(4, zero_point=True)))
+        (['codes', 'scale'], ['codes', 'scale', 'zero_point'])
+    """
+    found = {"codes": Role(CODES, grid.bits, packed=True), "scale": Role(SCALE, signed=True)}
+    return found | ({"zero_point": Role(ZERO_POINT, grid.bits, packed=True)} if grid.zero_point else {})
+
+
+def empty_parts(
+    rows: int, columns: int, grid: Grid, scale_dtype: torch.dtype, device: torch.device | str | None
+) -> dict[str, Tensor | None]:
+    """Make the tensors of a packed matrix of zeros, by the last parts of their names; no zero points are ``None``.
+
+    Example:
+        >>> {name: tensor.shape for name, tensor in empty_parts(2, 9, Grid(4), torch.float16, "meta").items() if tensor is not None}
+        {'codes': torch.Size([2, 8]), 'scale': torch.Size([2, 1])}
+    """
+    groups = grid.groups(columns)
+    codes = torch.empty(rows, row_bytes(columns, grid.bits), dtype=torch.uint8, device=device)
+    if codes.device.type != "meta":
+        codes.copy_(pack_rows(torch.full((1, columns), grid.middle, dtype=torch.uint8), grid.bits).expand_as(codes))
+    zeros = (
+        torch.zeros(rows, row_bytes(groups, grid.bits), dtype=torch.uint8, device=device) if grid.zero_point else None
+    )
+    return {"codes": codes, "scale": torch.ones(rows, groups, dtype=scale_dtype, device=device), "zero_point": zeros}
+
+
+def scale_dtype_from(name: object, what: str) -> torch.dtype:
+    """Find the dtype of scales of groups by its name.
+
+    Args:
+        what: for the message.
+
+    Raises:
+        UsageError: neither float16 nor float32.
+
+    Example:
+        >>> scale_dtype_from("float16", "scale_dtype")
+        torch.float16
+    """
+    dtype = dtype_from_name(name)
+    if dtype not in (torch.float16, torch.float32):
+        raise UsageError(f"{what}: must be float16 or float32, got {name!r}")
+    return dtype
+
+
 class PackedCodes(Codes):
     """Base of the layers whose weight is one matrix of packed codes: ``weight = scale · (code − zero)``, group by group.
 
@@ -86,23 +135,8 @@ class PackedCodes(Codes):
         self.n_bits = check_bits(grid.bits, "n_bits")
         check_group(grid.group)
         self.grid = grid
-        rows, columns = self.matrix_shape
-        groups = grid.groups(columns)
-        middle = torch.full((1, columns), grid.middle, dtype=torch.uint8)
-        empty = pack_rows(middle, grid.bits).to(device) if str(device) != "meta" else None
-        codes = (
-            torch.empty(rows, row_bytes(columns, grid.bits), dtype=torch.uint8, device="meta")
-            if empty is None
-            else empty.repeat(rows, 1)
-        )
-        self.register_buffer("codes", codes)
-        self.register_buffer("scale", torch.ones(rows, groups, dtype=scale_dtype, device=device))
-        zeros = (
-            torch.zeros(rows, row_bytes(groups, grid.bits), dtype=torch.uint8, device=device)
-            if grid.zero_point
-            else None
-        )
-        self.register_buffer("zero_point", zeros)
+        for name, tensor in empty_parts(*self.matrix_shape, grid, scale_dtype, device).items():
+            self.register_buffer(name, tensor)
         self.error_bound_value = None
 
     @property
@@ -131,7 +165,7 @@ class PackedCodes(Codes):
     @property
     def weight_names(self) -> tuple[str, ...]:
         """See :meth:`CompressedLayer.weight_names`."""
-        return ("codes", "scale", "zero_point") if self.grid.zero_point else ("codes", "scale")
+        return tuple(packed_roles(self.grid))
 
     def scales(self) -> dict[str, ScaleForm]:
         """See :meth:`CompressedLayer.scales`."""
@@ -139,8 +173,7 @@ class PackedCodes(Codes):
         return {"scale": ScaleForm((rows, self.grid.groups(columns)), self.scale.dtype, signed=True)}
 
     def _own_roles(self) -> dict[str, Role]:
-        found = {"codes": Role(CODES, self.bits, packed=True), "scale": Role(SCALE, signed=True)}
-        return found | ({"zero_point": Role(ZERO_POINT, self.bits, packed=True)} if self.grid.zero_point else {})
+        return packed_roles(self.grid)
 
     def codes_and_scale(self) -> tuple[Tensor, ...]:
         """Give codes, zero points where there are any, and scale."""
@@ -157,30 +190,29 @@ class PackedCodes(Codes):
             columns=self.matrix_shape[1],
         )
 
-    def unpacked(self) -> Rounded:
-        """Give codes (rows, columns), scales and zeros (rows, groups), a byte each."""
-        columns = self.matrix_shape[1]
-        zero = self.zero_point
-        return Rounded(
-            unpack_rows(self.codes, columns, self.n_bits),
-            self.scale,
-            None if zero is None else unpack_rows(zero, self.grid.groups(columns), self.n_bits),
-        )
+    def _decoded(self, dtype: torch.dtype) -> Tensor:
+        return decode_rows(self.codes, self.scale, self.zero_point, self.grid, self.matrix_shape[1], dtype)
 
     def dense_weight(self) -> Tensor:
         """Make ``scale · (code − zero)``, of the layer's shape, float32."""
-        return dequantize_groups(*self.unpacked(), self.grid).view(self.shape)
+        return self._decoded(torch.float32).view(self.shape)
 
     def exact_weight(self) -> Tensor:
         """See :meth:`CompressedLayer.exact_weight`."""
-        weight = dequantize_groups(*self.unpacked(), self.grid, torch.float64).view(self.shape)
+        weight = self._decoded(torch.float64).view(self.shape)
         return weight.T if self.looks_up else weight
 
     def with_weight(self: _Packed, weight: Tensor) -> _Packed:
-        """Round another weight to the nearest levels of this grid; see :meth:`CompressedLayer.with_weight`."""
+        """Round another weight to the nearest levels of this grid; see :meth:`CompressedLayer.with_weight`.
+
+        A weight that the scales of this layer hold exactly, its own above all, keeps them.
+        """
         matrix = matrix_for(self, weight)
+        matrix = matrix.T if self.looks_up else matrix
         layer = self._like(None, self.scale.device)
-        layer._hold(nearest(matrix.T if self.looks_up else matrix, self.grid))
+        kept = self._nearest_here(matrix)
+        exact = torch.equal(dequantize_groups(*kept, self.grid, torch.float64), matrix.to(torch.float64))
+        layer._hold(kept if exact else nearest(matrix, self.grid))
         return layer
 
     def _hold(self, rounded: Rounded, weight: Tensor | None = None) -> None:
@@ -204,8 +236,11 @@ class PackedCodes(Codes):
 
     def _nearest_here(self, weight: Tensor) -> Rounded:
         """The nearest levels of the scales that the layer has: rounding what it stands for gives its own codes."""
-        _, scale, zero = self.unpacked()
-        return Rounded(rounded_to(weight.detach().reshape(self.matrix_shape), scale, zero, self.grid), scale, zero)
+        zero = self.zero_point
+        if zero is not None:
+            zero = unpack_rows(zero, self.grid.groups(self.matrix_shape[1]), self.n_bits)
+        matrix = weight.detach().reshape(self.matrix_shape)
+        return Rounded(rounded_to(matrix, self.scale, zero, self.grid), self.scale, zero)
 
     def _rounded_weights(self, floats: Any) -> dict[str, Tensor]:
         weight: Tensor = floats.get_parameter("weight")
@@ -222,9 +257,7 @@ class PackedCodes(Codes):
 
     @classmethod
     def _arguments(cls, config: Mapping[str, Any]) -> dict[str, Any]:
-        dtype = dtype_from_name(config["scale_dtype"])
-        if dtype not in (torch.float16, torch.float32):
-            raise UsageError(f"scale_dtype: must be float16 or float32, got {config['scale_dtype']!r}")
+        dtype = scale_dtype_from(config["scale_dtype"], "scale_dtype")
         own = {"group": config["group"], "zero_point": bool(config["zero_point"]), "scale_dtype": dtype}
         return super()._arguments(config) | own
 

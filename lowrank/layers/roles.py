@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-__all__ = ["CODES", "FLOAT", "SCALE", "ZERO_POINT", "Role", "ScaleForm"]
+__all__ = ["CODES", "FLOAT", "SCALE", "ZERO_POINT", "Role", "ScaleForm", "damaged_scales"]
 
 CODES, SCALE, ZERO_POINT, FLOAT = "codes", "scale", "zero_point", "float"
 
@@ -41,3 +42,14 @@ class ScaleForm:
     shape: tuple[int, ...]
     dtype: torch.dtype = torch.float32
     signed: bool = False
+
+
+def damaged_scales(scale: Tensor, *, signed: bool) -> tuple[Tensor, str]:
+    """Tell which numbers of a scale cannot be, and the rule that they break.
+
+    Example:
+        >>> damaged_scales(torch.tensor([1.0, -1.0]), signed=False)
+        (tensor([False,  True]), 'every scale must be positive and finite')
+    """
+    sound = torch.isfinite(scale) & ((scale != 0) if signed else (scale > 0))
+    return ~sound, "no scale may be zero, NaN or infinite" if signed else "every scale must be positive and finite"

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-__all__ = ["SPEC_FIELDS", "HoldsSpec", "LayerSpec"]
+__all__ = ["SPEC_FIELDS", "HoldsSpec", "LayerSpec", "parts_of"]
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class LayerSpec:
         group: inputs that share a scale; ``None`` is a whole row.
         rounding: the method that chose the codes; ``None`` is the format's own.
         zero_point: whether each group has a zero of its own; ``None`` where the middle of the codes is the zero of all.
+        parts: of a module of several matrices, each matrix's own spec by its name; ``None`` where all are alike.
 
     Example:
         >>> spec = LayerSpec("lowrank", rank=4)
@@ -41,19 +42,47 @@ class LayerSpec:
     group: int | None = None
     rounding: str | None = None
     zero_point: bool | None = None
+    parts: tuple[tuple[str, LayerSpec], ...] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as plain JSON; of those after ``activations`` only such as are set."""
-        return {
+        found = {
             item.name: getattr(self, item.name)
             for item in fields(self)
             if item.name in _ALWAYS or getattr(self, item.name) is not None
         }
+        if self.parts is not None:
+            found["parts"] = [{"name": name} | part.to_json() for name, part in self.parts]
+        return found
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> LayerSpec:
         """Read the fields out of a map that may hold others beside them."""
-        return cls(**{name: data[name] for name in SPEC_FIELDS if name in data})
+        found = {name: data[name] for name in SPEC_FIELDS if name in data}
+        return cls(**found | ({"parts": parts_of(found["parts"])} if "parts" in found else {}))
+
+
+def parts_of(value: Any) -> Any:
+    """Read the specs of matrices out of a list of maps, each with the matrix's "name" too, or out of a map from names to maps.
+
+    Anything else is given back as it is: it is for the format to refuse.
+
+    Example:
+        >>> parts_of({"weight_ih_l0": {"format": "dense"}}) == (("weight_ih_l0", LayerSpec("dense")),)
+        True
+        >>> parts_of([{"name": "weight_ih_l0", "format": "dense"}]) == (("weight_ih_l0", LayerSpec("dense")),)
+        True
+    """
+    pairs: list[tuple[Any, Any]] = []
+    if isinstance(value, Mapping):
+        pairs = list(value.items())
+    elif isinstance(value, list):
+        pairs = [(part.get("name"), part) if isinstance(part, Mapping) else (None, None) for part in value]
+    known = {"name", "scale_dtype", *SPEC_FIELDS}
+    for name, part in pairs:
+        if not isinstance(name, str) or not isinstance(part, Mapping) or "format" not in part or not set(part) <= known:
+            return value
+    return tuple((name, LayerSpec.from_json(part)) for name, part in pairs) if pairs else value
 
 
 _ALWAYS = ("format", "rank", "bits", "activations")

@@ -21,6 +21,8 @@ __all__ = ["DAMPING", "choose_damping", "gptq", "lost_energy"]
 DAMPINGS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 10.0)
 # Passes over all columns after the first: scales refitted, then each code set anew with all others as they are.
 SWEEPS = 2
+# Of more columns one: on 4096 × 4096 a sweep takes ten seconds of one core.
+WIDE, SWEEPS_OF_WIDE = 2048, 1
 # Of rows that stand for a moment: so many columns at a time, and what different ones share is left out.
 SAMPLED_COLUMNS = 512
 # Of the scales' equations, relative; groups of which all codes are zero make them singular.
@@ -34,7 +36,7 @@ def gptq(
     gradients: Tensor | None = None,
     *,
     damping: float = DAMPING,
-    sweeps: int = SWEEPS,
+    sweeps: int | None = None,
     name: str = "weight",
 ) -> Rounded:
     """Round columns one after the other, each aimed at what the errors of those before it left undone.
@@ -52,7 +54,7 @@ def gptq(
             columns at a time. ``None``, or all zeros: nearest levels.
         gradients: not used; see :func:`lowrank.numerics.two_sided.two_sided`.
         damping: added to Σ's diagonal, relative to its mean, and more where Σ is not positive definite with it: it never fails.
-        sweeps: see above.
+        sweeps: see above; ``None``: two, of more than 2048 inputs one.
         name: for messages.
 
     Raises:
@@ -70,6 +72,8 @@ def gptq(
         beside = None if moment is None else moment.to(torch.device("cpu"))
         return gptq(weight.cpu(), grid, beside, damping=damping, sweeps=sweeps, name=name).to(weight.device)
     matrix = weight.detach()
+    if sweeps is None:
+        sweeps = SWEEPS if matrix.shape[1] <= WIDE else SWEEPS_OF_WIDE
     dtype = scale_dtype(matrix, grid)
     check_moment(matrix, moment, name)
     scale, zero = fitted_ranges(matrix, grid, dtype, importance(matrix, moment))
@@ -160,7 +164,7 @@ def rounded_by_feedback(
     state = Columns(ordered(rows), steps_of(scale), -ordered(zeros), grid.top)
     state.first_pass(upper)
     for _ in range(sweeps):
-        scale = _refitted(state, metric, torch.div(order, span, rounding_mode="floor"), scale, unit)
+        scale = _refitted(state, metric, back, span, scale, unit)
         state.steps = steps_of(scale)
         state.descend(metric)
     return Rounded((by_rows(state.codes) + zeros).to(torch.uint8), scale, zero)
@@ -171,27 +175,33 @@ def _squeezed(stacked: Tensor) -> Tensor:
     return stacked[0] if stacked.shape[0] == 1 else stacked
 
 
-def _refitted(state: Columns, metric: Tensor, groups_of: Tensor, scale: Tensor, unit: float) -> Tensor:
+def _refitted(state: Columns, metric: Tensor, back: Tensor, span: int, scale: Tensor, unit: float) -> Tensor:
     """Fit the scales of each row by least squares in the metric, codes as they are; a row that storing makes worse keeps its own.
 
     Scales that change by d change the error by ``dᵀ A d − 2 bᵀ d`` with ``A_gh = q_gᵀ Σ_gh q_h`` and ``b_g = q_gᵀ (Σ e)_g``.
 
     Args:
-        groups_of: the group of each column, (blocks, columns).
+        back: where each input stands in the order of the columns, (blocks, columns).
+        span: inputs of a group.
         scale: (rows, groups), as it is stored.
         unit: what weights were multiplied by.
     """
-    groups, blocks = scale.shape[1], groups_of.shape[0]
+    groups, blocks = scale.shape[1], back.shape[0]
     slopes = (metric @ state.error) * state.codes
     found = []
     for block, own in enumerate(scale.chunk(blocks)):
         codes, slope, known = (each if blocks == 1 else each[block] for each in (state.codes, slopes, metric))
-        member = torch.nn.functional.one_hot(groups_of[block], groups).T.to(torch.float32)
-        right = (member @ slope).T.to(torch.float64)
+        # As the inputs come, so that groups lie together; a short last one is filled up with codes that are 0.
+        place, missing = back[block], groups * span - back.shape[1]
+        codes, slope = (torch.nn.functional.pad(each[place], (0, 0, 0, missing)) for each in (codes, slope))
+        known = torch.nn.functional.pad(known[place][:, place], (0, missing, 0, missing))
+        right = slope.view(groups, span, -1).sum(dim=1).T.to(torch.float64)
         left = torch.empty(groups, groups, own.shape[0])
         for index in range(groups):
-            inside = torch.nonzero(member[index]).flatten()
-            left[index] = member @ ((known[inside].T @ codes[inside]) * codes)
+            start = index * span
+            inside = slice(start, start + span)
+            product = (known[inside, start:].T @ codes[inside]).mul_(codes[start:])
+            left[index, index:] = left[index:, index] = product.view(groups - index, span, -1).sum(dim=1)
         found.append(_least_squares(left.permute(2, 0, 1).to(torch.float64), right, own, unit))
     return torch.cat(found)
 
@@ -201,9 +211,7 @@ def _least_squares(left: Tensor, right: Tensor, scale: Tensor, unit: float) -> T
     before = scale.to(torch.float64) * unit
     ridge = _SCALE_RIDGE * left.diagonal(dim1=1, dim2=2).mean(dim=1)[:, None]
     ridge = torch.where(ridge > 0.0, ridge, 1.0)
-    change, info = torch.linalg.solve_ex(
-        (left + left.transpose(1, 2)) / 2.0 + torch.diag_embed(ridge.expand_as(right)), right
-    )
+    change, info = torch.linalg.solve_ex(left + torch.diag_embed(ridge.expand_as(right)), right)
     fits = (info == 0)[:, None] & torch.isfinite(change) & (change.abs() < 3.0 * before.abs())
     stored = storable((before + torch.where(fits, change, 0.0)) / unit, scale.dtype)
     moved = (stored.to(torch.float64) * unit - before)[:, :, None]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -11,6 +11,9 @@ from torch import Tensor
 from lowrank.errors import RankError
 from lowrank.numerics.rounding import check_bits
 from lowrank.numerics.sampled_moments import Moment
+
+if TYPE_CHECKING:
+    from lowrank.numerics.factored_moments import FactoredMoment
 
 __all__ = ["Grid", "Rounded", "Rounding", "dequantize_groups", "in_groups", "scale_dtype", "spread"]
 
@@ -89,7 +92,7 @@ class Rounding(Protocol):
     """Choose codes and scales for a weight."""
 
     def __call__(
-        self, weight: Tensor, grid: Grid, moment: Moment | None = None, gradients: Tensor | None = None
+        self, weight: Tensor, grid: Grid, moment: Moment | FactoredMoment | None = None, gradients: Tensor | None = None
     ) -> Rounded:
         """Round a weight.
 

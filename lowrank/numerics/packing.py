@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from lowrank.errors import RankError
+from lowrank.numerics.grids import Grid, dequantize_groups
 from lowrank.numerics.rounding import check_bits
 
-__all__ = ["PLANES", "pack_rows", "row_bytes", "unpack_rows"]
+__all__ = ["PLANES", "decode_rows", "pack_rows", "row_bytes", "unpack_rows"]
 
 # Widths of the planes that codes of so many bits are cut into, the lowest bits first. Each divides 8, so that no code of a plane
 # crosses a byte and one shift and one mask give it back.
@@ -106,3 +107,27 @@ def unpack_rows(packed: Tensor, columns: int, bits: int) -> Tensor:
         start, shift = start + length, shift + width
     assert codes is not None
     return codes[..., :columns]
+
+
+def decode_rows(
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    grid: Grid,
+    columns: int,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Compute ``scale · (code − zero)`` of packed rows, (rows, columns) of this dtype.
+
+    Args:
+        codes: (rows, ``row_bytes(columns, bits)``) uint8.
+        scale: (rows, groups).
+        zero_point: (rows, ``row_bytes(groups, bits)``) uint8, packed as the codes are; ``None`` is the grid's middle.
+        columns: codes in a row.
+
+    Example:
+        >>> decode_rows(pack_rows(torch.tensor([[8, 15, 0]]), 4), torch.tensor([[0.5]]), None, Grid(4), 3).tolist()
+        [[0.0, 3.5, -4.0]]
+    """
+    zero = None if zero_point is None else unpack_rows(zero_point, grid.groups(columns), grid.bits)
+    return dequantize_groups(unpack_rows(codes, columns, grid.bits), scale, zero, grid, dtype)

@@ -15,7 +15,6 @@ from lowrank.numerics.sampled_moments import Moment
 from lowrank.numerics.two_sided import two_sided
 
 __all__ = [
-    "DEFAULT_ROUNDING",
     "GPTQ",
     "NEAREST",
     "ROUNDINGS",
@@ -50,6 +49,4 @@ def nearest(
 NEAREST = "nearest"
 GPTQ = "gptq"
 TWO_SIDED = "two-sided"
-# What errs least wherever gradients are at hand (reports/rounding); without them it is GPTQ.
-DEFAULT_ROUNDING = TWO_SIDED
 ROUNDINGS: Mapping[str, Rounding] = {NEAREST: nearest, GPTQ: gptq, TWO_SIDED: two_sided}

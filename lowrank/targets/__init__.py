@@ -9,6 +9,7 @@ from lowrank.targets.attention import Attention
 from lowrank.targets.conv import Conv
 from lowrank.targets.decoded import Decoded, DecodedConv, DecodedEmbedding
 from lowrank.targets.embedding import Embedding
+from lowrank.targets.experts import Experts
 from lowrank.targets.kind import (
     LayerKind,
     kind_named,
@@ -26,6 +27,7 @@ __all__ = [
     "CONV",
     "DECODED",
     "EMBEDDING",
+    "EXPERTS",
     "LINEAR",
     "RECURRENT",
     "LayerKind",
@@ -42,5 +44,6 @@ CONV = register_kind(Conv())
 EMBEDDING = register_kind(Embedding())
 RECURRENT = register_kind(Recurrent())
 ATTENTION = register_kind(Attention())
+EXPERTS = register_kind(Experts())
 # Last, for what no other kind takes; the most particular ones first.
 DECODED = (register_kind(DecodedConv()), register_kind(DecodedEmbedding()), register_kind(Decoded()))

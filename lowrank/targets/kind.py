@@ -70,6 +70,7 @@ class LayerKind(ABC):
         composite: whether a module holds several matrices, which are taken or left together.
         differentiated: whether gradients at a module's outputs tell what an error of it costs.
         weight_only: whether activations are never rounded, whatever is asked.
+        stacked: whether each matrix of a composite is a stack of blocks that see inputs of their own: a mixture's experts.
     """
 
     name: ClassVar[str]
@@ -80,6 +81,7 @@ class LayerKind(ABC):
     composite: ClassVar[bool] = False
     differentiated: ClassVar[bool] = False
     weight_only: ClassVar[bool] = False
+    stacked: ClassVar[bool] = False
 
     def matches(self, module: nn.Module) -> bool:
         """Tell whether a module is of this kind."""
@@ -216,7 +218,7 @@ def kind_named(name: str) -> LayerKind | None:
     """Find a kind by its name; ``None`` where none is registered.
 
     Example:
-        >>> kind_named("conv").described, kind_named("experts")
+        >>> kind_named("conv").described, kind_named("sparse")
         ('nn.Conv1d, nn.Conv2d', None)
     """
     return _KINDS.get(name)
@@ -243,6 +245,6 @@ def target_names() -> tuple[str, ...]:
 
     Example:
         >>> target_names()
-        ('linear', 'conv', 'embedding')
+        ('linear', 'conv', 'embedding', 'experts')
     """
     return tuple(dict.fromkeys(kind.target for kind in _KINDS.values()))

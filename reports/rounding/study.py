@@ -7,7 +7,7 @@ error costs the output). Measured on sentences that nothing was fitted to: the r
 
     python reports/rounding/study.py                # every case that is not yet in results.json
     python reports/rounding/study.py --only gptq    # one method
-    python reports/rounding/study.py --smoke        # a random model of two layers, into a temporary folder
+    python reports/rounding/study.py --smoke        # a random model of one layer, into a temporary folder
 
 Needs the data folder beside the repository (``../shared``) and the package of MiniLM (extra ``demo``).
 """
@@ -85,10 +85,11 @@ def cases() -> list[Case]:
     """Every case, the ones that matter most first."""
     main = [(4, 64, True), (3, 64, True), (2, 32, False)]
     found = [Case(method, *grid) for grid in main for method in METHODS[:3]]
-    found += [Case(method, *grid) for grid in main for method in METHODS[3:5]]
-    found += [Case(method, *main[1]) for method in METHODS[5:7]]
     found += [Case(METHODS[7], bits, 64, True) for bits in (6, 5, 4, 3, 2)]
-    found += [Case(method, *grid, seed) for seed in SEEDS[1:] for grid in main[1:] for method in METHODS[1:4]]
+    found += [Case(method, *main[1]) for method in METHODS[5:7]]
+    found += [Case(method, *grid) for grid in (main[1], main[0], main[2]) for method in METHODS[3:5]]
+    found += [Case(method, *main[1], seed) for seed in SEEDS[1:] for method in METHODS[1:4]]
+    found += [Case(method, *grid, seed) for seed in SEEDS[1:] for grid in (main[0], main[2]) for method in METHODS[1:3]]
     found += [Case(method, bits, 64, False) for bits in (4, 3) for method in METHODS[1:3]]
     found += [Case(method, bits, 64, True) for bits in (2, 5, 6, 8) for method in METHODS[:3]]
     found += [Case("gptq", bits, group, True) for bits in (4, 3) for group in (32, 128, None)]
@@ -146,11 +147,16 @@ class Subject:
                 rows = torch.cat(seen[stage[0]]).double()
                 mean = rows.mean(dim=0)
                 known = FactoredMoment.of((rows - mean).T @ (rows - mean) / len(rows)), mean
-                uncentred = FactoredMoment.of(rows.T @ rows / len(rows)), mean
                 for name in stage:
                     found[f"encoder.layer.{index}.{name}"] = known
-                    found[f"encoder.layer.{index}.{name}, uncentred"] = uncentred
         return found
+
+    def uncentred(self, name: str) -> FactoredMoment:
+        """Σ of one layer with its mean left in, factored."""
+        _, _, index, rest = name.split(".", 3)
+        first = next(stage[0] for stage in STAGES if rest in stage)
+        rows = torch.cat(self._kept[int(index)][0][first]).double()
+        return FactoredMoment.of(rows.T @ rows / len(rows))
 
 
 class _Enough(Exception):
@@ -232,7 +238,9 @@ def round_each(subject: Subject, case: Case) -> nn.Module:
             put(layer, dequantize_groups(*nearest(weight, grid), grid, torch.float64), 0.0)
             continue
         plain = case.method == "gptq, no bias"
-        moment, mean = subject.moments[f"{name}, uncentred" if plain else name]
+        moment, mean = subject.moments[name]
+        if plain:
+            moment = subject.uncentred(name)
         if case.method == "two-sided":
             rounded = two_sided(weight, grid, moment, subject.gradients[name], name=name)
         else:
@@ -322,12 +330,12 @@ def minilm(seed: int) -> Subject:
 
 
 def tiny() -> Subject:
-    """A random BERT of two layers and random tokens."""
+    """A random BERT of one layer and random tokens."""
     from transformers import BertConfig, BertModel
 
     torch.manual_seed(0)
     model = BertModel(
-        BertConfig(vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+        BertConfig(vocab_size=60, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
     ).eval()
     batches = [
         {"input_ids": torch.randint(0, 60, (8, 12)), "attention_mask": torch.ones(8, 12, dtype=torch.int64)}

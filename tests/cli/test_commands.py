@@ -186,7 +186,7 @@ def test_a_plan_for_another_model(
         (["--error-budget", "0.1", "--heal-steps", "9", "--metric", "weight"], "--heal: needs --calibration"),
         (["--error-budget", "0.1", "--loss-aware"], "loss_aware=True: needs calibration"),
         (["--error-budget", "0.1", "--formats", "int9"], "int9"),
-        (["--error-budget", "0.1", "--formats", "int4"], "not in this version"),
+        (["--error-budget", "0.1", "--formats", "pruned"], "not in this version"),
         (["--error-budget", "0.1", "--ignore", "no-such-*"], "no-such-*"),
         (["--error-budget", "0.1", "--threads", "0"], "--threads"),
         (["--error-budget", "0.1", "--threads", "many"], "--threads"),

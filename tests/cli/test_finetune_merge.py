@@ -249,7 +249,11 @@ def test_labels_and_arrays_that_do_not_fit_are_refused_by_their_file(
 
 def test_a_change_that_rounding_loses_is_said(room: Path, capfd: pytest.CaptureFixture[str]) -> None:
     out = lowrank.load_model(room / "out")
-    codes = [name for name, module in out.named_modules() if isinstance(module, lowrank.QuantizedLinear)]
+    codes = [
+        name
+        for name, module in out.named_modules()
+        if isinstance(module, (lowrank.QuantizedLinear, lowrank.PackedLinear))
+    ]
     small = lowrank.add_lora(out, lowrank.LoRAConfig(r=2, target_modules=codes[:1], init_lora_weights=False))
     with torch.no_grad():
         small.get_submodule(codes[0]).lora_B["default"].weight.mul_(1e-4)

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 import lowrank
 from lowrank.calibration.groups import GroupComparison, read_samples
+from lowrank.calibration.measurement import Comparison, Measurement
+from lowrank.calibration.metrics import OUTPUT
 from lowrank.errors import BudgetError, CalibrationError, UsageError
 
 
@@ -213,14 +215,20 @@ def test_a_dict_of_arrays_is_still_one_batch_of_keyword_arguments_for_calibratio
 
 
 def test_too_few_samples_are_said_of_their_group() -> None:
-    model = mlp()
-    few = {"many": [rows(400, 2)], "few": [rows(4, 3)]}
-    only = {"formats": ["int8"], "activations": "float"}
-    totals = compress(model, validation=few, error_budget=0.9, **only).report.totals
-    budget = 1.02 * max(totals["groups"]["few"]["error"], totals["groups"]["many"]["upper"])
-    assert budget < totals["groups"]["few"]["upper"]
-    with pytest.raises(BudgetError, match=r"too few.*: group 'few' has 4 and needs about"):
-        compress(model, validation=few, error_budget=budget, **only)
+    def comparison(errors: list[float]) -> Comparison:
+        lost = torch.tensor(errors, dtype=torch.float64)
+        return Comparison({"output": Measurement(OUTPUT, lost, torch.full_like(lost, 100.0))})
+
+    many, few = comparison([1.0, 1.1, 0.9, 1.0] * 50), comparison([0.4, 1.4, 0.8, 1.0])
+    both = GroupComparison.of({"many": many, "few": few})
+    budget = 1.05 * max(many.upper(), few.value)
+    assert many.passes(budget) and not few.passes(budget) and both.samples_needed(budget) == few.samples_needed(budget)
+    needed = few.samples_needed(budget)
+    assert both.too_few(budget).endswith(f": group 'few' has 4 and needs about {needed:,} like them")
+    assert "group 'few' (9.5 %, at most" in both.standing(budget) and "'many' (10 %" in both.standing(budget)
+    # Where no number of samples would do, nothing of the kind is said.
+    hopeless = GroupComparison.of({"many": comparison([4.0, 4.1, 3.9, 4.0]), "few": few})
+    assert hopeless.too_few(budget) == "" and "groups 'many' (" in hopeless.standing(budget)
 
 
 def test_a_comparison_of_groups_adds_nothing_to_the_bounds() -> None:

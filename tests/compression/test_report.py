@@ -211,7 +211,7 @@ def test_rows_of_older_and_of_newer_formats_are_read() -> None:
             "name": "new",
             "kind": "Linear",
             "shape": [4, 4],
-            "format": "int3",
+            "format": "int3later",
             "bits": 3,
             "group": 64,
             "rounding": "best",
@@ -219,8 +219,8 @@ def test_rows_of_older_and_of_newer_formats_are_read() -> None:
     ]
     read = CompressionReport.from_json(json.dumps(data))
     assert [row.compressed for row in read.rows] == [False, True]
-    assert read.rows[1].spec == LayerSpec("int3", bits=3, group=64, rounding="best")
-    assert read.answer == "int3 in 1 layer"
+    assert read.rows[1].spec == LayerSpec("int3later", bits=3, group=64, rounding="best")
+    assert read.answer == "int3later in 1 layer"
     again = json.loads(read.to_json())["rows"][1]
     assert (again["group"], again["rounding"], again["scheme"]) == (64, "best", None)
     with pytest.raises(CheckpointError, match="spec"):

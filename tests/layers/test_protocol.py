@@ -31,6 +31,11 @@ LAYERS: dict[str, Callable[[], CompressedLayer]] = {
     "linear, factors, half": lambda: _layer("SVDCompressedLinear", nn.Linear(9, 7, dtype=torch.bfloat16), rank=3),
     "linear, codes": lambda: _layer("QuantizedLinear", nn.Linear(9, 7), activations="float"),
     "linear, 4 bits": lambda: _layer("QuantizedLinear", nn.Linear(9, 7, bias=False), bits=4),
+    "linear, packed codes": lambda: _layer("PackedLinear", nn.Linear(9, 7), bits=3, group=32, zero_point=True),
+    "linear, packed codes of rows": lambda: _layer("PackedLinear", nn.Linear(9, 7), bits=5, group=None),
+    "table, packed codes": lambda: _layer("PackedEmbedding", nn.Embedding(9, 40, padding_idx=2), bits=4, group=32),
+    "conv1d, packed codes": lambda: _layer("PackedConv1d", _conv(1), bits=6),
+    "conv2d, packed codes": lambda: _layer("PackedConv2d", _conv(2, groups=2, padding=1), bits=4, group=None),
     "linear, codes of factors": lambda: _layer("QuantizedLowRankLayer", nn.Linear(9, 7), rank=3, bits=6),
     "table, factors": lambda: _layer("LowRankEmbedding", nn.Embedding(9, 7), rank=3),
     "table, codes": lambda: _layer("QuantizedEmbedding", nn.Embedding(9, 7, padding_idx=2)),
@@ -55,6 +60,8 @@ LAYERS: dict[str, Callable[[], CompressedLayer]] = {
     "attention": lambda: _layer("QuantizedMultiheadAttention", nn.MultiheadAttention(8, 2)),
     "attention, unlike sides": lambda: _layer("QuantizedMultiheadAttention", nn.MultiheadAttention(8, 2, kdim=6)),
 }
+# Made of modules of transformers: tests/layers and tests/compression have them.
+EXPERTS = {"QuantizedExperts", "PackedExperts"}
 ONE_WEIGHT = [name for name in LAYERS if name[0].islower() and not name.startswith(("attention", "any"))]
 PRODUCTS = [name for name in ONE_WEIGHT if "factors" in name and "spatial" not in name and "groups" not in name]
 OTHERS = [name for name in LAYERS if name not in PRODUCTS]
@@ -83,7 +90,7 @@ def assert_same_tensors(one: CompressedLayer, other: CompressedLayer) -> None:
 
 
 def test_every_class_is_here() -> None:
-    assert {type(build(name)).__name__ for name in LAYERS} == set(LAYER_KINDS)
+    assert {type(build(name)).__name__ for name in LAYERS} == set(LAYER_KINDS) - EXPERTS
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -95,7 +102,10 @@ def test_roles_cover_the_state_dict_and_tell_the_dtypes(name: str) -> None:
         expected = {torch.int8: Role("codes", layer.bits), layer.dtype: Role("float")}.get(tensor.dtype)
         # Scales are float32, as most models are: there the shape of a bias or of a factor tells them apart.
         if key.endswith("scale"):
-            expected = Role("scale")
+            expected = Role("scale", signed="packed" in name)
+        elif tensor.dtype == torch.uint8:
+            # Several codes in a byte.
+            expected = Role("zero_point" if key.endswith("zero_point") else "codes", layer.bits, packed=True)
         assert roles[key] == expected, key
     assert any(role.kind == "codes" for role in roles.values()) == (layer.bits is not None)
 
@@ -148,6 +158,11 @@ def test_codes_of_their_own_weight_are_the_same_codes(name: str) -> None:
     again = layer.with_weight(layer.exact_weight())
     assert_same_tensors(again, layer)
     assert type(again) is type(layer) and not again.training and again is not layer
+    if "packed" in name:
+        # Scales are float16, which three times one need not be, and ranges are chosen anew.
+        lost = layer.with_weight(-3.0 * layer.exact_weight()).exact_weight() + 3.0 * layer.exact_weight()
+        assert float(lost.norm()) <= 0.2 * 3.0 * float(layer.exact_weight().norm())
+        return
     other = layer.with_weight(-3.0 * layer.exact_weight())
     torch.testing.assert_close(other.exact_weight(), -3.0 * layer.exact_weight(), rtol=1e-6, atol=1e-9)
 

@@ -11,6 +11,7 @@ from lowrank.compression.formats.dense import DENSE, Dense
 from lowrank.compression.formats.int8 import Int8
 from lowrank.compression.formats.lowrank import LowRank
 from lowrank.compression.formats.lowrank_int8 import LowRankInt8
+from lowrank.compression.formats.mixed import Mixed
 from lowrank.compression.formats.packed import Packed
 from lowrank.compression.formats.registry import (
     FORMATS,
@@ -49,6 +50,7 @@ register_format(Dense())
 INT8 = register_format(Int8())
 for _bits in range(7, 1, -1):
     register_format(Packed(_bits))
+register_format(Mixed())
 LOWRANK = register_format(LowRank())
 LOWRANK_INT8 = register_format(LowRankInt8(LOWRANK, INT8))
 

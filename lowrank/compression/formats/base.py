@@ -35,11 +35,13 @@ class Request:
 
     Attributes:
         activations: "int8", "float", or "auto" for both.
-        careful: the data says nothing about (part of) the layer, so that no low rank may be offered.
+        careful: the data says nothing about (part of) the layer, so that only formats that are ``careful`` may be offered.
+        silent: the metric does not depend on the layer, so that nothing says what fewer than 8 bits would cost.
     """
 
     activations: str
     careful: bool = False
+    silent: bool = False
 
 
 @dataclass
@@ -58,9 +60,8 @@ class Measured:
         own: what a format measured beside these, by its name.
         refused: why the layer cannot be replaced, where replacing it broke the model.
         silent: the metric does not depend on this layer.
-        careful: the cost says nothing about inputs that the data does not hold (a silent layer, one that no input reached, embedding
-            rows that were never looked up), so the layer takes no low rank: rounding acts row by row, so that rows that were never met
-            lose what the others lose.
+        careful: the measured cost says nothing about inputs that the data does not hold (a silent layer, one that no input reached,
+            embedding rows that were never looked up), so the layer is rounded row by row and takes no low rank.
         assumed: what a unit of squared relative local error beyond the reference's is taken to cost, where no data tells.
     """
 
@@ -132,6 +133,14 @@ class WeightFormat(ABC):
     def holds(self, layer: CompressedLayer) -> bool:
         """Tell whether a layer of one of the classes is of this format, where several share a class; all are unless overridden."""
         return True
+
+    def modes(self, data: LayerData, activations: str, spec: LayerSpec | None = None) -> tuple[str | None, ...]:
+        """Give the ways in which a rounded layer of this format may take its activations; see :meth:`LayerData.modes`.
+
+        Args:
+            spec: of the layer, where it matters.
+        """
+        return data.modes(activations)
 
     # Candidates --------------------------------------------------------------------------------------------------------------
 
@@ -214,7 +223,7 @@ class WeightFormat(ABC):
         self._check_bits(spec, where)
         allowed = (None, *ACTIVATIONS) if "activations" in self.fields else (None,)
         _check_choice(spec.activations, allowed, f"{where}: activations of format {self.name}")
-        for name in ("group", "rounding"):
+        for name in ("group", "rounding", "parts"):
             value = getattr(spec, name)
             if name not in self.fields and value is not None:
                 raise LowRankError(f"{where}: {name} of format {self.name} must be null, got {shown(value)}")

@@ -134,7 +134,7 @@ def learn_truncation(
     data: LayerData, effects: Mapping[Probe, float], found: Measured, share: float, plain: FactoredFormat
 ) -> None:
     """Keep what truncation costs the model, per squared relative error of the layer itself."""
-    units = []
+    units: list[tuple[bool, float]] = []
     for probe in truncation_probes(data, found, share, plain):
         lost = _truncation(data, probe.spec)
         cost = effects.get(probe, 0.0)

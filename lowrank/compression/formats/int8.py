@@ -18,10 +18,12 @@ from lowrank.layers import (
     PackedConv1d,
     PackedConv2d,
     PackedEmbedding,
+    PackedExperts,
     PackedLinear,
     QuantizedConv1d,
     QuantizedConv2d,
     QuantizedEmbedding,
+    QuantizedExperts,
     QuantizedLinear,
     QuantizedMultiheadAttention,
 )
@@ -31,7 +33,7 @@ from lowrank.layers.spec import LayerSpec
 from lowrank.numerics.conv_factors import ConvFactors
 from lowrank.numerics.factors import Factors
 from lowrank.numerics.rounding import dequantize_rows, quantize_rows
-from lowrank.targets import DECODED, kind_of
+from lowrank.targets import DECODED, EXPERTS, kind_of
 
 __all__ = ["Int8"]
 
@@ -51,6 +53,7 @@ class Int8(Packed):
         "embedding": (QuantizedEmbedding, PackedEmbedding),
         "recurrent": tuple(RECURRENT.values()),
         "attention": (QuantizedMultiheadAttention,),
+        "experts": (QuantizedExperts, PackedExperts),
         **{kind.name: (DecodedLayer,) for kind in DECODED},
     }
 
@@ -59,7 +62,14 @@ class Int8(Packed):
 
     def holds(self, layer: CompressedLayer) -> bool:
         """Tell packed layers by their bits; those with a byte a code are all of this format."""
-        return not isinstance(layer, PackedCodes) or super().holds(layer)
+        packed = isinstance(layer, (PackedCodes, PackedExperts))
+        return super().holds(layer) if packed else layer.bits is not None
+
+    def modes(self, data: LayerData, activations: str, spec: LayerSpec | None = None) -> tuple[str | None, ...]:
+        """Give both ways for rows; groups take activations as they are."""
+        if spec is not None and spec.group is not None:
+            return super().modes(data, activations, spec)
+        return data.modes(activations)
 
     def specs(self, data: LayerData, request: Request) -> list[LayerSpec]:
         """List rows of 8 bits in each way of taking the activations, then groups."""
@@ -93,7 +103,8 @@ class Int8(Packed):
     def _rounded(self, data: LayerData) -> float:
         rounded = {}
         for name, stack in data.stacks.items():
-            weight = data.weight if len(data.stacks) == 1 else stack.reshape(-1, stack.shape[2])
+            single = len(data.stacks) == 1 and not data.kind.stacked
+            weight = data.weight if single else stack.reshape(-1, stack.shape[2])
             rounded[name] = dequantize_rows(*quantize_rows(weight, BITS))
         return data.local_error(rounded)
 
@@ -155,6 +166,8 @@ class Int8(Packed):
         if spec.group is not None:
             return super().build_layer(module, spec, factors)
         bits, activations = spec.bits or BITS, spec.activations or INTEGER_ACTIVATIONS
+        if kind_of(module) is EXPERTS:
+            return QuantizedExperts.from_module(module, bits=bits)
         if kind_of(module) in DECODED:
             return DecodedLayer.from_module(module, bits=bits)
         if isinstance(module, nn.Embedding):

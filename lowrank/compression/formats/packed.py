@@ -10,16 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.compression.formats.base import Request, WeightFormat, shown
-from lowrank.compression.layer_data import LayerData
+from lowrank.compression.formats.packed_experts import experts_error, rounded_experts
+from lowrank.compression.layer_data import SAMPLED_ROWS, LayerData, spread_rows
+from lowrank.compression.stacks import row_squares
 from lowrank.errors import CheckpointError, RankError
-from lowrank.layers import CompressedLayer, PackedConv1d, PackedConv2d, PackedEmbedding, PackedLinear
+from lowrank.layers import CompressedLayer, PackedConv1d, PackedConv2d, PackedEmbedding, PackedExperts, PackedLinear
 from lowrank.layers.base import FLOAT_ACTIVATIONS
+from lowrank.layers.experts import expert_scale_dtype
 from lowrank.layers.packed import GROUPS, packed_bytes
 from lowrank.layers.spec import LayerSpec
 from lowrank.numerics.conv_factors import ConvFactors
+from lowrank.numerics.factored_moments import FactoredMoment
 from lowrank.numerics.factors import Factors
 from lowrank.numerics.rounding_methods import (
-    DEFAULT_ROUNDING,
+    GPTQ,
     NEAREST,
     ROUNDINGS,
     Grid,
@@ -27,18 +31,14 @@ from lowrank.numerics.rounding_methods import (
     dequantize_groups,
     scale_dtype,
 )
-from lowrank.numerics.sampled_moments import moment_squares
+from lowrank.numerics.sampled_moments import Moment
 from lowrank.targets import kind_of
 from lowrank.targets.survey import Target
 
 __all__ = ["Packed", "grid_of", "method_of"]
 
-# What an override or a plan gets that names the format alone.
-DEFAULT_GROUP = 64
 # A zero point of its own costs a group some bits, and pays where the levels are few.
 MOST_BITS_WITH_ZERO = 4
-# Rows of a weight that errors are estimated on: those of one layer are much alike.
-SAMPLED_ROWS = 256
 # The grid on which it is found out what feedback brings a layer; so much the same on others.
 _PROBED = Grid(4, 64)
 
@@ -58,7 +58,7 @@ def method_of(data: LayerData, spec: LayerSpec) -> str:
     """Name the rounding of a spec: the one it asks for, else error feedback where the moment of the inputs is known."""
     if spec.rounding is not None:
         return spec.rounding
-    return NEAREST if data.moments is None else DEFAULT_ROUNDING
+    return NEAREST if data.moments is None and data.experts is None else GPTQ
 
 
 class Packed(WeightFormat):
@@ -74,6 +74,7 @@ class Packed(WeightFormat):
         "linear": (PackedLinear,),
         "conv": (PackedConv1d, PackedConv2d),
         "embedding": (PackedEmbedding,),
+        "experts": (PackedExperts,),
     }
     layers: ClassVar[Mapping[str, tuple[type[CompressedLayer], ...]]] = packed_layers
 
@@ -97,26 +98,15 @@ class Packed(WeightFormat):
         groups: list[int | None] = [None, *(group for group in sorted(GROUPS, reverse=True) if group < columns)]
         zeros = (None, True) if self.width <= MOST_BITS_WITH_ZERO else (None,)
         return [
-            self.packed_spec(data, group, zero, mode)
+            LayerSpec(self.name, bits=self.width, activations=mode, group=group, zero_point=zero)
             for group in groups
             for zero in zeros
-            for mode in self.modes(data, request.activations)
+            for mode in Packed.modes(self, data, request.activations)
         ]
 
-    def modes(self, data: LayerData, activations: str) -> tuple[str | None, ...]:
+    def modes(self, data: LayerData, activations: str, spec: LayerSpec | None = None) -> tuple[str | None, ...]:
         """Give the ways of taking activations: as they are."""
         return tuple(mode for mode in data.modes(activations) if mode in (None, FLOAT_ACTIVATIONS))
-
-    def packed_spec(
-        self, data: LayerData, group: int | None, zero_point: bool | None, activations: str | None
-    ) -> LayerSpec:
-        """Give a spec with the format's own rounding: error feedback where the inputs are known, else to the nearest."""
-        return LayerSpec(self.name, bits=self.width, activations=activations, group=group, zero_point=zero_point)
-
-    def uniform_spec(self, data: LayerData, activations: str | None) -> LayerSpec:
-        """Give the spec of plans that round every layer alike: groups of 64 where the row is longer."""
-        columns = self._columns(data)
-        return self.packed_spec(data, DEFAULT_GROUP if columns > DEFAULT_GROUP else None, None, activations)
 
     @staticmethod
     def _columns(data: LayerData) -> int:
@@ -132,9 +122,13 @@ class Packed(WeightFormat):
 
     def _scale_dtype(self, data: LayerData, name: str, grid: Grid) -> torch.dtype:
         stack = data.stacks[name]
-        return data.remembered(
-            ("scale_dtype", name, grid.bits, grid.group), lambda: scale_dtype(stack.reshape(-1, stack.shape[2]), grid)
-        )
+
+        def told() -> torch.dtype:
+            if data.kind.stacked:
+                return expert_scale_dtype(stack, grid)
+            return scale_dtype(stack.reshape(-1, stack.shape[2]), grid)
+
+        return data.remembered(("scale_dtype", name, grid.bits, grid.group), told)
 
     def local_error(self, data: LayerData, spec: LayerSpec) -> float:
         """Estimate what rounding loses on some rows: to the nearest level, times what feedback brings this layer."""
@@ -148,6 +142,8 @@ class Packed(WeightFormat):
 
     def build(self, data: LayerData, spec: LayerSpec) -> dict[str, nn.Module]:
         """Round once, and make each member of it; tied members share the tensors."""
+        if data.kind.stacked:
+            return {data.name: self._experts(data, spec)}
         rounded = self.chosen(data, spec)
         shift = _bias_shift(data, rounded, grid_of(spec))
         built: dict[str, nn.Module] = {}
@@ -163,6 +159,12 @@ class Packed(WeightFormat):
             built[member.name] = layer
         return built
 
+    def _experts(self, data: LayerData, spec: LayerSpec) -> CompressedLayer:
+        grid, method = grid_of(spec), method_of(data, spec)
+        if method != NEAREST and data.experts is None:
+            raise CheckpointError(_needs_inputs(data, method))
+        return PackedExperts.from_rounded(data.target.owner, rounded_experts(data, grid, method), grid)
+
     def chosen(self, data: LayerData, spec: LayerSpec) -> Rounded:
         """Choose the codes of a target's matrix.
 
@@ -171,15 +173,15 @@ class Packed(WeightFormat):
         """
         grid, method = grid_of(spec), method_of(data, spec)
         if method != NEAREST and data.moments is None:
-            raise CheckpointError(
-                f"plan: layer {data.name}: rounding {method!r} needs what flows into the layer; pass calibration=, or set rounding to null"
-            )
-        return ROUNDINGS[method](data.weight, grid, data.moments, data.gradients)
+            raise CheckpointError(_needs_inputs(data, method))
+        return ROUNDINGS[method](data.weight, grid, _factored(data), data.gradients)
 
     def build_layer(self, module: nn.Module, spec: LayerSpec, factors: Factors | ConvFactors | None) -> CompressedLayer:
         """Round a module's weight to the nearest levels."""
         kind = kind_of(module)
         assert kind is not None
+        if kind.stacked:
+            return PackedExperts.from_rounded(module, {}, grid_of(spec))
         return _layer_of(module, ROUNDINGS[NEAREST](kind.matrix(module), grid_of(spec)), spec)
 
     # Checks ------------------------------------------------------------------------------------------------------------------
@@ -204,7 +206,7 @@ class Packed(WeightFormat):
     def check(self, data: LayerData, spec: LayerSpec) -> None:
         """Refuse a plan's spec that this target cannot become."""
         super().check(data, spec)
-        if spec.activations not in (None, *self.modes(data, "auto")):
+        if spec.activations not in (None, *self.modes(data, "auto", spec)):
             raise CheckpointError(
                 f"plan: layer {data.name}: packed layers are weight-only, got activations {spec.activations!r}; correct the plan"
             )
@@ -232,28 +234,38 @@ def _bias_shift(data: LayerData, rounded: Rounded, grid: Grid) -> Tensor | None:
     return shift
 
 
+def _needs_inputs(data: LayerData, method: str) -> str:
+    return f"plan: layer {data.name}: rounding {method!r} needs what flows into the layer; pass calibration=, or set rounding to null"
+
+
 def _sampled_error(data: LayerData, grid: Grid, method: str) -> float:
     """Squared relative error of a rounding, in the norm of the inputs and gradients; errors of different rows count as unrelated."""
+    if data.kind.stacked:
+        return experts_error(data, grid, method)
     if not data.weighed_energy > 0.0:
         return 0.0
     rows, moment = _sampled_rows(data), data.moments
     weight = data.weight[rows]
-    rounded = ROUNDINGS[method](weight, grid, moment)
+    rounded = ROUNDINGS[method](weight, grid, moment if method == NEAREST else _factored(data))
     difference = weight.to(torch.float64) - dequantize_groups(*rounded, grid, torch.float64)
-    if moment is None:
-        squares = difference.square().sum(dim=1)
-    else:
-        parts = difference.view(data.blocks, -1, difference.shape[1]) if data.blocks > 1 else difference
-        squares = moment_squares(parts, moment).flatten()
+    parts = difference.view(data.blocks, -1, difference.shape[1]) if data.blocks > 1 else difference
+    squares = row_squares(parts, moment).flatten()
     lost = float((squares * _row_costs(data)[rows]).sum()) * data.rows / len(rows)
     return max(lost, 0.0) / data.weighed_energy
+
+
+def _factored(data: LayerData) -> Moment | FactoredMoment | None:
+    """The moment, factored once for all grids where it is whole."""
+    moments = data.moments
+    if not isinstance(moments, Tensor):
+        return moments
+    return data.remembered("factored moment", lambda: FactoredMoment.of(moments, name=f"layer {data.name}"))
 
 
 def _sampled_rows(data: LayerData) -> Tensor:
     """Some rows, evenly spread, as many of each block."""
     each = data.rows // data.blocks
-    count = max(min(each, SAMPLED_ROWS // data.blocks), 1)
-    spread = torch.arange(count, device=data.weight.device) * each // count
+    spread = spread_rows(each, SAMPLED_ROWS // data.blocks, data.weight.device)
     return torch.cat([spread + block * each for block in range(data.blocks)])
 
 

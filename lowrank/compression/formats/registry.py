@@ -48,7 +48,7 @@ def compressing_formats() -> tuple[str, ...]:
 
     Example:
         >>> compressing_formats()
-        ('int8', 'int7', 'int6', 'int5', 'int4', 'int3', 'int2', 'lowrank', 'lowrank-int8')
+        ('int8', 'int7', 'int6', 'int5', 'int4', 'int3', 'int2', 'mixed', 'lowrank', 'lowrank-int8')
     """
     return tuple(name for name, format in FORMATS.items() if not format.dense)
 

@@ -31,7 +31,6 @@ typedef struct {
     int by_samples;
 } job;
 
-static int64_t share(int64_t count, int64_t part, int64_t parts) { return count * part / parts; }
 
 /* The padded image's rows from `from` to `to`; zero is the code `zero`. */
 static void round_rows(const job *all, const float *x, rounding how, uint8_t *codes, int64_t from, int64_t to) {

@@ -40,7 +40,6 @@ typedef struct {
 
 /* Rows of codes fall into different cache sets, as panels do. */
 static int64_t row_stride(int64_t columns) { return (round_up(columns, 64) / 64 | 1) * 64; }
-static int64_t share(int64_t count, int64_t part, int64_t parts) { return count * part / parts; }
 
 static int64_t place(char **at, int64_t bytes) {
     bytes = round_up(bytes, 64);

@@ -28,6 +28,8 @@ typedef struct {
 /* Bytes from one panel to the next. An odd number of cache lines, so that panels do not fall into the same cache sets. */
 static inline int64_t panel_stride(int64_t columns) { return 16 * columns + ((columns / 4) % 2 ? 0 : 64); }
 static inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+/* Where the part of a thread begins. */
+static inline int64_t share(int64_t count, int64_t part, int64_t parts) { return count * part / parts; }
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /* Where the rows of u8 codes of a product lie: row r, columns k of run s at `start + r * stride + offsets[s] + k`. */
