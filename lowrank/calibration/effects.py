@@ -45,8 +45,9 @@ def local_effects(
 
     While the model runs as it is, every other layer is run on the same inputs; δ is what it gives otherwise, over all positions of a
     sample. g is the gradient at the layer's outputs of ⟨v, y⟩ for a random direction v, so that E (gᵀ δ)² = ‖J δ‖²: what the output y
-    moves by. One forward and ``draws`` backward passes tell it for all targets, and no layer is replaced. Correlations between positions and
-    the rounding of activations are in δ, and no statistic of the layer is needed: it works for any module that gives floating tensors.
+    moves by. One forward and ``draws`` backward passes tell it for all targets, and no layer is replaced. Correlations between
+    positions and the rounding of activations are in δ, and no statistic of the layer is needed: it works for any module that gives
+    floating tensors.
 
     Args:
         model: run in evaluation mode; it may keep what it computes.
@@ -59,8 +60,8 @@ def local_effects(
         seed: of the directions.
 
     Returns:
-        An effect for each difference, in the unit in which contributions add up; a target that no gradient reached, or whose other layers cannot be called
-        as it is, is absent.
+        An effect for each difference, in the unit in which contributions add up; a target that no gradient reached, or
+        whose other layers cannot be called as it is, is absent.
 
     Raises:
         RuntimeError: torch's own, where the model cannot be differentiated.

@@ -162,6 +162,7 @@ def choose(prepared: Preparation, verification: Sequence[Batch], options: Option
     else:
         outcome = search.keep_error_budget(options.error_budget, uniform)
         around = options.error_budget
+    outcome.passes = dict(prepared.passes.spent)
     outcome.predicted = _others(corrections.allocator, outcome, around, options)
     # What is said of layers and of plans from here on is as measurements have corrected it.
     prepared.choices = list(corrections.allocator.choices)

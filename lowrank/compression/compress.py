@@ -177,8 +177,7 @@ def compress_model(
         progress: bars on standard error for what takes over 2 seconds.
         on_nonfinite: "raise", or "copy" to leave a layer with NaN or Inf as it is.
         fold_batchnorm: take each BatchNorm into the convolution before it first; see :func:`lowrank.fold_batchnorm`.
-        smallest: take the smallest plan within the budget, whatever a step costs. Else no step is taken that saves less than half a per
-            cent of the bytes for a tenth of the error budget or more; the report says what the next smaller plan would cost.
+        smallest: take the smallest plan within the budget; else no step that saves under 0.5 % of the bytes for a tenth of the budget.
         plan: apply this one instead of searching; its error is measured all the same, and tested where a budget is given.
 
     Raises:

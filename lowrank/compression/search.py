@@ -13,7 +13,7 @@ from tqdm import tqdm
 from lowrank.compression.healed_plans import heal_plan, healed_plans
 from lowrank.compression.passes import Passes
 from lowrank.compression.plan import Plan, same_specs
-from lowrank.compression.probes import WEIGHT_ONLY_CHARGE
+from lowrank.compression.sequence import before_the_knee, neighbours_of, safe_to_small, size_of
 from lowrank.compression.trial import ErrorMeasure, Healer, Outcome, Reading, Trial
 from lowrank.compression.working_copy import WorkingCopy
 from lowrank.errors import BudgetError
@@ -44,9 +44,6 @@ REACH_FACTOR = 1.6
 REACH_STEPS = 5
 # Trials whose bound on the search part is below this share of the budget will pass; only the smallest of them is verified.
 SURE_SHARE = 0.6
-# No step that takes a tenth of the budget or more for less than half a per cent of the bytes, or more at this rate.
-KNEE_SHARE = 0.1
-KNEE_RATE = 0.005 / KNEE_SHARE
 # Times a plan for a size budget is made anew with what was measured.
 SIZE_ROUNDS = 3
 # Layers whose reason an error names.
@@ -202,7 +199,7 @@ class Search:
             )
         passed = self._verify(budget)
         self.copy.install_plan(passed.plan)
-        return Outcome(passed, self.scale, self.trials, neighbours=_neighbours(passed, self.trials))
+        return Outcome(passed, self.scale, self.trials, neighbours=neighbours_of(passed, self.trials))
 
     def _by_fractions(self) -> Iterator[tuple[str, Plan]]:
         """Make the plans of the fractions; of a small one there may be none, where overrides force an error."""
@@ -269,16 +266,16 @@ class Search:
         """Measure those that may be smaller than anything within the target, and within it: the boldest first."""
         waiting = list(plans)
         for _ in range(UNIFORM_STEPS):
-            within = [_size(item.plan) for item in self.trials if item.searched.value <= self.target]
+            within = [size_of(item.plan) for item in self.trials if item.searched.value <= self.target]
             offered = [
                 (label, plan)
                 for label, plan in waiting
                 if self.predicted(plan) <= self.total(UNIFORM_REACH * self.target)
-                and not (within and _size(plan) >= min(within))
+                and not (within and size_of(plan) >= min(within))
             ]
             if not offered:
                 return
-            label, plan = min(offered, key=lambda each: _size(each[1]))
+            label, plan = min(offered, key=lambda each: size_of(each[1]))
             waiting.remove((label, plan))
             self._try(label, plan)
 
@@ -297,9 +294,9 @@ class Search:
 
     def _verify(self, budget: float) -> Trial:
         """Test the trials from the safest to the smallest, and give the last that passes before the first that fails."""
-        sequence = _safe_to_small(self.trials)
+        sequence = safe_to_small(self.trials)
         if not self.smallest:
-            sequence = [item for item in sequence if not self._beyond_the_knee(item, sequence, budget)]
+            sequence = before_the_knee(sequence, budget, self.rest_bytes)
         sure = [item for item in sequence if self.foreseen and item.searched.upper <= SURE_SHARE * budget]
         sequence = sequence[max(len(sure) - 1, 0) :]
         passed: Trial | None = None
@@ -311,17 +308,6 @@ class Search:
         if passed is not None:
             return passed
         raise self._refusal(sequence[0], budget)
-
-    def _beyond_the_knee(self, trial: Trial, sequence: Sequence[Trial], budget: float) -> bool:
-        """Whether a safer plan is hardly larger: decided on the search part alone, so that the order of the tests stays fixed."""
-        if trial.plan.metadata.get("objective") == "latency":
-            return False
-        for safer in sequence:
-            taken = (trial.searched.value - safer.searched.value) / budget
-            saved = (_charged(safer.plan) - _charged(trial.plan)) / max(self.rest_bytes + safer.plan.bytes, 1)
-            if taken >= KNEE_SHARE and saved < KNEE_RATE * taken:
-                return True
-        return False
 
     def _refusal(self, first: Trial, budget: float) -> BudgetError:
         """Say what the safest plan reaches, and what would help: a larger budget, or so many samples."""
@@ -360,14 +346,14 @@ class Search:
         """Bolder and bolder plans, where predictions were too high, until one lies beyond the target or nothing smaller is left."""
         if not self.trials:
             return
-        boldest = min(self.trials, key=lambda item: _size(item.plan))
+        boldest = min(self.trials, key=lambda item: size_of(item.plan))
         allowed = self.predicted(boldest.plan)
         for step in range(REACH_STEPS):
             if not boldest.searched.value < self.target:
                 return
             allowed *= REACH_FACTOR
             plan = self.plan_for(allowed)
-            if plan.error > 0.0 and _size(plan) < _size(boldest.plan):
+            if plan.error > 0.0 and size_of(plan) < size_of(boldest.plan):
                 bolder = self._try(f"bolder, step {step + 1}", plan)
                 if bolder is None:
                     return
@@ -399,37 +385,3 @@ def corrected(predicted: float, reading: Reading, scale: float, total: Callable[
     measured = total(reading.value) if math.isfinite(reading.value) else math.inf
     ratio = measured / predicted if predicted > 0.0 else 0.0
     return ratio if 0.0 < ratio < math.inf else scale
-
-
-def _safe_to_small(trials: Iterable[Trial]) -> list[Trial]:
-    """By growing error on the search part, without plans that are no smaller than a safer one.
-
-    Of two plans of one size the one with fewer weight-only bytes counts as the smaller: it runs faster.
-    """
-    sequence: list[Trial] = []
-    for trial in sorted(trials, key=lambda item: (item.searched.value, _size(item.plan))):
-        if math.isfinite(trial.searched.value) and (not sequence or _size(trial.plan) < _size(sequence[-1].plan)):
-            sequence.append(trial)
-    return sequence
-
-
-def _neighbours(chosen: Trial, trials: Iterable[Trial]) -> tuple[Trial | None, Trial | None]:
-    """The next better and the next smaller plan that were measured."""
-    sequence = _safe_to_small(trials)
-    if chosen not in sequence:
-        return None, None
-    place = sequence.index(chosen)
-    better = sequence[place - 1] if place else None
-    return better, sequence[place + 1] if place + 1 < len(sequence) else None
-
-
-def _charged(plan: Plan) -> float:
-    """Bytes, with what weight-only ones are charged for: integer products are faster."""
-    return plan.bytes + (WEIGHT_ONLY_CHARGE - 1.0) * plan.weight_only_bytes
-
-
-def _size(plan: Plan) -> tuple[float, ...]:
-    """What the smaller of two plans has less of; for plans made for speed: bytes over their size budget, then seconds."""
-    if plan.metadata.get("objective") == "latency" and plan.objective_value is not None:
-        return max(plan.bytes - plan.metadata.get("target_bytes", math.inf), 0), plan.objective_value, plan.bytes
-    return plan.bytes, plan.weight_only_bytes

@@ -91,6 +91,7 @@ class Outcome:
 
     Attributes:
         neighbours: the next better and the next smaller plan that were measured, where there are any.
+        passes: over the samples of the search, by what they were for.
     """
 
     chosen: Trial
@@ -98,3 +99,4 @@ class Outcome:
     trials: list[Trial] = field(default_factory=list)
     predicted: list[tuple[float, Plan]] = field(default_factory=list)
     neighbours: tuple[Trial | None, Trial | None] = (None, None)
+    passes: dict[str, int] = field(default_factory=dict)
