@@ -229,8 +229,7 @@ class _Run:
         """Measure the steps that are not done yet, and keep each as soon as it is."""
         prepared, verification = prepare(model, batches, checks, self.options, probing=True)
         allocator = allocator_of(prepared, self.options)
-        corrections = Corrections(allocator)
-        search = search_of(prepared, verification, self.options, corrections)
+        search = search_of(prepared, verification, self.options, Corrections(allocator))
         search.passes = Passes(limit=MOST_STEPS)
         sizes = TargetBytes.of_original(prepared.survey, prepared.copy.model, prepared.copy.layers)
         self.state.totals |= {
@@ -250,6 +249,7 @@ class _Run:
         bar = tqdm(desc="frontier", unit="point", delay=2, disable=not self.options.progress)
         while (following := self.following()) is not None:
             step, budget = following
+            _forget(search, allocator)
             if budget is None:
                 label, plan = uniform[step]
                 if not self.state.done:
@@ -266,6 +266,13 @@ class _Run:
                 self.state.write(self.folder)
             bar.update()
         bar.close()
+
+
+def _forget(search: Search, allocator: Allocator) -> None:
+    """Begin a step with nothing but the scale of those before, so that a run that was stopped goes on alike."""
+    corrections = Corrections(allocator)
+    search.plan_for, search.predicted, search.learn = corrections.plan, corrections.predicted, corrections.learn
+    search.trials = []
 
 
 def _size(point: FrontierPoint) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from tqdm import tqdm
 from lowrank.compression.healed_plans import heal_plan, healed_plans
 from lowrank.compression.passes import Passes
 from lowrank.compression.plan import Plan, same_specs
-from lowrank.compression.sequence import before_the_knee, neighbours_of, safe_to_small, size_of
+from lowrank.compression.sequence import before_the_knee, is_dear, neighbours_of, safe_to_small, size_of
 from lowrank.compression.trial import ErrorMeasure, Healer, Outcome, Reading, Trial
 from lowrank.compression.working_copy import WorkingCopy
 from lowrank.errors import BudgetError
@@ -24,6 +25,8 @@ __all__ = ["Search", "Step", "corrected"]
 # Fractions of the calibrated budget at which plans are made, those near it first: with each the predictions get better. The small ones
 # are there for the day when predictions are far off or samples so few that the test's margin is wide.
 FRACTIONS = (1.0, 0.95, 0.88, 0.75, 0.5, 0.25, 1.04)
+# Fractions at which plans are made beside these where what is within the budget seems hardly smaller.
+TIMID_FRACTIONS = (0.1, 0.05, 0.03, 0.01)
 # A plan this near to one that was measured, in error, tells nothing new.
 ALIKE = 0.015
 # End-to-end measurements that calibrate the predictions; seen to settle within 3 on MiniLM and small GPT and Llama models.
@@ -189,6 +192,8 @@ class Search:
             self.trials = [self.attempt("the mildest plan tried", tried)]
         self._reach()
         self._fill_gaps()
+        if not self.smallest:
+            self._timid()
         if self.heal is not None:
             self.trials += healed_plans(self)
         if not self.trials:
@@ -358,6 +363,20 @@ class Search:
                 if bolder is None:
                     return
                 boldest = bolder
+
+    def _timid(self) -> None:
+        """Plans that err far less and are predicted to be hardly larger than the smallest within the target."""
+        for fraction in TIMID_FRACTIONS:
+            within = [item for item in self.trials if item.searched.value <= self.target]
+            if not within:
+                return
+            smallest = min(within, key=lambda item: size_of(item.plan))
+            errors = fraction * self.target, smallest.searched.value
+            with contextlib.suppress(BudgetError):
+                # Overrides may force an error that no plan of so small a one can have.
+                plan = self.plan_for(self.total(errors[0]) / self.scale)
+                if is_dear(errors, self.target, plan, smallest.plan, self.rest_bytes) and not self._is_told(plan):
+                    self._try(f"{fraction:.0%} of the budget", plan)
 
     def _fill_gaps(self) -> None:
         """Bisect the widest gaps between trials near the target: where predictions are off, their steps are uneven."""

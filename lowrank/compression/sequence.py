@@ -9,11 +9,14 @@ from lowrank.compression.plan import Plan
 from lowrank.compression.probes import WEIGHT_ONLY_CHARGE
 from lowrank.compression.trial import Trial
 
-__all__ = ["before_the_knee", "neighbours_of", "safe_to_small", "size_of"]
+__all__ = ["before_the_knee", "is_dear", "neighbours_of", "safe_to_small", "size_of"]
 
-# No step that takes a tenth of the budget or more for less than half a per cent of the bytes, or more at this rate.
-KNEE_SHARE = 0.1
-KNEE_RATE = 0.005 / KNEE_SHARE
+# No step that takes a twentieth of the budget or more at a higher price than a tenth of it for half a per cent of the bytes.
+KNEE_SHARE = 0.05
+KNEE_RATE = 0.005 / 0.1
+# Nor one that multiplies the error by so much, or more, for less than this share of the bytes.
+KNEE_FACTOR = 3.0
+KNEE_BYTES = 0.02
 
 
 def safe_to_small(trials: Iterable[Trial]) -> list[Trial]:
@@ -42,14 +45,26 @@ def before_the_knee(sequence: Sequence[Trial], budget: float, rest_bytes: int) -
     def beyond(trial: Trial) -> bool:
         if trial.plan.metadata.get("objective") == "latency":
             return False
-        for safer in sequence:
-            taken = (trial.searched.value - safer.searched.value) / budget
-            saved = (_charged(safer.plan) - _charged(trial.plan)) / max(rest_bytes + safer.plan.bytes, 1)
-            if taken >= KNEE_SHARE and saved < KNEE_RATE * taken:
-                return True
-        return False
+        return any(
+            is_dear((safer.searched.value, trial.searched.value), budget, safer.plan, trial.plan, rest_bytes)
+            for safer in sequence
+        )
 
     return [trial for trial in sequence if not beyond(trial)]
+
+
+def is_dear(errors: tuple[float, float], budget: float, safer: Plan, smaller: Plan, rest_bytes: int) -> bool:
+    """Tell whether the bytes between two plans are too few for the error between them.
+
+    Args:
+        errors: of the safer and of the smaller plan, in the metric's unit.
+        budget: in the metric's unit.
+        rest_bytes: of the file beside the targets.
+    """
+    least, most = errors
+    taken = (most - least) / budget
+    saved = (_charged(safer) - _charged(smaller)) / max(rest_bytes + safer.bytes, 1)
+    return taken >= KNEE_SHARE and (saved < KNEE_RATE * taken or (most >= KNEE_FACTOR * least and saved < KNEE_BYTES))
 
 
 def neighbours_of(chosen: Trial, trials: Iterable[Trial]) -> tuple[Trial | None, Trial | None]:
