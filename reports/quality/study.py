@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -126,8 +126,8 @@ def all_cases(model: str, seeds: Sequence[int] = SEEDS) -> list[Case]:
     found: list[Case] = []
     scopes = ("encoder", "file") if model == "minilm" else ("file",)
     for seed in seeds:
-        for scope in scopes:
-            found += recipe_cases(model, scope, seed)
+        # Scopes in turn: what is made of a matrix is the same in both.
+        found += [case for pair in zip(*(recipe_cases(model, scope, seed) for scope in scopes), strict=True) for case in pair]
         if not seed:
             found += package_cases(model)
     for seed in seeds:
@@ -162,13 +162,15 @@ def from_recipe(subject: Subject, case: Case) -> tuple[torch.nn.Module, int]:
     ranks = ranks_of(subject, multiplying, case) if case.method in recipes.LOW_RANK else {}
     total = 0
     for name in names:
-        made = _made(subject, case, name, ranks.get(name))
+        made = _made(subject, replace(case, scope=""), name, ranks.get(name))
         weight: Tensor = model.get_submodule(name).weight.data  # type: ignore[assignment, union-attr]
         weight.copy_(made.weight.view(weight.shape))
         total += made.bytes
     return model, total
 
 
+# As many as a model has matrices, so that the second scope finds what the first one made.
+@lru_cache(maxsize=64)
 def _made(subject: Subject, case: Case, name: str, rank: int | None) -> recipes.Made:
     weight = subject.weight(name)
     if subject.is_table(name):

@@ -27,7 +27,7 @@ SMALLEST_TABLE = 4096
 Run = Callable[[Any], Tensor]
 
 
-@dataclass
+@dataclass(eq=False)
 class Subject:
     """One model and its data.
 
