@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from subjects import Subject, stored
+from compared_models import Subject, stored
 from torch import nn
 
 import lowrank

@@ -1,4 +1,4 @@
-"""One point of a real package, in an environment of its own (README): a case in, as JSON; what was measured out, on the last line. See study.py.
+"""One point of a real package, in an environment of its own (README): a case in and what was measured out, as JSON. See study.py.
 
 Weights are weights alone everywhere: what a package stores is put back as floats, or runs with float activations.
 """
@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE)]
+sys.path.insert(0, str(HERE))
+sys.path.insert(0, str(HERE.parent))
 
 import torch
-from subjects import SUBJECTS, Run, Subject
+from compared_models import SUBJECTS, Run, Subject
 from torch import Tensor, nn
 
 Case = dict[str, Any]
@@ -38,7 +39,7 @@ def put_back(subject: Subject, case: Case, code: Callable[[str, nn.Module], tupl
 
 
 def torchao(subject: Subject, case: Case) -> Outcome:
-    """IntxWeightOnlyConfig, asymmetric in groups: it keeps a byte a code whatever the bits, so codes count at their bits, scales as stored."""
+    """IntxWeightOnlyConfig, asymmetric in groups; it keeps a byte a code whatever the bits, and here codes count at their bits."""
     from torchao.quantization import IntxWeightOnlyConfig, quantize_
     from torchao.quantization.granularity import PerGroup
     from torchao.quantization.quant_primitives import MappingType
@@ -52,7 +53,10 @@ def torchao(subject: Subject, case: Case) -> Outcome:
         linear = nn.Linear(columns, len(weight), bias=False)
         linear.weight.data = weight.clone()
         config = IntxWeightOnlyConfig(
-            weight_dtype=dtype, granularity=PerGroup(group), mapping_type=MappingType.ASYMMETRIC, scale_dtype=torch.float16
+            weight_dtype=dtype,
+            granularity=PerGroup(group),
+            mapping_type=MappingType.ASYMMETRIC,
+            scale_dtype=torch.float16,
         )
         holder = nn.Sequential(linear)
         quantize_(holder, config)
@@ -149,9 +153,6 @@ def nncf(subject: Subject, case: Case) -> Outcome:
 def auto_round(subject: Subject, case: Case) -> Outcome:
     """Signed gradient descent on roundings and ranges, block after block; 200 steps, its default."""
     from auto_round import AutoRound
-
-    class Texts:
-        """The calibration tokens as it wants them."""
 
     rows = [
         {key: value[index : index + 1] for key, value in batch.items()}

@@ -1,7 +1,7 @@
 """Recipes of others, each from its mathematics: a matrix in, what is left of it and its bytes out. Nothing here knows lowrank.
 
-A matrix is (out, in) float64, ``gram`` is XᵀX / tokens of its inputs, (in, in) float64. Codes count at their bits, scales 16 bits a group, whole
-zero points at the bits of a code, others 16 bits; low-rank factors 16 bits a number and rounded to float16.
+A matrix is (out, in) float64, ``gram`` is XᵀX / tokens of its inputs, (in, in) float64. Codes count at their bits, scales 16 bits a
+group, whole zero points at the bits of a code, others 16 bits; low-rank factors 16 bits a number and rounded to float16.
 """
 
 from __future__ import annotations
@@ -191,9 +191,7 @@ def threshold_ranks(spectra: Mapping[str, Tensor], shapes: Mapping[str, Sequence
 
     The threshold is bisected to the largest total within the share; the error of a rank is known from the spectrum alone.
     """
-    tails = {
-        name: (s.square().flip(0).cumsum(0).flip(0) / s.square().sum()).sqrt() for name, s in spectra.items()
-    }
+    tails = {name: (s.square().flip(0).cumsum(0).flip(0) / s.square().sum()).sqrt() for name, s in spectra.items()}
     allowed = share * sum(4 * m * n for m, n in shapes.values())
 
     def ranks(threshold: float) -> dict[str, int]:
@@ -254,6 +252,9 @@ CODERS: dict[str, Coder] = {
     "GPTQ": gptq,
     "GPTQ, act-order": lambda weight, gram, bits, group: gptq(weight, gram, bits, group, ordered=True),
 }
-CORRECTED: dict[str, Callable[[Tensor, Tensor, int, "int | None", int], Made]] = {"QERA/EoRA": qera, "CALDERA-style": caldera}
+CORRECTED: dict[str, Callable[[Tensor, Tensor, int, int | None, int], Made]] = {
+    "QERA/EoRA": qera,
+    "CALDERA-style": caldera,
+}
 LOW_RANK = ("SVD", "SVD-LLM", "FLAR-SVD")
 DATA_FREE = ("nearest", "HQQ", "SVD")

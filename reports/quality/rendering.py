@@ -6,10 +6,12 @@ import math
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from _shared import harness
 
+# Methods of this package.
 OURS = ("uniform", "uniform, two-sided", "planner")
 # Errors at which curves are read.
 LEVELS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4)
@@ -17,6 +19,8 @@ LEVELS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4)
 WORTHLESS = 0.9
 # Bytes and errors that are alike to this count as the same.
 ALIKE = 1.0005
+# At an end of our curve a point of ours that takes so much more still says what ours is worth there.
+NEAR = 1.015
 
 
 @dataclass(frozen=True)
@@ -80,13 +84,16 @@ def points_of(results: dict[str, Any]) -> list[Point]:
 
 
 def at_share(curve: Sequence[Point], share: float) -> float | None:
-    """Read a curve between its points, log error over bytes; ``None`` outside."""
+    """Read a curve between its points, log error over bytes; at its ends from the point next to it, ``None`` farther out."""
     front = sorted(curve, key=lambda point: (point.share, point.error))
-    for low, high in zip(front, front[1:], strict=False):
+    for low, high in pairwise(front):
         if low.share <= share <= high.share and high.share > low.share:
             part = (share - low.share) / (high.share - low.share)
             return math.exp((1 - part) * math.log(low.error) + part * math.log(high.error))
-    return None
+    if front and front[-1].share < share:
+        # More bytes than our largest point: that one is there for less.
+        return front[-1].error
+    return front[0].error if front and front[0].share <= share * NEAR else None
 
 
 def frontier(points: Sequence[Point]) -> list[Point]:
@@ -114,7 +121,7 @@ def better(points: Sequence[Point]) -> list[tuple[Point, float | None]]:
 def bytes_at(points: Sequence[Point], error: float) -> float | None:
     """The share at which a method's curve comes down to this error; ``None`` where its points do not reach around it."""
     curve = frontier(points)
-    for low, high in zip(curve, curve[1:], strict=False):
+    for low, high in pairwise(curve):
         if high.error <= error <= low.error:
             part = (math.log(low.error) - math.log(error)) / (math.log(low.error) - math.log(high.error))
             return low.share + part * (high.share - low.share)
@@ -149,7 +156,17 @@ def _every_point(points: Sequence[Point]) -> str:
         ]
         for point in sorted(points, key=lambda each: (each.share, each.error))
     ]
-    head = ["bytes", "bits a weight", "method", "setting", "error", "seeds", "least–most", points[0].judged[0], "seconds"]
+    head = [
+        "bytes",
+        "bits a weight",
+        "method",
+        "setting",
+        "error",
+        "seeds",
+        "least–most",
+        points[0].judged[0],
+        "seconds",
+    ]
     return harness.table(body, head)
 
 
@@ -168,7 +185,9 @@ def _peers_ahead(points: Sequence[Point]) -> str:
         ]
         for point, own in found
     ]
-    return harness.table(body, ["bytes", "peer", "setting", "its error", "ours between points", "below our curve"])
+    return harness.table(
+        body, ["bytes", "peer", "setting", "its error", "ours between points", "better at equal bytes"]
+    )
 
 
 def _at_equal_error(points: Sequence[Point]) -> str:
@@ -185,10 +204,23 @@ def render(results: dict[str, Any]) -> str:
     lines: list[str] = []
     for model, scope, points in _scopes(points_of(results)):
         lines += [f"## {model}, {scope}", "", "Bytes at equal error, read off between points:", ""]
-        lines += [_at_equal_error(points), "", "Points of peers that no point of this package matches in bytes and error at once:", ""]
+        lines += [
+            _at_equal_error(points),
+            "",
+            "Points of peers that no point of this package matches in bytes and error at once:",
+            "",
+        ]
         lines += [_peers_ahead(points), "", "Every point:", "", _every_point(points), ""]
     failed = [row for row in results["rows"] if "failed" in row]
     if failed:
-        body = [[r["case"]["model"], r["case"]["scope"], r["case"]["method"], setting_of(r["case"]), r["failed"]] for r in failed]
-        lines += ["## Packages that did not run", "", harness.table(body, ["model", "scope", "package", "setting", "message"]), ""]
+        body = [
+            [r["case"]["model"], r["case"]["scope"], r["case"]["method"], setting_of(r["case"]), r["failed"]]
+            for r in failed
+        ]
+        lines += [
+            "## Packages that did not run",
+            "",
+            harness.table(body, ["model", "scope", "package", "setting", "message"]),
+            "",
+        ]
     return "\n".join(lines)

@@ -27,13 +27,14 @@ import torch
 from torch import Tensor
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE)]
+sys.path.insert(0, str(HERE))
+sys.path.insert(0, str(HERE.parent))
 
 import recipes
 from _shared import harness
 from _shared.host import host
+from compared_models import SUBJECTS, Subject
 from rendering import render
-from subjects import SUBJECTS, Subject
 
 SEEDS = (0, 1, 2)
 BITS = (8, 6, 5, 4, 3, 2)
@@ -52,7 +53,7 @@ class Case:
     """One point: what is made of which scope of which model.
 
     Attributes:
-        model, scope: see subjects.py; scope ``"file"`` is everything.
+        model, scope: see compared_models.py; scope ``"file"`` is everything.
         method: see recipes.py, ``OURS``, ``PLANNER``, or a package.
         bits, group, rank: of codes, and of what is added to them.
         share: of bytes, that factors may take.
@@ -127,7 +128,9 @@ def all_cases(model: str, seeds: Sequence[int] = SEEDS) -> list[Case]:
     scopes = ("encoder", "file") if model == "minilm" else ("file",)
     for seed in seeds:
         # Scopes in turn: what is made of a matrix is the same in both.
-        found += [case for pair in zip(*(recipe_cases(model, scope, seed) for scope in scopes), strict=True) for case in pair]
+        found += [
+            case for pair in zip(*(recipe_cases(model, scope, seed) for scope in scopes), strict=True) for case in pair
+        ]
         if not seed:
             found += package_cases(model)
     for seed in seeds:

@@ -1,4 +1,4 @@
-"""The models of the study with their data and what is measured on them. Nothing here knows lowrank: packages run it in environments of their own."""
+"""The models of the study, their data, what is measured on them. Nothing here knows lowrank: packages run it where that is not installed."""
 
 from __future__ import annotations
 
