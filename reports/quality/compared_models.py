@@ -1,4 +1,4 @@
-"""The models of the study, their data, what is measured on them. Nothing here knows lowrank: packages run it where that is not installed."""
+"""The models of the study, their data and measures. Nothing here knows lowrank: packages run it where it is not installed."""
 
 from __future__ import annotations
 

@@ -31,7 +31,8 @@ def uniform(subject: Subject, scope: str, bits: int, group: int | None, rounding
             bits=bits,
             activations=None if table else "float",
             group=group,
-            rounding=None if table else rounding,
+            # Int8 in rows, the fastest format, is rounded to nearest.
+            rounding=None if table or (bits == 8 and group is None) else rounding,
             zero_point=True if bits <= MOST_BITS_WITH_ZERO else None,
         )
         entries.append(PlanEntry(name, kind_of(module), tuple(module.weight.shape), spec, 0, 0.0))

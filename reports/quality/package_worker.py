@@ -14,14 +14,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
-sys.path.insert(0, str(HERE.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from compared_models import SUBJECTS, Run, Subject
 from torch import Tensor, nn
 
+HERE = Path(__file__).resolve().parent
 Case = dict[str, Any]
 Outcome = tuple[Run, int]
 

@@ -26,9 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
-sys.path.insert(0, str(HERE.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import recipes
 from _shared import harness
@@ -36,6 +35,7 @@ from _shared.host import host
 from compared_models import SUBJECTS, Subject
 from rendering import render
 
+HERE = Path(__file__).resolve().parent
 SEEDS = (0, 1, 2)
 BITS = (8, 6, 5, 4, 3, 2)
 BUDGETS = (0.02, 0.05, 0.1, 0.2)
