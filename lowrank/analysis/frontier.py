@@ -22,10 +22,13 @@ from lowrank.calibration.metrics import METRICS, metric_named
 from lowrank.calibration.samples import without_shared
 from lowrank.calibration.untouched import borrowed
 from lowrank.compression.accounting import TargetBytes, frontier_point
-from lowrank.compression.choose import allocator_of, search_of, uniform_plans
+from lowrank.compression.allocation import Allocator
+from lowrank.compression.choose import allocator_of, search_of
 from lowrank.compression.compress import prepare
+from lowrank.compression.corrections import Corrections
 from lowrank.compression.formats import REFERENCE
 from lowrank.compression.options import Options, check_budgets
+from lowrank.compression.passes import Passes
 from lowrank.compression.plan import Plan, same_specs
 from lowrank.compression.search import Search, corrected
 from lowrank.compression.trial import Reading
@@ -40,6 +43,8 @@ from lowrank.targets.model import unwrapped
 __all__ = ["FrontierPoint", "FrontierReport", "default_budgets", "measure_frontier"]
 
 POINTS = 8
+# Passes over the search samples: a few for each point.
+MOST_STEPS = 10_000
 MOST_POINTS = 64
 # Plans tried for a point until its error on the search part is this near to the budget.
 ROUNDS = 3
@@ -172,6 +177,10 @@ def _uniform_steps(options: Options) -> list[str]:
     return [f"uniform {mode}" for mode in (ACTIVATIONS if options.activations == "auto" else (options.activations,))]
 
 
+def _uniform_plans(options: Options, allocator: Allocator) -> list[tuple[str, Plan]]:
+    return allocator.uniform((REFERENCE.name,), options.activations) if _uniform_steps(options) else []
+
+
 @dataclass
 class _Run:
     """Budgets, what is finished, and where it is kept.
@@ -220,7 +229,9 @@ class _Run:
         """Measure the steps that are not done yet, and keep each as soon as it is."""
         prepared, verification = prepare(model, batches, checks, self.options, probing=True)
         allocator = allocator_of(prepared, self.options)
-        search = search_of(prepared, verification, self.options, allocator)
+        corrections = Corrections(allocator)
+        search = search_of(prepared, verification, self.options, corrections)
+        search.passes = Passes(limit=MOST_STEPS)
         sizes = TargetBytes.of_original(prepared.survey, prepared.copy.model, prepared.copy.layers)
         self.state.totals |= {
             "metric": self.options.metric,
@@ -234,7 +245,7 @@ class _Run:
             [f"errors are those of the worst of {counted(len(groups), 'group')}: {', '.join(groups)}"] if groups else []
         )
         self.state.notes = [*told, *prepared.notes]
-        uniform = dict(zip(_uniform_steps(self.options), uniform_plans(prepared, self.options, allocator), strict=True))
+        uniform = dict(zip(_uniform_steps(self.options), _uniform_plans(self.options, allocator), strict=True))
         search.scale = self.state.done[-1].scale if self.state.done else 1.0
         bar = tqdm(desc="frontier", unit="point", delay=2, disable=not self.options.progress)
         while (following := self.following()) is not None:
@@ -243,7 +254,7 @@ class _Run:
                 label, plan = uniform[step]
                 if not self.state.done:
                     reading = search.attempt(label, plan).searched
-                    search.scale = corrected(plan, reading, search.scale, search.total)
+                    search.scale = corrected(search.predicted(plan), reading, search.scale, search.total)
             else:
                 label, plan = f"budget {budget:.3g}", _plan_for(search, budget)
             known = any(item.plan is not None and same_specs(item.plan, plan) for item in self.state.done)

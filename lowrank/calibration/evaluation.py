@@ -87,6 +87,15 @@ class Evaluator:
         """The paths of the outputs that are measured."""
         return tuple(self._metrics)
 
+    def sizes(self) -> dict[str, float]:
+        """Sum what the error of each output is relative to, over all samples."""
+        found = dict.fromkeys(self._metrics, 0.0)
+        for batch, cached in zip(self.batches, self._cache, strict=True):
+            references = self._outputs(self.original, batch) if cached is None else cached
+            for path, metric in self._metrics.items():
+                found[path] += float(_terms(metric, references[path], references[path], batch, path)[1].sum())
+        return found
+
     def measure(self, model: nn.Module, *, desc: str | None = None) -> Comparison:
         """Run the model on every batch and compare."""
         numerators: dict[str, list[Tensor]] = {path: [] for path in self._metrics}

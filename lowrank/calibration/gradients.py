@@ -17,7 +17,7 @@ from lowrank.calibration.outputs import OutputFn, measured_tensors, model_tensor
 from lowrank.calibration.untouched import in_evaluation, untouched
 from lowrank.errors import UsageError
 
-__all__ = ["DIRECTIONS", "Directions", "output_gradients"]
+__all__ = ["DIRECTIONS", "Directions", "differentiated", "output_gradients"]
 
 # From the output, its mask of padding (or None) and a generator to what is back-propagated, of the output's shape.
 Directions = Callable[[Tensor, Tensor | None, torch.Generator], Tensor]
@@ -107,7 +107,7 @@ def output_gradients(
             stack.callback(module.register_forward_hook(watch(name)).remove)
         for batch in _in_pieces(batches):
             current = batch
-            outputs = _differentiated(batch.run(model), output_fn, every=directions == "output")
+            outputs = list(differentiated(batch.run(model), output_fn, every=directions == "output").values())
             if outputs:
                 back = [drawn(output, position_mask(output, batch), generator) for output in outputs]
                 if len(outputs) > 1:
@@ -119,10 +119,17 @@ def output_gradients(
     return {name: sums[name] / samples for name in targets if name in sums}
 
 
-def _differentiated(output: Any, output_fn: OutputFn | None, *, every: bool) -> list[Tensor]:
-    """The tensors of an output that are back-propagated from."""
-    found = measured_tensors(output, output_fn).values() if every or output_fn is not None else [model_tensor(output)]
-    return [tensor for tensor in found if tensor.requires_grad]
+def differentiated(output: Any, output_fn: OutputFn | None, *, every: bool) -> dict[str, Tensor]:
+    """Give the tensors of an output that can be back-propagated from, by their path.
+
+    Args:
+        every: all floating tensors; else the main one, as ``"output"``.
+    """
+    if every or output_fn is not None:
+        found = measured_tensors(output, output_fn)
+    else:
+        found = {"output": model_tensor(output)}
+    return {path: tensor for path, tensor in found.items() if tensor.requires_grad}
 
 
 def _positive(norm: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from lowrank.layers import CompressedLayer, DecodedLayer
 from lowrank.layers.experts import ExpertsLayer
 from lowrank.numerics.linalg import fallback_counts
 from lowrank.reporting.points import FrontierPoint
-from lowrank.reporting.text import counted
+from lowrank.reporting.text import counted, percent
 from lowrank.targets.survey import Survey
 
 __all__ = ["TargetBytes", "compression_report", "frontier_point", "layer_rows"]
@@ -183,7 +183,9 @@ def compression_report(
             _trial(item, TargetBytes.of(rows, chosen.plan.bytes), outcome, options) for item in outcome.trials
         ],
     }
-    told = list(notes)
+    if outcome.passes:
+        totals["passes"] = outcome.passes
+    told = [*notes, *_beside(rows, outcome, options)]
     loud = list(warnings)
     if verified.comparison is not None:
         totals |= {"samples": verified.samples} | verified.comparison.figures()
@@ -212,6 +214,23 @@ def compression_report(
     report.frontier = _frontier(rows, outcome, options)
     report.check_totals()
     return report
+
+
+def _beside(rows: Sequence[LayerRow], outcome: Outcome, options: Options) -> list[str]:
+    """Say what the next better and the next smaller plan would cost, and how much it took to know."""
+    sizes = TargetBytes.of(rows, outcome.chosen.plan.bytes)
+    show = options.error_metric.show
+    told = [
+        f"the next {kind} plan that was measured: {percent(sizes.ratio(item.plan), 4)} of the bytes at "
+        f"{show(item.searched.value)} (the one chosen: {percent(sizes.ratio(outcome.chosen.plan), 4)} at "
+        f"{show(outcome.chosen.searched.value)}; both on the search part)"
+        for kind, item in zip(("better", "smaller"), outcome.neighbours, strict=True)
+        if item is not None and sizes.before
+    ]
+    if outcome.passes:
+        spent = ", ".join(f"{count} for {purpose}" for purpose, count in outcome.passes.items())
+        told.append(f"the model ran {sum(outcome.passes.values())} times over the search samples: {spent}")
+    return told
 
 
 def _with_shares(rows: Sequence[LayerRow], plan: Plan) -> list[LayerRow]:
@@ -263,6 +282,7 @@ def _trial(item: Trial, sizes: TargetBytes, outcome: Outcome, options: Options) 
         "label": item.label,
         "outcome": became,
         "size_ratio": sizes.ratio(item.plan),
+        "error_foreseen": None if item.predicted is None else options.value(item.predicted),
         "error_search": item.searched.value,
         "error_measured": item.verified.value if item.verified is not None else None,
         "error_upper": upper if upper is not None and math.isfinite(upper) else None,

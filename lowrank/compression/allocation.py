@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from lowrank.compression.accounting import TargetBytes
-from lowrank.compression.candidates import LayerChoices, plan_formats
-from lowrank.compression.formats import REFERENCE
-from lowrank.compression.layer_data import LayerData
+from lowrank.compression.candidates import Candidate, LayerChoices, plan_formats
+from lowrank.compression.formats import FORMATS, is_plain_rounding
 from lowrank.compression.plan import Plan
-from lowrank.compression.probes import uniform_specs
 from lowrank.errors import BudgetError
 from lowrank.layers.base import ACTIVATIONS, FLOAT_ACTIVATIONS
+from lowrank.layers.spec import LayerSpec
 
-__all__ = ["Allocator"]
+__all__ = ["Allocator", "rounding_formats"]
 
 # A budget for plans that have one candidate a layer and nothing to choose.
-UNLIMITED = 1e300
+UNLIMITED = 1e306
 
 
 @dataclass(frozen=True)
@@ -85,29 +85,87 @@ class Allocator:
         least = math.fsum(min(candidate.error for candidate in layer.candidates) for layer in small)
         return plan_formats(small if least <= total else self.choices, error_budget=total, metadata=metadata)
 
-    def uniform(self, layers: Mapping[str, LayerData], activations: str) -> list[tuple[str, Plan]]:
-        """Make the plans that give every layer the reference format; they are what a smarter plan has to beat."""
+    def uniform(self, formats: Iterable[str], activations: str) -> list[tuple[str, Plan]]:
+        """Make the plans that give every layer the same rounding format; they are what a smarter plan has to beat.
+
+        Args:
+            formats: by name; those that are no plain rounding are passed over.
+            activations: as of :class:`lowrank.compression.formats.Request`.
+        """
         plans = []
-        for mode in ACTIVATIONS if activations == "auto" else (activations,):
-            wanted = uniform_specs(layers.values(), mode)
-            alike = []
-            for layer in self.choices:
-                fitting = [item for item in layer.candidates if item.spec == wanted[layer.name]]
-                alike.append(replace(layer, candidates=tuple(fitting or layer.candidates[:1])))
-            plans.append(
-                (uniform_label(mode), plan_formats(alike, error_budget=UNLIMITED, metadata=self.plan_metadata))
-            )
+        for name in rounding_formats(formats):
+            for mode in ACTIVATIONS if activations == "auto" else (activations,):
+                grid = _common_grid(self.choices, name, mode)
+                alike = [replace(layer, candidates=(_alike(layer, name, mode, grid),)) for layer in self.choices]
+                plan = plan_formats(alike, error_budget=UNLIMITED, metadata=self.plan_metadata)
+                plans.append((uniform_label(name, mode), plan))
         return plans
 
 
-def uniform_label(activations: str) -> str:
-    """Name the plan that gives every layer the reference format.
+def rounding_formats(formats: Iterable[str]) -> list[str]:
+    """List those of these formats that hold codes and no factors, in the order of their registration.
 
     Example:
-        >>> uniform_label("float")
+        >>> rounding_formats(("lowrank", "int8"))
+        ['int8']
+    """
+    asked = set(formats)
+    return [name for name in FORMATS if name in asked and is_plain_rounding(name)]
+
+
+def uniform_label(format: str, activations: str) -> str:
+    """Name the plan that gives every layer the same format.
+
+    Example:
+        >>> uniform_label("int8", "float")
         'int8 throughout, weight-only'
     """
-    return f"{REFERENCE.name} throughout" + (", weight-only" if activations == FLOAT_ACTIVATIONS else "")
+    return f"{format} throughout" + (", weight-only" if activations == FLOAT_ACTIVATIONS else "")
+
+
+def _grid(spec: LayerSpec) -> tuple[object, ...]:
+    return spec.group, spec.zero_point, spec.rounding
+
+
+def _common_grid(choices: Sequence[LayerChoices], format: str, mode: str) -> tuple[object, ...] | None:
+    """The groups and zero points with which a format does best over all layers: error against bytes, at what a bit is worth."""
+    count: Counter[tuple[object, ...]] = Counter()
+    error: Counter[tuple[object, ...]] = Counter()
+    size: Counter[tuple[object, ...]] = Counter()
+    for layer in choices:
+        for item in layer.candidates:
+            if item.spec.format == format and item.spec.activations in (mode, None):
+                grid, bits = _grid(item.spec), item.spec.bits or 8
+                count[grid] += 1
+                size[grid] += item.bytes
+                weights = item.error if item.parts is None else item.parts[0][1]
+                error[grid] += min(weights, 1e290) ** (1.0 / bits)
+    if not count:
+        return None
+    most = max(count.values())
+    # A bit more takes 1/bits of the bytes and leaves a quarter of the squared error.
+    return min(
+        (grid for grid in count if count[grid] == most),
+        key=lambda grid: math.log(size[grid]) + _worth(error[grid] / most),
+    )
+
+
+def _worth(error: float) -> float:
+    return math.log(max(error, 1e-300)) / math.log(4.0)
+
+
+def _alike(layer: LayerChoices, format: str, mode: str, grid: tuple[object, ...] | None) -> Candidate:
+    """The candidate of a layer that is most like the others': of the format, with this way of taking activations and this grid.
+
+    A layer that knows only other roundings takes the smallest of those that lose no more bits, and one that knows none stays as it is.
+    """
+    own = [item for item in layer.candidates if item.spec.format == format]
+    if not own:
+        others = [item for item in layer.candidates if is_plain_rounding(item.spec.format)]
+        own = [min(others, key=lambda item: (item.error, item.bytes))] if others else []
+    fitting = [item for item in own if item.spec.activations in (mode, None)] or own
+    gridded = [item for item in fitting if _grid(item.spec) == grid] or fitting
+    return gridded[0] if gridded else layer.candidates[0]
 
 
 def _compressed_only(layer: LayerChoices) -> LayerChoices:

@@ -38,6 +38,7 @@ class Candidate:
         error: the layer's additive share of the model's error (squared relative error, or nats); ``inf`` where it is
             impossible.
         cost: what the planner minimises; ``None`` means ``bytes``.
+        parts: what the error is made of, by what measurements correct alike; ``None`` where nothing does.
 
     Example:
         >>> Candidate(LayerSpec("int8", bits=8, activations="int8"), 1040, 1e-5).price
@@ -48,6 +49,7 @@ class Candidate:
     bytes: int
     error: float
     cost: float | None = None
+    parts: tuple[tuple[str, float], ...] | None = None
 
     @property
     def price(self) -> float:

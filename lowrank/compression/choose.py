@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
@@ -13,7 +14,8 @@ from lowrank.calibration.groups import evaluator_of, fewest, groups_of
 from lowrank.calibration.metrics import CallableMetric, SampledMetric
 from lowrank.compression.accounting import TargetBytes
 from lowrank.compression.allocation import Allocator
-from lowrank.compression.formats import REFERENCE, format_of
+from lowrank.compression.corrections import Corrections
+from lowrank.compression.formats import format_of
 from lowrank.compression.healed_plans import heal_plan
 from lowrank.compression.options import Options
 from lowrank.compression.plan import Plan
@@ -31,6 +33,8 @@ __all__ = ["allocator_of", "choose", "measure_given", "search_of", "uniform_plan
 
 # Times the budget: what the report says that other budgets would give.
 OTHER_BUDGETS = (0.1, 0.2, 0.35, 0.5, 0.75, 1.5, 2.0, 3.0, 5.0)
+# Uniform plans that are measured where the size is given.
+MOST_UNIFORM = 4
 # Contributions from which on a budget allows everything.
 UNLIMITED = 1e300
 
@@ -46,18 +50,21 @@ def allocator_of(prepared: Preparation, options: Options) -> Allocator:
 
 
 def search_of(
-    prepared: Preparation, verification: Sequence[Batch], options: Options, allocator: Allocator | None = None
+    prepared: Preparation, verification: Sequence[Batch], options: Options, corrections: Corrections | None = None
 ) -> Search:
     """Give the search object of these options: copy, planner, measures, healing.
 
     Args:
         verification: samples that no plan is made from.
-        allocator: from :func:`allocator_of`; ``None`` where a plan is given and none is made.
+        corrections: of :func:`allocator_of`; ``None`` where a plan is given and none is made.
     """
     measure, verify = _measures(prepared, verification, options)
+    planner: dict[str, Any] = {}
+    if corrections is not None:
+        planner = {"predicted": corrections.predicted, "learn": corrections.learn}
     return Search(
         prepared.copy,
-        _no_plan if allocator is None else allocator.plan,
+        _no_plan if corrections is None else corrections.plan,
         measure,
         verify,
         options.contribution,
@@ -65,13 +72,25 @@ def search_of(
         foreseen=prepared.split is None or set(groups_of(verification)) <= {"", *groups_of(prepared.split.search)},
         heal=_healer(prepared, options),
         progress=options.progress,
-        reasons=lambda scale: prepared.refused | _unrefused(prepared, scale, options),
+        reasons=lambda scale: prepared.refused | _unrefused(prepared, corrections, scale, options),
+        passes=prepared.passes,
+        rest_bytes=_rest_bytes(prepared),
+        smallest=options.smallest,
+        **planner,
     )
 
 
-def _unrefused(prepared: Preparation, scale: float, options: Options) -> dict[str, str]:
+def _rest_bytes(prepared: Preparation) -> int:
+    """What the file holds beside the targets."""
+    return TargetBytes.of_original(prepared.survey, prepared.copy.original, prepared.copy.layers).rest
+
+
+def _unrefused(
+    prepared: Preparation, corrections: Corrections | None, scale: float, options: Options
+) -> dict[str, str]:
     """Why layers that could be replaced would stay as they are."""
-    found = reasons_for_dense(prepared.choices, None, scale, options)
+    choices = prepared.choices if corrections is None else corrections.allocator.choices
+    found = reasons_for_dense(choices, None, scale, options)
     return {name: reason for name, reason in found.items() if name not in prepared.refused}
 
 
@@ -79,11 +98,9 @@ def _no_plan(total: float) -> Plan:
     raise UsageError("plan: one is given, so that none is made for a budget")
 
 
-def uniform_plans(prepared: Preparation, options: Options, allocator: Allocator) -> list[tuple[str, Plan]]:
-    """Make the plans that give every layer the reference format, where it is asked for and nothing is forced."""
-    if REFERENCE.name not in options.formats or options.overrides:
-        return []
-    return allocator.uniform(prepared.copy.layers, options.activations)
+def uniform_plans(options: Options, allocator: Allocator) -> list[tuple[str, Plan]]:
+    """Make the plans that give every layer the same rounding format, of each that is asked for; none where something is forced."""
+    return [] if options.overrides else allocator.uniform(options.formats, options.activations)
 
 
 def _measures(
@@ -132,18 +149,24 @@ def choose(prepared: Preparation, verification: Sequence[Batch], options: Option
         BudgetError: no plan keeps them.
     """
     allocator = allocator_of(prepared, options)
-    search = search_of(prepared, verification, options, allocator)
-    uniform = uniform_plans(prepared, options, allocator)
+    corrections = Corrections(allocator)
+    search = search_of(prepared, verification, options, corrections)
+    uniform = uniform_plans(options, allocator)
     if options.error_budget is None:
         allowed = allocator.allowed_bytes
         assert allowed is not None
-        plans = [("size budget", allocator.plan(math.inf)), *(item for item in uniform if item[1].bytes <= allowed)]
+        fitting = sorted((item for item in uniform if item[1].bytes <= allowed), key=lambda item: item[1].error)
+        plans = [("size budget", allocator.plan(math.inf)), *fitting[:MOST_UNIFORM]]
         outcome = search.least_error(plans)
         around = outcome.chosen.searched.value
     else:
         outcome = search.keep_error_budget(options.error_budget, uniform)
         around = options.error_budget
-    outcome.predicted = _others(allocator, outcome, around, options)
+    outcome.passes = dict(prepared.passes.spent)
+    outcome.predicted = _others(corrections.allocator, outcome, around, options)
+    # What is said of layers and of plans from here on is as measurements have corrected it.
+    prepared.choices = list(corrections.allocator.choices)
+    outcome.chosen.plan = corrections.repriced(outcome.chosen.plan)
     return _calibrated(outcome, options)
 
 

@@ -69,10 +69,10 @@ def _first_allowed(search: Search) -> float | None:
     base = min(fitting, key=lambda item: item.plan.bytes, default=None)
     if base is not None:
         reached = max(search.total(base.searched.value), 1e-300)
-        return base.plan.error * search.total(HEAL_REACH * search.target) / reached
+        return search.predicted(base.plan) * search.total(HEAL_REACH * search.target) / reached
     # Nothing fits as it is: healing the safest may be what it takes.
     base = min(search.trials, key=lambda item: item.searched.value, default=None)
-    return None if base is None or not math.isfinite(base.searched.value) else base.plan.error
+    return None if base is None or not math.isfinite(base.searched.value) else search.predicted(base.plan)
 
 
 def heal_plan(copy: WorkingCopy, plan: Plan, measure: ErrorMeasure, heal: Healer) -> Trial | None:

@@ -149,6 +149,7 @@ class Options:
     on_nonfinite: str = "raise"
     fold_batchnorm: bool = False
     directions: str | None = None
+    smallest: bool = False
 
     def checked(self, *, calibrated: bool, planned: bool = False) -> Options:
         """Check every argument and resolve "auto" and "all".
@@ -186,8 +187,9 @@ class Options:
         for name, function in (("output_fn", self.output_fn), ("forward_fn", self.forward_fn)):
             if function is not None and not callable(function):
                 raise UsageError(f"{name}: must be a function, got {function!r}")
-        if not isinstance(self.fold_batchnorm, bool):
-            raise UsageError(f"fold_batchnorm: must be True or False, got {self.fold_batchnorm!r}")
+        for name, flag in (("fold_batchnorm", self.fold_batchnorm), ("smallest", self.smallest)):
+            if not isinstance(flag, bool):
+                raise UsageError(f"{name}: must be True or False, got {flag!r}")
         if not is_whole(self.seed, 0, MOST_SEED):
             raise UsageError(f"seed: must be an integer from 0, got {self.seed!r}")
         resolved = {"metric": metric, "formats": self._formats(), "directions": self._directions(measured)}

@@ -17,13 +17,14 @@ from lowrank.calibration.inputs import collect_statistics
 from lowrank.calibration.metrics import SampledMetric
 from lowrank.calibration.observers import AnyObserver
 from lowrank.compression.candidates import LayerChoices
-from lowrank.compression.formats import FORMATS, REFERENCE, Measured, Request
+from lowrank.compression.formats import FORMATS, Measured, Request
 from lowrank.compression.latency import Speed
 from lowrank.compression.layer_data import LayerData
 from lowrank.compression.options import Options
 from lowrank.compression.overrides import forced_specs
+from lowrank.compression.passes import Passes
 from lowrank.compression.plan import Plan
-from lowrank.compression.probes import computed_costs, layer_choices, probe_layers
+from lowrank.compression.probes import Prober, computed_costs, layer_choices
 from lowrank.compression.stacks import few_tokens
 from lowrank.compression.working_copy import WorkingCopy
 from lowrank.errors import CheckpointError, NumericsError, UsageError
@@ -48,9 +49,10 @@ __all__ = [
     "weigh",
 ]
 
-# Samples on which single layers are probed. More would not change which layers are the sensitive ones, and the whole plan is measured
-# on all search samples anyway.
+# Samples on which predictions are made: measured, and by derivatives, whose random directions want more. More would not change which
+# layers are the sensitive ones, and whole plans are measured on all search samples anyway.
 PROBE_SAMPLES = 32
+DERIVATIVE_SAMPLES = 64
 PROBE_BATCHES = 4
 MAX_ROWS_IN_NOTE = 6
 # The gradients' moment is outputs × outputs in float64: 128 MB a layer at this width, and its roots twice that again.
@@ -68,6 +70,7 @@ class Preparation:
     notes: list[str] = field(default_factory=list)
     speed: Speed | None = None
     warnings: list[str] = field(default_factory=list)
+    passes: Passes = field(default_factory=Passes)
 
     @property
     def refused(self) -> dict[str, str]:
@@ -301,20 +304,26 @@ def weigh(copy: WorkingCopy, found: Survey, split: Split | None, options: Option
     forced = forced_specs(options.overrides, copy.layers)
     activations = options.activations
     computed = split is None or options.error_metric.weights_only
+    passes, notes = Passes(), []
     if split is None or computed:
         costs = computed_costs(layers)
         activations = INTEGER_ACTIVATIONS if activations == "auto" else activations
     else:
         samples = _spread(split.search, PROBE_SAMPLES)
         evaluator = Evaluator(copy.reference, samples, options.error_metric.probe, options.output_fn)
-        costs = probe_layers(
+        prober = Prober(
             copy,
             evaluator,
+            _spread(split.statistics, DERIVATIVE_SAMPLES),
             options.formats,
             Request(activations),
-            allowed=options.contribution(options.error_budget),
+            options.contribution(options.error_budget),
+            output_fn=options.output_fn,
+            seed=options.seed,
             progress=options.progress,
+            passes=passes,
         )
+        costs, notes = prober.run(), prober.notes
     choices = [
         layer_choices(data, costs[data.name], options.formats, activations, forced=forced.get(data.name))
         for data in layers
@@ -324,8 +333,8 @@ def weigh(copy: WorkingCopy, found: Survey, split: Split | None, options: Option
         refused = costs[data.name].refused
         if refused is not None:
             skipped += [Skipped(member, refused) for member in data.target.members]
-    notes = _notes(layers, None if computed else costs, split)
-    return Preparation(copy, Survey(found.targets, tuple(skipped), found.members), split, choices, notes)
+    notes = _notes(layers, None if computed else costs, split) + notes
+    return Preparation(copy, Survey(found.targets, tuple(skipped), found.members), split, choices, notes, passes=passes)
 
 
 def _spread(batches: Sequence[Batch], samples: int) -> list[Batch]:
@@ -366,7 +375,7 @@ def _notes(layers: Sequence[LayerData], costs: Mapping[str, Measured] | None, sp
             notes.append(f"fewer tokens than input channels in {_named(few)}: their statistics are thin")
     if costs is None:
         return notes
-    floor = f"not taken below {REFERENCE.name}"
+    floor = "taken in no low rank"
     silent = [data.name for data in layers if costs[data.name].silent and data.reached]
     if silent:
         notes.append(f"the metric does not depend on {_named(silent)}: {floor}")

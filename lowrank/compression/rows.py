@@ -69,6 +69,7 @@ COLUMNS = (
 TRIAL_COLUMNS = (
     Column("plan", keep="left", least=20),
     Column("size", numeric=True),
+    Column("predicted", numeric=True),
     Column("error (search)", numeric=True),
     Column("error (verified)", numeric=True),
     Column("at most (95 %)", numeric=True),
@@ -218,7 +219,7 @@ def trial_texts(totals: Mapping[str, Any], show: Callable[[float, float], str]) 
         show: an error as text, with the digits that tell it from the budget.
     """
     budget = totals.get("error_budget") or 0.0
-    keys = ("error_search", "error_measured", "error_upper")
+    keys = ("error_foreseen", "error_search", "error_measured", "error_upper")
     return [
         [
             one_line(str(item.get("label", ""))),

@@ -11,7 +11,9 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from lowrank.compression.healed_plans import heal_plan, healed_plans
+from lowrank.compression.passes import Passes
 from lowrank.compression.plan import Plan, same_specs
+from lowrank.compression.sequence import before_the_knee, neighbours_of, safe_to_small, size_of
 from lowrank.compression.trial import ErrorMeasure, Healer, Outcome, Reading, Trial
 from lowrank.compression.working_copy import WorkingCopy
 from lowrank.errors import BudgetError
@@ -19,24 +21,31 @@ from lowrank.reporting.text import beside, counted, rounded_up
 
 __all__ = ["Search", "Step", "corrected"]
 
-# Fractions of the calibrated budget at which plans are made. The small ones are there for the day when predictions are far off or
-# samples so few that the test's margin is wide; steps near 1 are about as fine as a few hundred samples can tell apart.
-FRACTIONS = (0.1, 0.25, 0.5, 0.7, 0.8, 0.87, 0.92, 0.96, 1.0, 1.03, 1.06, 1.1)
+# Fractions of the calibrated budget at which plans are made, those near it first: with each the predictions get better. The small ones
+# are there for the day when predictions are far off or samples so few that the test's margin is wide.
+FRACTIONS = (1.0, 0.95, 0.88, 0.75, 0.5, 0.25, 1.04)
+# A plan this near to one that was measured, in error, tells nothing new.
+ALIKE = 0.015
 # End-to-end measurements that calibrate the predictions; seen to settle within 3 on MiniLM and small GPT and Llama models.
-CALIBRATION_ROUNDS = 5
-CALIBRATION_TOLERANCE = 0.03
+CALIBRATION_ROUNDS = 4
+CALIBRATION_TOLERANCE = 0.02
 # Doublings of the predicted error that is let through while everything is predicted to be over the budget.
 WIDENING_ROUNDS = 12
 # Where a plan broke the model, or nothing was predicted to fit, predictions are off by more than measuring can tell.
 FAR_OFF = 4.0
+# Uniform plans that are measured, boldest first, as long as one may be within the target though it is predicted so far beyond it.
+UNIFORM_STEPS = 6
+UNIFORM_REACH = 1.3
 # Gaps between trials near the target that are filled, by measuring at most so many plans more.
 GAP_WIDTH = 1.06
-GAP_STEPS = 10
+GAP_STEPS = 4
 # How far beyond the predicted end of the budget plans are tried where all turned out too timid.
-REACH_FACTOR = 1.3
-REACH_STEPS = 12
+REACH_FACTOR = 1.6
+REACH_STEPS = 5
 # Trials whose bound on the search part is below this share of the budget will pass; only the smallest of them is verified.
 SURE_SHARE = 0.6
+# Times a plan for a size budget is made anew with what was measured.
+SIZE_ROUNDS = 3
 # Layers whose reason an error names.
 MOST_REASONS = 8
 
@@ -47,6 +56,10 @@ class Step(NamedTuple):
     plan: Plan
     reading: Reading | None
     scale: float
+
+
+def _own_error(plan: Plan) -> float:
+    return plan.error
 
 
 @dataclass
@@ -67,6 +80,12 @@ class Search:
         target: the error on the search part to aim at.
         scale: measured over predicted contributions, as far as is known.
         trials: every plan that was measured and is worth choosing from.
+        predicted: contributions of a plan by what is known so far.
+        learn: takes in a plan, what it was measured to cost and what plans are wanted for (in contributions): :attr:`plan_for` and
+            :attr:`predicted` then know better. ``None``: they never do.
+        passes: counted here; no more plans are measured than it allows.
+        rest_bytes: of the file beside the targets.
+        smallest: take what is smallest, whatever a step costs.
     """
 
     copy: WorkingCopy
@@ -82,22 +101,32 @@ class Search:
     target: float = math.inf
     scale: float = 1.0
     trials: list[Trial] = field(default_factory=list)
+    predicted: Callable[[Plan], float] = _own_error
+    learn: Callable[[Plan, float, float], None] | None = None
+    passes: Passes = field(default_factory=Passes)
+    rest_bytes: int = 0
+    smallest: bool = False
 
     def attempt(self, label: str, plan: Plan) -> Trial:
-        """Install a plan and measure it on the search part."""
-        return Trial(label, plan, self.measure(self.copy.install_plan(plan)))
+        """Install a plan and measure it on the search part; a plan that was measured is not measured again."""
+        known = next((item for item in self.trials if same_specs(item.plan, plan)), None)
+        if known is not None:
+            return known
+        foreseen = self.predicted(plan)
+        self.passes.add("trials")
+        trial = Trial(label, plan, self.measure(self.copy.install_plan(plan)), predicted=foreseen)
+        if self.learn is not None and math.isfinite(trial.searched.value):
+            self.learn(plan, self.total(trial.searched.value), self.total(self.target))
+        return trial
 
-    def attempt_all(self, plans: Iterable[tuple[str, Plan]], *, keep_dense: bool = False) -> list[Trial]:
-        """Measure each of the plans that differ, without those that change nothing unless they are to be kept."""
-        kept: list[tuple[str, Plan]] = []
-        for label, plan in plans:
-            if not any(same_specs(plan, other) for _, other in kept):
-                kept.append((label, plan))
-        return [
-            self.attempt(label, plan)
-            for label, plan in tqdm(kept, desc="measuring plans", delay=2, disable=not self.progress)
-            if keep_dense or any(entry.compressed for entry in plan.entries)
-        ]
+    def _try(self, label: str, plan: Plan) -> Trial | None:
+        """Measure a plan and keep it among the trials; ``None`` where it changes nothing, or nothing may be measured any more."""
+        if not self.passes.left or not any(entry.compressed for entry in plan.entries):
+            return None
+        trial = self.attempt(label, plan)
+        if trial not in self.trials:
+            self.trials.append(trial)
+        return trial
 
     def approach(self, rounds: int) -> Iterator[Step]:
         """Make the plan that should reach :attr:`target`, measure it, correct :attr:`scale` by what came out, and go on.
@@ -109,6 +138,7 @@ class Search:
         """
         last: Plan | None = None
         measured = 0
+        rounds = min(rounds, self.passes.left)
         for _ in range(rounds + WIDENING_ROUNDS):
             plan, before = self.plan_for(self.total(self.target) / self.scale), self.scale
             if plan.error <= 0.0:
@@ -119,14 +149,17 @@ class Search:
             if measured == rounds or (last is not None and same_specs(plan, last)):
                 return
             last, measured = plan, measured + 1
-            reading = self.measure(self.copy.install_plan(plan))
+            trial = self._try(f"towards the budget, step {measured}", plan)
+            if trial is None:
+                return
+            reading = trial.searched
             if not math.isfinite(reading.value):
                 # A plan that breaks the model says nothing about the scale but that it is far too bold.
                 self.scale *= FAR_OFF
             elif reading.value <= 0.0:
                 self.scale /= FAR_OFF
             else:
-                self.scale = corrected(plan, reading, self.scale, self.total)
+                self.scale = corrected(self.predicted(plan), reading, self.scale, self.total)
             yield Step(plan, reading, before)
 
     def keep_error_budget(self, budget: float, uniform: Sequence[tuple[str, Plan]]) -> Outcome:
@@ -143,12 +176,17 @@ class Search:
         Raises:
             BudgetError: not even the safest trial passed, or nothing can be compressed.
         """
+        self.target = budget
+        for label, plan in uniform[:2]:
+            self._try(label, plan)
         tried = self._calibrate(budget)
-        candidates = list(self._by_fractions())
-        self.trials = self.attempt_all([*uniform, *candidates])
+        self._uniform(uniform[2:])
+        for label, plan in self._by_fractions():
+            if not self._is_told(plan):
+                self._try(label, plan)
         if not self.trials and tried is not None:
             # So that the refusal can say what the mildest compression costs.
-            self.trials = self.attempt_all([("the mildest plan tried", tried)])
+            self.trials = [self.attempt("the mildest plan tried", tried)]
         self._reach()
         self._fill_gaps()
         if self.heal is not None:
@@ -161,7 +199,7 @@ class Search:
             )
         passed = self._verify(budget)
         self.copy.install_plan(passed.plan)
-        return Outcome(passed, self.scale, self.trials)
+        return Outcome(passed, self.scale, self.trials, neighbours=neighbours_of(passed, self.trials))
 
     def _by_fractions(self) -> Iterator[tuple[str, Plan]]:
         """Make the plans of the fractions; of a small one there may be none, where overrides force an error."""
@@ -179,19 +217,31 @@ class Search:
             raise refused
 
     def least_error(self, plans: Iterable[tuple[str, Plan]]) -> Outcome:
-        """Find the plan with the smallest error on the search part, and measure it on the verification part; the best is healed."""
+        """Find the plan with the smallest error on the search part, and measure it on the verification part; the best is healed.
+
+        Args:
+            plans: that keep the size budget; where predictions learn, more are made with what these tell.
+        """
 
         def value(trial: Trial) -> tuple[float, int]:
             return trial.searched.value, trial.plan.bytes
 
-        self.trials = self.attempt_all(plans, keep_dense=True)
+        for label, plan in plans:
+            trial = self.attempt(label, plan)
+            self.trials += [] if trial in self.trials else [trial]
+        for step in range(SIZE_ROUNDS if self.learn is not None else 0):
+            trial = self.attempt(f"size budget, step {step + 2}", self.plan_for(math.inf))
+            if trial in self.trials:
+                break
+            self.trials.append(trial)
         if self.heal is not None:
             healed = heal_plan(self.copy, min(self.trials, key=value).plan, self.measure, self.heal)
             self.trials += [] if healed is None else [healed]
         chosen = min(self.trials, key=value)
         self.copy.install_plan(chosen.plan)
         chosen.verified = self.verify(chosen.model(self.copy))
-        self.scale = self.total(chosen.searched.value) / chosen.plan.error if chosen.plan.error > 0.0 else 1.0
+        foreseen = self.predicted(chosen.plan)
+        self.scale = self.total(chosen.searched.value) / foreseen if foreseen > 0.0 else 1.0
         return Outcome(chosen, self.scale, self.trials)
 
     def _calibrate(self, budget: float) -> Plan | None:
@@ -208,13 +258,45 @@ class Search:
             if self.verify_samples and reading.samples:
                 margin *= math.sqrt(reading.samples / self.verify_samples)
             self.target = budget / (1.0 + margin)
-            if abs(math.log(self.scale / step.scale)) < CALIBRATION_TOLERANCE:
+            if abs(math.log(reading.value / self.target)) < CALIBRATION_TOLERANCE:
                 break
         return last
 
+    def _uniform(self, plans: Iterable[tuple[str, Plan]]) -> None:
+        """Measure those that may be smaller than anything within the target, and within it: the boldest first."""
+        waiting = list(plans)
+        for _ in range(UNIFORM_STEPS):
+            within = [size_of(item.plan) for item in self.trials if item.searched.value <= self.target]
+            offered = [
+                (label, plan)
+                for label, plan in waiting
+                if self.predicted(plan) <= self.total(UNIFORM_REACH * self.target)
+                and not (within and size_of(plan) >= min(within))
+            ]
+            if not offered:
+                return
+            label, plan = min(offered, key=lambda each: size_of(each[1]))
+            waiting.remove((label, plan))
+            self._try(label, plan)
+
+    def _is_told(self, plan: Plan) -> bool:
+        """Whether a plan that was measured is as large and errs as much, as far as can be foreseen."""
+        foreseen = self.predicted(plan)
+        if not foreseen > 0.0:
+            return False
+        near = [
+            item
+            for item in self.trials
+            if abs(item.plan.bytes / max(plan.bytes, 1) - 1.0) < ALIKE / 5
+            and abs(math.log(max(self.predicted(item.plan), 1e-300) / foreseen)) < 2.0 * ALIKE
+        ]
+        return bool(near)
+
     def _verify(self, budget: float) -> Trial:
         """Test the trials from the safest to the smallest, and give the last that passes before the first that fails."""
-        sequence = _safe_to_small(self.trials)
+        sequence = safe_to_small(self.trials)
+        if not self.smallest:
+            sequence = before_the_knee(sequence, budget, self.rest_bytes)
         sure = [item for item in sequence if self.foreseen and item.searched.upper <= SURE_SHARE * budget]
         sequence = sequence[max(len(sure) - 1, 0) :]
         passed: Trial | None = None
@@ -250,7 +332,7 @@ class Search:
         else:
             text += "; no budget allows that: leave layers out with ignore, or choose with output_fn what is measured"
         # By what was just measured: where nothing was predicted to fit, the scale was let go far below it.
-        self.scale = corrected(first.plan, first.verified, self.scale, self.total)
+        self.scale = corrected(self.predicted(first.plan), first.verified, self.scale, self.total)
         return BudgetError(text + self._why(), plan=first.plan, error=upper)
 
     def _why(self) -> str:
@@ -264,16 +346,18 @@ class Search:
         """Bolder and bolder plans, where predictions were too high, until one lies beyond the target or nothing smaller is left."""
         if not self.trials:
             return
-        boldest = max(self.trials, key=lambda item: item.plan.error)
-        allowed = boldest.plan.error
+        boldest = min(self.trials, key=lambda item: size_of(item.plan))
+        allowed = self.predicted(boldest.plan)
         for step in range(REACH_STEPS):
             if not boldest.searched.value < self.target:
                 return
             allowed *= REACH_FACTOR
             plan = self.plan_for(allowed)
-            if plan.error > 0.0 and not same_specs(plan, boldest.plan):
-                boldest = self.attempt(f"bolder, step {step + 1}", plan)
-                self.trials.append(boldest)
+            if plan.error > 0.0 and size_of(plan) < size_of(boldest.plan):
+                bolder = self._try(f"bolder, step {step + 1}", plan)
+                if bolder is None:
+                    return
+                boldest = bolder
 
     def _fill_gaps(self) -> None:
         """Bisect the widest gaps between trials near the target: where predictions are off, their steps are uneven."""
@@ -289,36 +373,15 @@ class Search:
                 if (below.searched.value, above.searched.value) not in closed
             ]
             width, below, above = max(gaps, key=lambda gap: gap[0], default=(0.0, None, None))
-            if below is None or above is None or width <= GAP_WIDTH:
+            if below is None or above is None or width <= GAP_WIDTH or not self.passes.left:
                 return
-            plan = self.plan_for(math.sqrt(below.plan.error * above.plan.error))
-            if any(same_specs(plan, item.plan) for item in self.trials):
-                closed.add((below.searched.value, above.searched.value))
-            else:
-                self.trials.append(self.attempt(f"between, step {step + 1}", plan))
+            plan = self.plan_for(math.sqrt(self.predicted(below.plan) * self.predicted(above.plan)))
+            closed.add((below.searched.value, above.searched.value))
+            self._try(f"between, step {step + 1}", plan)
 
 
-def corrected(plan: Plan, reading: Reading, scale: float, total: Callable[[float], float]) -> float:
+def corrected(predicted: float, reading: Reading, scale: float, total: Callable[[float], float]) -> float:
     """Give measured over predicted contributions; the old scale where one of them says nothing."""
     measured = total(reading.value) if math.isfinite(reading.value) else math.inf
-    ratio = measured / plan.error if plan.error > 0.0 else 0.0
+    ratio = measured / predicted if predicted > 0.0 else 0.0
     return ratio if 0.0 < ratio < math.inf else scale
-
-
-def _safe_to_small(trials: Iterable[Trial]) -> list[Trial]:
-    """By growing error on the search part, without plans that are no smaller than a safer one.
-
-    Of two plans of one size the one with fewer weight-only bytes counts as the smaller: it runs faster.
-    """
-    sequence: list[Trial] = []
-    for trial in sorted(trials, key=lambda item: (item.searched.value, _size(item.plan))):
-        if math.isfinite(trial.searched.value) and (not sequence or _size(trial.plan) < _size(sequence[-1].plan)):
-            sequence.append(trial)
-    return sequence
-
-
-def _size(plan: Plan) -> tuple[float, ...]:
-    """What the smaller of two plans has less of; for plans made for speed: bytes over their size budget, then seconds."""
-    if plan.metadata.get("objective") == "latency" and plan.objective_value is not None:
-        return max(plan.bytes - plan.metadata.get("target_bytes", math.inf), 0), plan.objective_value, plan.bytes
-    return plan.bytes, plan.weight_only_bytes

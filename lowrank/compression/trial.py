@@ -64,12 +64,13 @@ class ComputedError:
 Healer = Callable[[nn.Module], HealResult]
 
 
-@dataclass
+@dataclass(eq=False)
 class Trial:
     """A plan with what was measured on the search part and, where its turn came, on the verification part.
 
     Attributes:
         healed: the model of the plan after it was trained, where that is what was measured.
+        predicted: contributions that were foreseen, by what was known before it was measured.
     """
 
     label: str
@@ -77,6 +78,7 @@ class Trial:
     searched: Reading
     verified: Reading | None = None
     healed: HealResult | None = None
+    predicted: float | None = None
 
     def model(self, copy: WorkingCopy) -> nn.Module:
         """Give the model that is measured."""
@@ -85,9 +87,16 @@ class Trial:
 
 @dataclass
 class Outcome:
-    """The plan chosen, measured over predicted contributions, everything that was tried, and plans for other error budgets."""
+    """The plan chosen, measured over predicted contributions, everything that was tried, and plans for other error budgets.
+
+    Attributes:
+        neighbours: the next better and the next smaller plan that were measured, where there are any.
+        passes: over the samples of the search, by what they were for.
+    """
 
     chosen: Trial
     calibration: float
     trials: list[Trial] = field(default_factory=list)
     predicted: list[tuple[float, Plan]] = field(default_factory=list)
+    neighbours: tuple[Trial | None, Trial | None] = (None, None)
+    passes: dict[str, int] = field(default_factory=dict)

@@ -6,7 +6,7 @@ and layers are probed.
 
 from __future__ import annotations
 
-from lowrank.compression.formats.base import Measured, Measurements, Request, WeightFormat
+from lowrank.compression.formats.base import Measured, Probe, Request, WeightFormat
 from lowrank.compression.formats.dense import DENSE, Dense
 from lowrank.compression.formats.int8 import Int8
 from lowrank.compression.formats.lowrank import LowRank
@@ -33,7 +33,7 @@ __all__ = [
     "LOWRANK_INT8",
     "REFERENCE",
     "Measured",
-    "Measurements",
+    "Probe",
     "Request",
     "WeightFormat",
     "check_format",

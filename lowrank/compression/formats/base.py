@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -26,7 +26,7 @@ from lowrank.numerics.rounding_methods import ROUNDINGS
 from lowrank.targets import LINEAR, kind_named
 from lowrank.targets.survey import Target
 
-__all__ = ["Measured", "Measurements", "Request", "WeightFormat", "shown"]
+__all__ = ["Measured", "Probe", "Request", "WeightFormat", "shown"]
 
 
 @dataclass(frozen=True)
@@ -48,12 +48,13 @@ class Request:
 class Measured:
     """Hold what a layer's formats cost the whole model: additive contributions to its error (squared, or nats for KL).
 
+    Predictions start from here: squared relative local error, times what one unit of it costs.
+
     Attributes:
         rounding: of the reference format (dense codes of 8 bits), activations in float.
         rounding_error: the layer's own squared relative error there.
         integer: what rounding the activations adds to that.
         truncation: of a low-rank layer, per squared relative error of the layer itself.
-        truncated: where truncation was measured last, and what it cost there.
         integer_factors: what rounding the activations (also those between the factors) adds to rounded factors; ``None`` where it was
             not measured: then as much as :attr:`integer`.
         own: what a format measured beside these, by its name.
@@ -61,33 +62,32 @@ class Measured:
         silent: the metric does not depend on this layer.
         careful: the measured cost says nothing about inputs that the data does not hold (a silent layer, one that no input reached,
             embedding rows that were never looked up), so the layer is rounded row by row and takes no low rank.
+        assumed: what a unit of squared relative local error beyond the reference's is taken to cost, where no data tells.
     """
 
     rounding: float = 0.0
     rounding_error: float = 0.0
     integer: float = 0.0
     truncation: float = 0.0
-    truncated: tuple[LayerSpec, float] | None = None
     integer_factors: float | None = None
     own: dict[str, float] = field(default_factory=dict)
     refused: str | None = None
     silent: bool = False
     careful: bool = False
+    assumed: float = 0.0
 
 
 @dataclass(frozen=True)
-class Measurements:
-    """Let formats measure single-layer replacements on the whole model.
+class Probe:
+    """Ask what one target in a spec, instead of in another, adds to the model's error.
 
     Attributes:
-        measure: the contribution to the model's error of one target in a spec, all others as they were.
-        activations: as of :class:`Request`.
-        share: of the contributions that the budget allows, an even part for this layer; where truncation is worth measuring.
+        spec: the one that is asked about.
+        against: what it is compared with; the target as it is where ``None``.
     """
 
-    measure: Callable[[LayerSpec], float]
-    activations: str
-    share: float
+    spec: LayerSpec
+    against: LayerSpec | None = None
 
 
 class WeightFormat(ABC):
@@ -98,7 +98,6 @@ class WeightFormat(ABC):
         fields: of :class:`LayerSpec`, beside ``format``, that it takes.
         layers: kind of layer -> the classes that its modules become; a kind that is absent is not offered.
         colour: of the format in charts, a number of the palette in ``reporting/style.py``.
-        careful: whether a layer, or rows of one, that the data never met may take it: its error acts row by row and is small.
         dense: whether layers stay as they are.
     """
 
@@ -106,7 +105,6 @@ class WeightFormat(ABC):
     fields: ClassVar[tuple[str, ...]] = ()
     layers: ClassVar[Mapping[str, tuple[type[CompressedLayer], ...]]] = {}
     colour: ClassVar[str] = "4"
-    careful: ClassVar[bool] = False
     dense: ClassVar[bool] = False
 
     @property
@@ -118,6 +116,11 @@ class WeightFormat(ABC):
     def rounded(self) -> bool:
         """Whether there are codes."""
         return "bits" in self.fields
+
+    @property
+    def careful(self) -> bool:
+        """Whether a layer, or rows of one, that the data never met may take it: its error acts row by row."""
+        return not self.factored
 
     def builds(self, target: Target) -> bool:
         """Tell whether every member of a target can become this, by its kind."""
@@ -153,14 +156,24 @@ class WeightFormat(ABC):
     def local_error(self, data: LayerData, spec: LayerSpec) -> float:
         """Compute or estimate the squared relative error of the weights, in the norm of the inputs (and of the gradients)."""
 
-    def probe(self, data: LayerData, measurements: Measurements, found: Measured) -> None:
-        """Measure on the model what predictions of this format rest on, beside the reference's; nothing unless overridden."""
+    def probes(self, data: LayerData, request: Request, found: Measured, share: float) -> list[Probe]:
+        """List what predictions of this format rest on, beside the reference's; nothing unless overridden.
+
+        Args:
+            found: what the reference's probes have told.
+            share: of the contributions that the budget allows, an even part for this layer; where truncation is worth probing.
+        """
+        return []
+
+    def learn(self, data: LayerData, effects: Mapping[Probe, float], found: Measured, share: float) -> None:
+        """Keep in ``found`` what the probes have told; nothing unless overridden."""
         return None
 
     def predict(self, found: Measured, data: LayerData, spec: LayerSpec) -> float:
         """Predict what a spec costs the model: the reference's measured cost, scaled by the local errors, unless overridden."""
         error = self.local_error(data, spec)
         cost = found.rounding * error / found.rounding_error if found.rounding_error > 0.0 else 0.0
+        cost += found.assumed * max(error - found.rounding_error, 0.0)
         return cost + (found.integer if spec.activations == INTEGER_ACTIVATIONS else 0.0)
 
     # Building ----------------------------------------------------------------------------------------------------------------

@@ -22,7 +22,6 @@ class Dense(WeightFormat):
 
     name = DENSE.format
     colour: ClassVar[str] = "3"
-    careful: ClassVar[bool] = True
     dense: ClassVar[bool] = True
 
     def fits(self, data: LayerData) -> bool:

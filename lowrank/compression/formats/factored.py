@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import ClassVar
 
 import torch
 
-from lowrank.compression.formats.base import Measured, Measurements, Request, WeightFormat
+from lowrank.compression.formats.base import Measured, Probe, Request, WeightFormat
 from lowrank.compression.formats.registry import FORMATS
 from lowrank.compression.layer_data import LayerData
 from lowrank.layers.spec import LayerSpec
 from lowrank.targets import kind_named
 
-__all__ = ["FactoredFormat", "probe_truncation"]
+__all__ = ["FactoredFormat", "learn_truncation", "truncation_probes"]
 
 # Ranks offered per layer and format. More make the plan's steps finer than the noise of the measurement.
 RANKS_PER_FORMAT = 36
 # Of an even share of the budget: a probe that costs less is too far from where plans end to be extrapolated from. A heuristic: on
 # ResNet-20 the cost over the layer's own error at one such probe, a millionth of its share, was a ten-thousandth of that at others.
 NEGLIGIBLE = 0.03
+# Times an even share: what the second rank is to lose, so that plans that put the error into a few layers are predicted too.
+FAR = 16.0
 
 
 class FactoredFormat(WeightFormat):
@@ -104,34 +107,42 @@ def _truncation(data: LayerData, spec: LayerSpec) -> float:
     return data.truncation(spec.scheme, spec.rank)
 
 
-def probe_truncation(data: LayerData, measurements: Measurements, found: Measured, plain: FactoredFormat) -> None:
-    """Measure what truncation costs the model, once for all formats with factors.
+def truncation_probes(data: LayerData, found: Measured, share: float, plain: FactoredFormat) -> list[Probe]:
+    """List the ranks at which to ask what truncation costs the model, once for all formats with factors; the one of interest first.
+
+    The cost of truncation is not quite proportional to the layer's own error, so it is asked for about where a plan would put it: at the
+    rank that takes an even share of the budget if truncation costs what rounding does, and at one that loses far more.
 
     Args:
-        plain: the format whose factors are floats, so that nothing but truncation is measured.
+        share: of the contributions that the budget allows, an even part for this layer.
+        plain: the format whose factors are floats, so that nothing but truncation is told.
     """
-    if found.truncated is not None:
-        return
     candidates = [plain.spec(spec.rank, spec.scheme) for spec in _grid(data, plain) if spec.rank is not None]
     if not candidates:
-        return
+        return []
+    unit = found.rounding / found.rounding_error if found.rounding_error > 0.0 else 0.0
+    middle = candidates[len(candidates) // 2]
 
-    def measured_at(spec: LayerSpec) -> tuple[float, float]:
-        lost = _truncation(data, spec)
-        measured = measurements.measure(spec)
-        return measured, measured / lost if lost > 0.0 else 0.0
+    def reaching(allowed: float) -> LayerSpec:
+        return next((each for each in candidates if unit * _truncation(data, each) <= allowed), candidates[-1])
 
-    spec = candidates[len(candidates) // 2]
-    truncated, truncation = measured_at(spec)
-    # The cost of truncation is not quite proportional to the layer's own error, so it is measured again at the rank that would take
-    # an even share of the budget.
-    fitting = [each for each in candidates if truncation * _truncation(data, each) <= measurements.share]
-    if fitting and fitting[0] != spec:
-        spec = fitting[0]
-        truncated, finer = measured_at(spec)
+    chosen = [reaching(share), reaching(FAR * share)] if unit > 0.0 and math.isfinite(share) else [middle]
+    return [Probe(spec) for spec in dict.fromkeys(chosen)]
+
+
+def learn_truncation(
+    data: LayerData, effects: Mapping[Probe, float], found: Measured, share: float, plain: FactoredFormat
+) -> None:
+    """Keep what truncation costs the model, per squared relative error of the layer itself."""
+    units: list[tuple[bool, float]] = []
+    for probe in truncation_probes(data, found, share, plain):
+        lost = _truncation(data, probe.spec)
+        cost = effects.get(probe, 0.0)
         # A rank that leaves out only what the data never uses costs next to nothing, and says nothing about smaller ranks.
-        truncation = finer if truncated > NEGLIGIBLE * measurements.share else max(finer, truncation)
-    found.truncation, found.truncated = truncation, (spec, truncated)
+        if lost > 0.0 and (not units or cost > NEGLIGIBLE * share):
+            units.append((cost > NEGLIGIBLE * share, cost / lost))
+    telling = [unit for tells, unit in units if tells]
+    found.truncation = telling[0] if telling else max((unit for _, unit in units), default=0.0)
 
 
 def _grid(data: LayerData, plain: FactoredFormat) -> list[LayerSpec]:

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import nn
 
-from lowrank.compression.formats.base import Measured, Measurements, Request, WeightFormat, shown
+from lowrank.compression.formats.base import Measured, Probe, Request, WeightFormat, shown
 from lowrank.compression.formats.packed import Packed
 from lowrank.compression.layer_data import LayerData
 from lowrank.errors import RankError
@@ -108,12 +108,17 @@ class Int8(Packed):
             rounded[name] = dequantize_rows(*quantize_rows(weight, BITS))
         return data.local_error(rounded)
 
-    def probe(self, data: LayerData, measurements: Measurements, found: Measured) -> None:
-        """Measure rounding with float activations, and what integer ones add."""
+    def probes(self, data: LayerData, request: Request, found: Measured, share: float) -> list[Probe]:
+        """Ask for rounding with float activations, and for what integer ones add."""
         reference = self.reference_spec(data)
-        found.rounding, found.rounding_error = measurements.measure(reference), self.local_error(data, reference)
-        if INTEGER_ACTIVATIONS in data.modes("auto") and measurements.activations != FLOAT_ACTIVATIONS:
-            found.integer = max(measurements.measure(self.spec(INTEGER_ACTIVATIONS)) - found.rounding, 0.0)
+        integer = INTEGER_ACTIVATIONS in data.modes("auto") and request.activations != FLOAT_ACTIVATIONS
+        return [Probe(reference), *([Probe(self.spec(INTEGER_ACTIVATIONS), reference)] if integer else [])]
+
+    def learn(self, data: LayerData, effects: Mapping[Probe, float], found: Measured, share: float) -> None:
+        """Keep both, with the layer's own error."""
+        reference = self.reference_spec(data)
+        found.rounding, found.rounding_error = effects[Probe(reference)], self.local_error(data, reference)
+        found.integer = effects.get(Probe(self.spec(INTEGER_ACTIVATIONS), reference), 0.0)
 
     def predict(self, found: Measured, data: LayerData, spec: LayerSpec) -> float:
         """Predict the measured cost; of fewer bits in proportion to the squared step, of groups by their local error."""

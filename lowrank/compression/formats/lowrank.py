@@ -7,8 +7,8 @@ from typing import ClassVar
 
 from torch import nn
 
-from lowrank.compression.formats.base import Measured, Measurements
-from lowrank.compression.formats.factored import FactoredFormat, probe_truncation
+from lowrank.compression.formats.base import Measured, Probe, Request
+from lowrank.compression.formats.factored import FactoredFormat, learn_truncation, truncation_probes
 from lowrank.compression.layer_data import LayerData
 from lowrank.layers import (
     CompressedLayer,
@@ -43,9 +43,13 @@ class LowRank(FactoredFormat):
         """Count the bytes of the layer as it is."""
         return data.weight_bytes + data.other_bytes
 
-    def probe(self, data: LayerData, measurements: Measurements, found: Measured) -> None:
-        """Measure truncation."""
-        probe_truncation(data, measurements, found, self)
+    def probes(self, data: LayerData, request: Request, found: Measured, share: float) -> list[Probe]:
+        """Ask for truncation."""
+        return truncation_probes(data, found, share, self)
+
+    def learn(self, data: LayerData, effects: Mapping[Probe, float], found: Measured, share: float) -> None:
+        """Keep what truncation costs."""
+        learn_truncation(data, effects, found, share, self)
 
     def build_layer(self, module: nn.Module, spec: LayerSpec, factors: Factors | ConvFactors | None) -> CompressedLayer:
         """Put the factors into a layer."""

@@ -9,8 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from lowrank.compression.formats.base import Measured, Measurements, Request
-from lowrank.compression.formats.factored import FactoredFormat, probe_truncation
+from lowrank.compression.formats.base import Measured, Probe, Request
+from lowrank.compression.formats.factored import FactoredFormat, learn_truncation, truncation_probes
 from lowrank.compression.formats.int8 import BITS, Int8, coarser
 from lowrank.compression.formats.lowrank import LowRank, factored_layer
 from lowrank.compression.layer_data import LayerData
@@ -85,16 +85,25 @@ class LowRankInt8(FactoredFormat):
         by_rank = data.remembered((self.name, spec.scheme), lambda: _rounding_by_rank(data, spec.scheme))
         return float(by_rank[spec.rank])
 
-    def probe(self, data: LayerData, measurements: Measurements, found: Measured) -> None:
-        """Measure truncation, and what rounding the activations adds to rounded factors."""
-        probe_truncation(data, measurements, found, self.plain)
-        multiplies = INTEGER_ACTIVATIONS in data.modes("auto")
-        if found.truncated is None or not multiplies or measurements.activations == FLOAT_ACTIVATIONS:
-            return
-        spec, truncated = found.truncated
+    def probes(self, data: LayerData, request: Request, found: Measured, share: float) -> list[Probe]:
+        """Ask for truncation, and for what rounding the activations adds to rounded factors."""
+        probes = truncation_probes(data, found, share, self.plain)
+        if probes and INTEGER_ACTIVATIONS in data.modes("auto") and request.activations != FLOAT_ACTIVATIONS:
+            probes = [*probes, self._integer(probes[0].spec)]
+        return probes
+
+    def learn(self, data: LayerData, effects: Mapping[Probe, float], found: Measured, share: float) -> None:
+        """Keep both; rounding the activations between the factors too costs no less than rounding those before them."""
+        learn_truncation(data, effects, found, share, self.plain)
+        probes = truncation_probes(data, found, share, self.plain)
+        integer = effects.get(self._integer(probes[0].spec)) if probes else None
+        if integer is not None:
+            found.integer_factors = max(integer, found.integer)
+
+    def _integer(self, spec: LayerSpec) -> Probe:
         assert spec.rank is not None
-        both = measurements.measure(self.spec(spec.rank, spec.scheme, INTEGER_ACTIVATIONS))
-        found.integer_factors = max(both - (truncated + self._rounding_cost(found, data, spec)), found.integer)
+        modes = INTEGER_ACTIVATIONS, FLOAT_ACTIVATIONS
+        return Probe(*(self.spec(spec.rank, spec.scheme, mode) for mode in modes))
 
     def _rounding_cost(self, found: Measured, data: LayerData, spec: LayerSpec) -> float:
         """Predict what 8-bit rounding of the factors costs the model: the dense codes' cost, scaled by the local errors."""

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from lowrank.compression.formats.base import Measured, Measurements, Request, WeightFormat, shown
+from lowrank.compression.formats.base import Measured, Probe, Request, WeightFormat, shown
 from lowrank.compression.formats.dense import DENSE
 from lowrank.compression.layer_data import SAMPLED_ROWS, LayerData, spread_rows
 from lowrank.errors import CheckpointError, LowRankError, RankError, UsageError
@@ -31,8 +31,6 @@ _LADDER = (
 )
 _PROBED = LayerSpec("int8", bits=8, group=64)
 _FINER = LayerSpec("int12", bits=12)
-# Passes over the data that a layer's matrices may take: those of modules with more are measured several at a time.
-MOST_PASSES = 8
 # Below what careful layers are not taken.
 _CAREFUL_BITS = 8
 
@@ -121,33 +119,23 @@ class Mixed(WeightFormat):
     def _cost(self, data: LayerData, name: str, part: LayerSpec) -> float:
         return _costs(data).of(name, _error(data, name, part))
 
-    def probe(self, data: LayerData, measurements: Measurements, found: Measured) -> None:
-        """Measure each matrix alone in 8 bits, and once more in 12 where that costs more than the layer's share of the budget."""
-        names = list(data.stacks)
-        each = -(-len(names) // MOST_PASSES)
-        points: dict[str, list[tuple[float, float]]] = {}
-        left = MOST_PASSES
-        for start in range(0, len(names), each):
-            group = names[start : start + each]
-            coarse = self._measured(data, measurements, group, _PROBED)
-            left -= 1
-            sets = [coarse]
-            if left > 0 and sum(cost for _, cost in coarse.values()) > measurements.share:
-                left -= 1
-                sets.insert(0, self._measured(data, measurements, group, _FINER))
-            for name in group:
-                points[name] = [found_in[name] for found_in in sets]
+    def probes(self, data: LayerData, request: Request, found: Measured, share: float) -> list[Probe]:
+        """Ask for each matrix alone in 8 bits and in 12: between them what it costs may grow faster than its squared error."""
+        return [Probe(self._alone(data, name, part)) for name in data.stacks for part in (_FINER, _PROBED)]
+
+    def learn(self, data: LayerData, effects: Mapping[Probe, float], found: Measured, share: float) -> None:
+        """Keep the points of each matrix, the finer first."""
+        points = {
+            name: [
+                (_error(data, name, part), effects.get(Probe(self._alone(data, name, part)), 0.0))
+                for part in (_FINER, _PROBED)
+            ]
+            for name in data.stacks
+        }
         data.remember(("part costs",), _Costs(points))
 
-    def _measured(
-        self, data: LayerData, measurements: Measurements, group: Sequence[str], part: LayerSpec
-    ) -> dict[str, tuple[float, float]]:
-        """The error and the cost of each of some matrices in one part; a cost of several together is shared out by their errors."""
-        parts = tuple((name, part if name in group else DENSE) for name in data.stacks)
-        cost = measurements.measure(self.spec(parts))
-        errors = {name: _error(data, name, part) for name in group}
-        whole = sum(errors.values()) or 1.0
-        return {name: (error, cost * error / whole) for name, error in errors.items()}
+    def _alone(self, data: LayerData, name: str, part: LayerSpec) -> LayerSpec:
+        return self.spec(tuple((each, part if each == name else DENSE) for each in data.stacks))
 
     def predict(self, found: Measured, data: LayerData, spec: LayerSpec) -> float:
         """Predict the sum of what the matrices cost, or what the whole layer's error does where they were not measured."""

@@ -69,7 +69,6 @@ class Packed(WeightFormat):
     """
 
     fields: ClassVar[tuple[str, ...]] = ("bits", "activations", "group", "rounding", "zero_point")
-    careful: ClassVar[bool] = True
     colour: ClassVar[str] = "5"
     packed_layers: ClassVar[Mapping[str, tuple[type[CompressedLayer], ...]]] = {
         "linear": (PackedLinear,),
