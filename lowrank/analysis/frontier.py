@@ -30,8 +30,8 @@ from lowrank.compression.formats import REFERENCE
 from lowrank.compression.options import Options, check_budgets
 from lowrank.compression.passes import Passes
 from lowrank.compression.plan import Plan, same_specs
-from lowrank.compression.search import Search, corrected
-from lowrank.compression.trial import Reading
+from lowrank.compression.search import Search
+from lowrank.compression.trial import Reading, corrected
 from lowrank.errors import BudgetError, UsageError, is_whole
 from lowrank.io import check_destination, lock_destination
 from lowrank.io.version import versions

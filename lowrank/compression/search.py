@@ -15,12 +15,12 @@ from lowrank.compression.healed_plans import heal_plan, healed_plans
 from lowrank.compression.passes import Passes
 from lowrank.compression.plan import Plan, same_specs
 from lowrank.compression.sequence import before_the_knee, is_dear, neighbours_of, safe_to_small, size_of
-from lowrank.compression.trial import ErrorMeasure, Healer, Outcome, Reading, Trial
+from lowrank.compression.trial import ErrorMeasure, Healer, Outcome, Reading, Trial, corrected
 from lowrank.compression.working_copy import WorkingCopy
 from lowrank.errors import BudgetError
 from lowrank.reporting.text import beside, counted, rounded_up
 
-__all__ = ["Search", "Step", "corrected"]
+__all__ = ["Search", "Step"]
 
 # Fractions of the calibrated budget at which plans are made, those near it first: with each the predictions get better. The small ones
 # are there for the day when predictions are far off or samples so few that the test's margin is wide.
@@ -397,10 +397,3 @@ class Search:
             plan = self.plan_for(math.sqrt(self.predicted(below.plan) * self.predicted(above.plan)))
             closed.add((below.searched.value, above.searched.value))
             self._try(f"between, step {step + 1}", plan)
-
-
-def corrected(predicted: float, reading: Reading, scale: float, total: Callable[[float], float]) -> float:
-    """Give measured over predicted contributions; the old scale where one of them says nothing."""
-    measured = total(reading.value) if math.isfinite(reading.value) else math.inf
-    ratio = measured / predicted if predicted > 0.0 else 0.0
-    return ratio if 0.0 < ratio < math.inf else scale

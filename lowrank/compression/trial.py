@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -14,7 +15,7 @@ from lowrank.compression.plan import Plan
 from lowrank.compression.working_copy import WorkingCopy
 from lowrank.training.healing import HealResult
 
-__all__ = ["ComputedError", "ErrorMeasure", "Healer", "Outcome", "Reading", "SampledError", "Trial"]
+__all__ = ["ComputedError", "ErrorMeasure", "Healer", "Outcome", "Reading", "SampledError", "Trial", "corrected"]
 
 
 @dataclass(frozen=True)
@@ -100,3 +101,10 @@ class Outcome:
     predicted: list[tuple[float, Plan]] = field(default_factory=list)
     neighbours: tuple[Trial | None, Trial | None] = (None, None)
     passes: dict[str, int] = field(default_factory=dict)
+
+
+def corrected(predicted: float, reading: Reading, scale: float, total: Callable[[float], float]) -> float:
+    """Give measured over predicted contributions; the old scale where one of them says nothing."""
+    measured = total(reading.value) if math.isfinite(reading.value) else math.inf
+    ratio = measured / predicted if predicted > 0.0 else 0.0
+    return ratio if 0.0 < ratio < math.inf else scale
