@@ -37,7 +37,8 @@ def arguments_of(
     chosen = {
         key: value
         for key, value in vars(options).items()
-        if key not in ("progress", "error_budget", "output_fn", "forward_fn")
+        # Of a frontier every point is shown, so that the knee of a single plan says nothing.
+        if key not in ("progress", "error_budget", "output_fn", "forward_fn", "smallest")
     }
     if options.output_fn is not None:
         chosen["output_fn"] = options.output_fn_name

@@ -47,7 +47,7 @@ class Arithmetic:
 
 
 INTEGER = Arithmetic("bytes_integer", "integer products", "integer", "1")
-WEIGHT_ONLY = Arithmetic("bytes_weight_only", "weight-only int8", "weight-only", "2")
+WEIGHT_ONLY = Arithmetic("bytes_weight_only", "weight-only codes", "weight-only", "2")
 FLOATING = Arithmetic("bytes_dense", "floating point", "", "3")
 ARITHMETICS = (INTEGER, WEIGHT_ONLY, FLOATING)
 SUMMED = ("bytes_before", "bytes_after", "weights", *(each.key for each in ARITHMETICS))
