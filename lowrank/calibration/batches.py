@@ -99,6 +99,11 @@ class Batch:
 
         return self._mapped(pick, len(indices), among=indices.tolist())
 
+    def pieces(self, samples: int) -> Iterator[Batch]:
+        """Give the batch in parts of at most so many samples."""
+        for indices in torch.arange(self.size).split(samples):
+            yield self.select(indices) if len(indices) < self.size else self
+
     def widened(self) -> Batch:
         """Floating tensors in float32."""
         return self._mapped(lambda x: x.float() if isinstance(x, Tensor) and x.is_floating_point() else x, self.size)

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lowrank.calibration.batches import Batch
-from lowrank.calibration.gradients import DIRECTIONS, differentiated
-from lowrank.calibration.inputs import no_fast_path
+from lowrank.calibration.gradients import DIRECTIONS, differentiable, differentiated, watchable
 from lowrank.calibration.metrics.sums import position_mask
 from lowrank.calibration.outputs import OutputFn
-from lowrank.calibration.untouched import in_evaluation, untouched
 from lowrank.errors import CalibrationError
 
 __all__ = ["BREAKING", "Difference", "local_effects"]
@@ -77,18 +75,12 @@ def local_effects(
     sweep = _Sweep(differences)
     generator = torch.Generator().manual_seed(seed)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(untouched(model))
-        stack.enter_context(in_evaluation(model))
-        stack.enter_context(no_fast_path())
-        for parameter in model.parameters():
-            stack.callback(parameter.requires_grad_, parameter.requires_grad)
-            parameter.requires_grad_(False)
-        stack.enter_context(torch.enable_grad())
+        stack.enter_context(differentiable(model))
         for name, owners in sweep.owners.items():
             module = model.get_submodule(name)
             stack.callback(module.register_forward_pre_hook(sweep.before(name), with_kwargs=True).remove)
             stack.callback(module.register_forward_hook(sweep.after(name, owners)).remove)
-        for piece in _pieces(batches):
+        for piece in (piece for batch in batches for piece in batch.pieces(SAMPLES_AT_ONCE)):
             sweep.samples = piece.size
             outputs = differentiated(piece.run(model), output_fn, every=directions == "output")
             wanted = [(path, tensor) for path, tensor in outputs.items() if path in sizes]
@@ -166,8 +158,7 @@ class _Sweep:
 
             def watch(tensor: Tensor) -> Tensor:
                 place = next(places)
-                # A copy where the chain begins: what comes next may work in place, which a leaf does not allow.
-                watched = tensor if tensor.requires_grad else tensor.detach().requires_grad_(True).clone()
+                watched = watchable(tensor)
                 watched.register_hook(lambda gradient: self._add(gradient, deltas[place]))
                 return watched
 
@@ -198,12 +189,6 @@ class _Sweep:
     def forget(self) -> None:
         """Drop what belongs to the calls of a batch."""
         self._others.clear()
-
-
-def _pieces(batches: Sequence[Batch]) -> Iterator[Batch]:
-    for batch in batches:
-        for indices in torch.arange(batch.size).split(SAMPLES_AT_ONCE):
-            yield batch.select(indices) if len(indices) < batch.size else batch
 
 
 def _copied(value: Any) -> Any:

@@ -74,7 +74,6 @@ def output_gradients(
     generator = torch.Generator().manual_seed(seed)
     sums: dict[str, Tensor] = {}
     samples = max(sum(batch.size for batch in batches), 1)
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     current = Batch(())
 
     def watch(name: str) -> Callable[[nn.Module, Any, Tensor], Tensor]:
@@ -84,8 +83,7 @@ def output_gradients(
             sums[name] = sums.get(name, 0.0) + (rows.T @ rows).double()
 
         def hook(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-            # A copy where the chain begins: what comes next may work in place, which a leaf does not allow.
-            watched = output if output.requires_grad else output.detach().requires_grad_(True).clone()
+            watched = watchable(output)
             if not watched.requires_grad:
                 # Within the model's own torch.no_grad.
                 return output
@@ -95,21 +93,13 @@ def output_gradients(
         return hook
 
     with contextlib.ExitStack() as stack:
-        # Also what the model keeps of a run: with its graph it could not even be copied.
-        stack.enter_context(untouched(model))
-        stack.enter_context(in_evaluation(model))
-        for parameter, flag in flags:
-            stack.callback(parameter.requires_grad_, flag)
-            parameter.requires_grad_(False)
-        stack.enter_context(no_fast_path())
-        stack.enter_context(torch.enable_grad())
+        stack.enter_context(differentiable(model))
         for name, module in targets.items():
             stack.callback(module.register_forward_hook(watch(name)).remove)
-        for batch in _in_pieces(batches):
-            current = batch
-            outputs = list(differentiated(batch.run(model), output_fn, every=directions == "output").values())
+        for current in (piece for batch in batches for piece in batch.pieces(SAMPLES_AT_ONCE)):
+            outputs = list(differentiated(current.run(model), output_fn, every=directions == "output").values())
             if outputs:
-                back = [drawn(output, position_mask(output, batch), generator) for output in outputs]
+                back = [drawn(output, position_mask(output, current), generator) for output in outputs]
                 if len(outputs) > 1:
                     # Each output's error counts by its own size.
                     back = [
@@ -117,6 +107,27 @@ def output_gradients(
                     ]
                 torch.autograd.backward(outputs, back)
     return {name: sums[name] / samples for name in targets if name in sums}
+
+
+@contextlib.contextmanager
+def differentiable(model: nn.Module) -> Iterator[None]:
+    """Let gradients flow between a model's layers and into no parameter; values, flags and modes are afterwards as they were."""
+    with contextlib.ExitStack() as stack:
+        # Also what the model keeps of a run: with its graph it could not even be copied.
+        stack.enter_context(untouched(model))
+        stack.enter_context(in_evaluation(model))
+        for parameter in model.parameters():
+            stack.callback(parameter.requires_grad_, parameter.requires_grad)
+            parameter.requires_grad_(False)
+        stack.enter_context(no_fast_path())
+        stack.enter_context(torch.enable_grad())
+        yield
+
+
+def watchable(output: Tensor) -> Tensor:
+    """Give a layer's output as a tensor whose gradient can be seen."""
+    # A copy where the chain begins: what comes next may work in place, which a leaf does not allow.
+    return output if output.requires_grad else output.detach().requires_grad_(True).clone()
 
 
 def differentiated(output: Any, output_fn: OutputFn | None, *, every: bool) -> dict[str, Tensor]:
@@ -134,12 +145,6 @@ def differentiated(output: Any, output_fn: OutputFn | None, *, every: bool) -> d
 
 def _positive(norm: Tensor) -> Tensor:
     return torch.where(norm > 0.0, norm, torch.ones_like(norm))
-
-
-def _in_pieces(batches: Sequence[Batch]) -> Iterator[Batch]:
-    for batch in batches:
-        for indices in torch.arange(batch.size).split(SAMPLES_AT_ONCE):
-            yield batch.select(indices) if len(indices) < batch.size else batch
 
 
 def _gaussian(output: Tensor, mask: Tensor | None, generator: torch.Generator) -> Tensor:

@@ -17,7 +17,7 @@ from lowrank.errors import BudgetError
 from lowrank.layers.base import ACTIVATIONS, FLOAT_ACTIVATIONS
 from lowrank.layers.spec import LayerSpec
 
-__all__ = ["Allocator", "rounding_formats"]
+__all__ = ["Allocator"]
 
 # A budget for plans that have one candidate a layer and nothing to choose.
 UNLIMITED = 1e306
@@ -138,7 +138,7 @@ def _common_grid(choices: Sequence[LayerChoices], format: str, mode: str) -> tup
                 grid, bits = _grid(item.spec), item.spec.bits or 8
                 count[grid] += 1
                 size[grid] += item.bytes
-                weights = item.error if item.parts is None else item.parts[0][1]
+                weights = item.shares[0][1]
                 error[grid] += min(weights, 1e290) ** (1.0 / bits)
     if not count:
         return None

@@ -57,6 +57,11 @@ class Candidate:
         return float(self.bytes if self.cost is None else self.cost)
 
     @property
+    def shares(self) -> tuple[tuple[str, float], ...]:
+        """``parts``, or the whole error as one, named after the format."""
+        return ((self.spec.format, self.error),) if self.parts is None else self.parts
+
+    @property
     def compressed(self) -> bool:
         """Whether the layer does not stay as it is."""
         return not format_of(self.spec).dense

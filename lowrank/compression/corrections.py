@@ -120,7 +120,7 @@ class Corrections:
         sums: dict[str, float] = {}
         for entry in plan.entries:
             item = self._known.get(entry.name, {}).get(entry.spec)
-            parts = ((entry.format, entry.error),) if item is None else _parts(item)
+            parts = ((entry.format, entry.error),) if item is None else item.shares
             for name, value in parts:
                 sums[name] = sums.get(name, 0.0) + value
         return sums
@@ -128,8 +128,4 @@ class Corrections:
     def _corrected(self, item: Candidate) -> Candidate:
         if not math.isfinite(item.error):
             return item
-        return replace(item, error=math.fsum(self._factor(part) * value for part, value in _parts(item)))
-
-
-def _parts(item: Candidate) -> tuple[tuple[str, float], ...]:
-    return ((item.spec.format, item.error),) if item.parts is None else item.parts
+        return replace(item, error=math.fsum(self._factor(part) * value for part, value in item.shares))

@@ -17,7 +17,7 @@ from lowrank.calibration.inputs import collect_statistics
 from lowrank.calibration.metrics import SampledMetric
 from lowrank.calibration.observers import AnyObserver
 from lowrank.compression.candidates import LayerChoices
-from lowrank.compression.formats import FORMATS, Measured, Request
+from lowrank.compression.formats import FORMATS, REFERENCE, Measured, Request
 from lowrank.compression.latency import Speed
 from lowrank.compression.layer_data import LayerData
 from lowrank.compression.options import Options
@@ -375,13 +375,12 @@ def _notes(layers: Sequence[LayerData], costs: Mapping[str, Measured] | None, sp
             notes.append(f"fewer tokens than input channels in {_named(few)}: their statistics are thin")
     if costs is None:
         return notes
-    floor = "taken in no low rank"
     silent = [data.name for data in layers if costs[data.name].silent and data.reached]
     if silent:
-        notes.append(f"the metric does not depend on {_named(silent)}: {floor}")
+        notes.append(f"the metric does not depend on {_named(silent)}: not taken below {REFERENCE.name}")
     unreached = [data.name for data in layers if not data.reached]
     if unreached:
-        notes.append(f"no calibration input reached {_named(unreached)}: rounded without data, {floor}")
+        notes.append(f"no calibration input reached {_named(unreached)}: rounded without data, taken in no low rank")
     for data in layers:
         if data.unseen_rows:
             notes.append(

@@ -61,10 +61,6 @@ class Step(NamedTuple):
     scale: float
 
 
-def _own_error(plan: Plan) -> float:
-    return plan.error
-
-
 @dataclass
 class Search:
     """Hold what a search for plans needs, and remember what was tried.
@@ -104,7 +100,7 @@ class Search:
     target: float = math.inf
     scale: float = 1.0
     trials: list[Trial] = field(default_factory=list)
-    predicted: Callable[[Plan], float] = _own_error
+    predicted: Callable[[Plan], float] = lambda plan: plan.error
     learn: Callable[[Plan, float, float], None] | None = None
     passes: Passes = field(default_factory=Passes)
     rest_bytes: int = 0
@@ -212,14 +208,18 @@ class Search:
         made = False
         for fraction in FRACTIONS:
             try:
-                plan = self.plan_for(self.total(self.target * fraction) / self.scale)
+                named = self._at(fraction)
             except BudgetError as error:
                 refused = error
             else:
                 made = True
-                yield f"{fraction:.0%} of the budget", plan
+                yield named
         if refused is not None and not made:
             raise refused
+
+    def _at(self, fraction: float) -> tuple[str, Plan]:
+        """Make and name the plan that should err by a fraction of the target."""
+        return f"{fraction:.0%} of the budget", self.plan_for(self.total(self.target * fraction) / self.scale)
 
     def least_error(self, plans: Iterable[tuple[str, Plan]]) -> Outcome:
         """Find the plan with the smallest error on the search part, and measure it on the verification part; the best is healed.
@@ -374,9 +374,9 @@ class Search:
             errors = fraction * self.target, smallest.searched.value
             with contextlib.suppress(BudgetError):
                 # Overrides may force an error that no plan of so small a one can have.
-                plan = self.plan_for(self.total(errors[0]) / self.scale)
+                label, plan = self._at(fraction)
                 if is_dear(errors, self.target, plan, smallest.plan, self.rest_bytes) and not self._is_told(plan):
-                    self._try(f"{fraction:.0%} of the budget", plan)
+                    self._try(label, plan)
 
     def _fill_gaps(self) -> None:
         """Bisect the widest gaps between trials near the target: where predictions are off, their steps are uneven."""

@@ -8,16 +8,10 @@ from compared_models import Subject, stored
 from torch import nn
 
 import lowrank
+from lowrank.compression.formats.packed import MOST_BITS_WITH_ZERO
 from lowrank.compression.plan import Plan, PlanEntry
 from lowrank.layers.spec import LayerSpec
-
-# As the format does by itself: a zero point of its own pays where levels are few.
-MOST_BITS_WITH_ZERO = 4
-
-
-def kind_of(module: nn.Module) -> str:
-    """The name of a module's kind in plans."""
-    return {nn.Linear: "linear", nn.Conv2d: "conv", nn.Embedding: "embedding"}[type(module)]
+from lowrank.targets import kind_of
 
 
 def uniform(subject: Subject, scope: str, bits: int, group: int | None, rounding: str) -> nn.Module:
@@ -35,7 +29,9 @@ def uniform(subject: Subject, scope: str, bits: int, group: int | None, rounding
             rounding=None if table or (bits == 8 and group is None) else rounding,
             zero_point=True if bits <= MOST_BITS_WITH_ZERO else None,
         )
-        entries.append(PlanEntry(name, kind_of(module), tuple(module.weight.shape), spec, 0, 0.0))
+        kind = kind_of(module)
+        assert kind is not None
+        entries.append(PlanEntry(name, kind.name, tuple(module.weight.shape), spec, 0, 0.0))
     # Without this no gradients are gathered, and two-sided rounding has one side.
     metadata = {"loss_aware": "output"} if rounding == "two-sided" else {}
     return lowrank.apply_plan(subject.model, Plan(tuple(entries), metadata=metadata), calibration=subject.calibration)

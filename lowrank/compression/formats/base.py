@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import nn
@@ -57,7 +57,6 @@ class Measured:
         truncation: of a low-rank layer, per squared relative error of the layer itself.
         integer_factors: what rounding the activations (also those between the factors) adds to rounded factors; ``None`` where it was
             not measured: then as much as :attr:`integer`.
-        own: what a format measured beside these, by its name.
         refused: why the layer cannot be replaced, where replacing it broke the model.
         silent: the metric does not depend on this layer.
         careful: the measured cost says nothing about inputs that the data does not hold (a silent layer, one that no input reached,
@@ -70,7 +69,6 @@ class Measured:
     integer: float = 0.0
     truncation: float = 0.0
     integer_factors: float | None = None
-    own: dict[str, float] = field(default_factory=dict)
     refused: str | None = None
     silent: bool = False
     careful: bool = False
